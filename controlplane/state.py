@@ -1,0 +1,260 @@
+"""The cluster's state: immutable records, their keys and bytes, and a snapshot of all of them.
+
+Owns: the mapping between store keys, `phalanx.v1` state messages and records.
+Does not own: decisions (`reconcile`), I/O (`etcd`, `memory`), what each record means to a person
+(`protos/phalanx/v1/state.proto` documents every field).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from controlplane.store import Listing
+from phalanx.v1 import state_pb2
+
+
+class ShardState(enum.IntEnum):
+    """What a shard is doing; the numbers are those of the protobuf enum."""
+
+    STARTING = state_pb2.SHARD_STATE_STARTING
+    READY = state_pb2.SHARD_STATE_READY
+    FAILED = state_pb2.SHARD_STATE_FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentRecord:
+    """A served model and its desired shape."""
+
+    name: str
+    revision: int
+    model: str
+    replicas: int = 1
+    tp: int = 1
+    pp: int = 1
+    dtype: str = ""
+    max_model_len: int = 0
+    created_at: float = 0.0
+
+    @property
+    def shards(self) -> int:
+        """Workers that one replica takes."""
+        return self.tp * self.pp
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """One boot of a shard server."""
+
+    worker: str
+    incarnation: str
+    host: str
+    address: str
+    device: str
+    server_pid: int
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayRecord:
+    """One boot of a gateway."""
+
+    gateway: str
+    incarnation: str
+    host: str
+    grpc_address: str
+    http_url: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRecord:
+    """The worker, and the boot of it, that holds a rank."""
+
+    worker: str
+    incarnation: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentRecord:
+    """Who forms a replica. Members are in rank order: rank = pp_rank * tp + tp_rank."""
+
+    replica: str
+    deployment: DeploymentRecord
+    members: tuple[MemberRecord, ...]
+    failures: int = 0
+    formed_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """What one shard of one epoch is doing."""
+
+    replica: str
+    rank: int
+    epoch: int
+    worker: str
+    incarnation: str
+    state: ShardState
+    reason: str = ""
+    permanent: bool = False
+    engine_pid: int = 0
+    text_pid: int = 0
+    rendezvous: str = ""
+    model_hash: str = ""
+    max_model_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderRecord:
+    """The controller that may write."""
+
+    controller: str
+    address: str
+
+
+Record = DeploymentRecord | WorkerRecord | GatewayRecord | MemberRecord | AssignmentRecord | ShardRecord | LeaderRecord
+R = TypeVar("R", bound=Record)
+
+_NESTED: dict[tuple[type[Any], str], type[Any]] = {
+    (AssignmentRecord, "deployment"): DeploymentRecord,
+    (AssignmentRecord, "members"): MemberRecord,
+    (ShardRecord, "state"): ShardState,
+}
+
+
+def encode(record: Record) -> bytes:
+    """The record as the bytes of its `phalanx.v1` message."""
+    return _to_message(record).SerializeToString(deterministic=True)  # type: ignore[no-any-return]
+
+
+def decode(cls: type[R], value: bytes) -> R:
+    """The record in `value`. Raises google.protobuf.message.DecodeError when it holds none."""
+    return _from_message(cls, getattr(state_pb2, cls.__name__).FromString(value))
+
+
+def _to_message(record: Any) -> Any:
+    values = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if (type(record), field.name) in _NESTED and not isinstance(value, int):
+            value = [_to_message(item) for item in value] if isinstance(value, tuple) else _to_message(value)
+        values[field.name] = value
+    return getattr(state_pb2, type(record).__name__)(**values)
+
+
+def _from_message(cls: type[R], message: Any) -> R:
+    values = {}
+    for field in fields(cls):
+        value = getattr(message, field.name)
+        nested = _NESTED.get((cls, field.name))
+        if nested is ShardState:
+            value = ShardState(value)
+        elif nested is not None:
+            value = (
+                _from_message(nested, value)
+                if hasattr(value, "DESCRIPTOR")
+                else tuple(_from_message(nested, item) for item in value)
+            )
+        values[field.name] = value
+    return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Where records live in the store."""
+
+    cluster: str = "default"
+
+    @property
+    def root(self) -> str:
+        """The prefix of everything."""
+        return f"/phalanx/{self.cluster}/"
+
+    @property
+    def leader(self) -> str:
+        """The controllers' election."""
+        return f"{self.root}controller/leader"
+
+    def deployment(self, name: str) -> str:
+        """A deployment."""
+        return f"{self.root}deployments/{name}"
+
+    def worker(self, worker: str) -> str:
+        """A worker's registration."""
+        return f"{self.root}workers/{worker}"
+
+    def gateway(self, gateway: str) -> str:
+        """A gateway's registration."""
+        return f"{self.root}gateways/{gateway}"
+
+    def assignment(self, replica: str) -> str:
+        """A replica's assignment."""
+        return f"{self.root}replicas/{replica}/assignment"
+
+    def shard(self, replica: str, rank: int) -> str:
+        """A shard's status."""
+        return f"{self.root}replicas/{replica}/shards/{rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """An assignment with its epoch, which is the key's mod_revision."""
+
+    epoch: int
+    assignment: AssignmentRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole cluster at one revision. Mappings are by name; shards by (replica, rank)."""
+
+    revision: int = 0
+    deployments: Mapping[str, DeploymentRecord] = MappingProxyType({})
+    workers: Mapping[str, WorkerRecord] = MappingProxyType({})
+    gateways: Mapping[str, GatewayRecord] = MappingProxyType({})
+    replicas: Mapping[str, Assigned] = MappingProxyType({})
+    shards: Mapping[tuple[str, int], ShardRecord] = MappingProxyType({})
+    leader: LeaderRecord | None = None
+
+    @staticmethod
+    def of(listing: Listing, keys: Keys) -> Snapshot:
+        """Read a listing of the cluster's root. Keys of other kinds are passed over."""
+        deployments: dict[str, DeploymentRecord] = {}
+        workers: dict[str, WorkerRecord] = {}
+        gateways: dict[str, GatewayRecord] = {}
+        replicas: dict[str, Assigned] = {}
+        shards: dict[tuple[str, int], ShardRecord] = {}
+        leader: LeaderRecord | None = None
+        for key, entry in listing.entries.items():
+            match key.removeprefix(keys.root).split("/"):
+                case ["deployments", name]:
+                    deployments[name] = decode(DeploymentRecord, entry.value)
+                case ["workers", name]:
+                    workers[name] = decode(WorkerRecord, entry.value)
+                case ["gateways", name]:
+                    gateways[name] = decode(GatewayRecord, entry.value)
+                case ["replicas", name, "assignment"]:
+                    replicas[name] = Assigned(entry.mod_revision, decode(AssignmentRecord, entry.value))
+                case ["replicas", name, "shards", rank]:
+                    shards[name, int(rank)] = decode(ShardRecord, entry.value)
+                case ["controller", "leader"]:
+                    leader = decode(LeaderRecord, entry.value)
+        return Snapshot(
+            listing.revision,
+            MappingProxyType(deployments),
+            MappingProxyType(workers),
+            MappingProxyType(gateways),
+            MappingProxyType(replicas),
+            MappingProxyType(shards),
+            leader,
+        )
+
+    def shard(self, replica: str, rank: int) -> ShardRecord | None:
+        """The status of a shard in the replica's current epoch, if its member has written one."""
+        shard, assigned = self.shards.get((replica, rank)), self.replicas.get(replica)
+        return shard if shard and assigned and shard.epoch == assigned.epoch else None

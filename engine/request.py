@@ -1,0 +1,107 @@
+"""What is asked of the engine and what it answers. Plain values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn.
+
+    Noise is keyed by (seed, choice, output position) and by nothing else, so that a replayed
+    request draws what the lost attempt would have drawn.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # 0 <= seed < 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to complete it, `n` times over.
+
+    `prior` holds, per choice, what earlier attempts generated: it is output, not prompt, so output
+    positions, `max_tokens` and noise go on from it. `finished` marks choices that have ended.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int = 16
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prior: tuple[tuple[int, ...], ...] = ()
+    finished: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with the natural logarithm of its probability; `text` is filled by the text process."""
+
+    token_id: int
+    logprob: float
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """Log-probabilities at one output position, before temperature and truncation."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When a choice passed its milestones, in seconds since the Unix epoch."""
+
+    queued: float
+    scheduled: float
+    first_token: float
+    finished: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of one choice. `index` is the output position of the first, prior output included.
+
+    `pieces` is the text that each token completed (one entry per token); the engine leaves it empty
+    and the text process fills it. `finish` and `timing` come with the choice's last token.
+    """
+
+    id: str
+    choice: int
+    index: int
+    token_ids: tuple[int, ...]
+    pieces: tuple[str, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish: FinishReason | None = None
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that ended with an error."""
+
+    id: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a replica is: choices running and waiting, KV blocks free and in all."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_free: int = 0
+    kv_blocks_total: int = 0

@@ -1,0 +1,1 @@
+"""Phalanx serves large language models across many GPUs so that no client ever sees a GPU die."""

@@ -1,0 +1,44 @@
+"""Failures that callers can act on, and how they look as gRPC status and as HTTP."""
+
+from __future__ import annotations
+
+import grpc
+
+DOMAIN = "phalanx.v1"
+
+# reason: (gRPC status, HTTP status, retryable)
+_KINDS: dict[str, tuple[grpc.StatusCode, int, bool]] = {
+    "INVALID_ARGUMENT": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "EMPTY_PROMPT": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "PROMPT_TOO_LONG": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "MAX_TOKENS_TOO_LARGE": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "INVALID_TOKEN_ID": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "NO_CHAT_TEMPLATE": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "UNSUPPORTED": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "INVALID_MODEL": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "INVALID_LAYOUT": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "UNKNOWN_MODEL": (grpc.StatusCode.NOT_FOUND, 404, False),
+    "UNKNOWN_DEPLOYMENT": (grpc.StatusCode.NOT_FOUND, 404, False),
+    "DUPLICATE_REQUEST": (grpc.StatusCode.ALREADY_EXISTS, 409, False),
+    "OVERLOADED": (grpc.StatusCode.RESOURCE_EXHAUSTED, 429, True),
+    "CANCELLED": (grpc.StatusCode.CANCELLED, 499, False),
+    "DEADLINE_EXCEEDED": (grpc.StatusCode.DEADLINE_EXCEEDED, 504, True),
+    "MODEL_CHANGED": (grpc.StatusCode.ABORTED, 503, True),
+    "ATTEMPTS_EXHAUSTED": (grpc.StatusCode.UNAVAILABLE, 503, True),
+    "NO_REPLICA": (grpc.StatusCode.UNAVAILABLE, 503, True),
+    "STALE_EPOCH": (grpc.StatusCode.FAILED_PRECONDITION, 503, True),
+    "NOT_LEADER": (grpc.StatusCode.FAILED_PRECONDITION, 503, True),
+    "STORE_UNAVAILABLE": (grpc.StatusCode.UNAVAILABLE, 503, True),
+    "INTERNAL": (grpc.StatusCode.INTERNAL, 500, True),
+}
+
+
+class PhalanxError(Exception):
+    """One failure with its `reason` (a key of the table above) and a message for people."""
+
+    def __init__(self, reason: str, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.param = param
+        self.code, self.http_status, self.retryable = _KINDS.get(reason, _KINDS["INTERNAL"])
