@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -117,7 +117,15 @@ class LeaderRecord:
     address: str
 
 
-Record = DeploymentRecord | WorkerRecord | GatewayRecord | MemberRecord | AssignmentRecord | ShardRecord | LeaderRecord
+Record = (
+    DeploymentRecord
+    | WorkerRecord
+    | GatewayRecord
+    | MemberRecord
+    | AssignmentRecord
+    | ShardRecord
+    | LeaderRecord
+)
 R = TypeVar("R", bound=Record)
 
 _NESTED: dict[tuple[type[Any], str], type[Any]] = {
@@ -139,19 +147,19 @@ def decode(cls: type[R], value: bytes) -> R:
 
 def _to_message(record: Any) -> Any:
     values = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if (type(record), field.name) in _NESTED and not isinstance(value, int):
+    for name in (item.name for item in fields(record)):
+        value = getattr(record, name)
+        if (type(record), name) in _NESTED and not isinstance(value, int):
             value = [_to_message(item) for item in value] if isinstance(value, tuple) else _to_message(value)
-        values[field.name] = value
+        values[name] = value
     return getattr(state_pb2, type(record).__name__)(**values)
 
 
 def _from_message(cls: type[R], message: Any) -> R:
     values = {}
-    for field in fields(cls):
-        value = getattr(message, field.name)
-        nested = _NESTED.get((cls, field.name))
+    for name in (item.name for item in fields(cls)):
+        value = getattr(message, name)
+        nested = _NESTED.get((cls, name))
         if nested is ShardState:
             value = ShardState(value)
         elif nested is not None:
@@ -160,7 +168,7 @@ def _from_message(cls: type[R], message: Any) -> R:
                 if hasattr(value, "DESCRIPTOR")
                 else tuple(_from_message(nested, item) for item in value)
             )
-        values[field.name] = value
+        values[name] = value
     return cls(**values)
 
 
@@ -214,11 +222,11 @@ class Snapshot:
     """The whole cluster at one revision. Mappings are by name; shards by (replica, rank)."""
 
     revision: int = 0
-    deployments: Mapping[str, DeploymentRecord] = MappingProxyType({})
-    workers: Mapping[str, WorkerRecord] = MappingProxyType({})
-    gateways: Mapping[str, GatewayRecord] = MappingProxyType({})
-    replicas: Mapping[str, Assigned] = MappingProxyType({})
-    shards: Mapping[tuple[str, int], ShardRecord] = MappingProxyType({})
+    deployments: Mapping[str, DeploymentRecord] = field(default_factory=dict)
+    workers: Mapping[str, WorkerRecord] = field(default_factory=dict)
+    gateways: Mapping[str, GatewayRecord] = field(default_factory=dict)
+    replicas: Mapping[str, Assigned] = field(default_factory=dict)
+    shards: Mapping[tuple[str, int], ShardRecord] = field(default_factory=dict)
     leader: LeaderRecord | None = None
 
     @staticmethod

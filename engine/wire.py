@@ -183,7 +183,9 @@ _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in typing.get_args(Mes
 
 def encode(message: Message) -> bytes:
     """One frame: a 4-byte big-endian length, then JSON."""
-    body = json.dumps({"type": type(message).__name__} | _fields(message), default=_fields, separators=(",", ":"))
+    body = json.dumps(
+        {"type": type(message).__name__} | _fields(message), default=_fields, separators=(",", ":")
+    )
     data = body.encode()
     return _LENGTH.pack(len(data)) + data
 
