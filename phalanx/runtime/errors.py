@@ -28,6 +28,7 @@ _KINDS: dict[str, tuple[grpc.StatusCode, int, bool]] = {
     "NO_REPLICA": (grpc.StatusCode.UNAVAILABLE, 503, True),
     "STALE_EPOCH": (grpc.StatusCode.FAILED_PRECONDITION, 503, True),
     "NOT_LEADER": (grpc.StatusCode.FAILED_PRECONDITION, 503, True),
+    "UNREACHABLE": (grpc.StatusCode.UNAVAILABLE, 503, True),
     "STORE_UNAVAILABLE": (grpc.StatusCode.UNAVAILABLE, 503, True),
     "INTERNAL": (grpc.StatusCode.INTERNAL, 500, True),
 }

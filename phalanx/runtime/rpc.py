@@ -1,0 +1,114 @@
+"""gRPC as every Phalanx process uses it: options, health, reflection, and errors on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from phalanx.runtime.errors import DOMAIN, PhalanxError
+from phalanx.v1 import types_pb2
+
+MAX_MESSAGE_BYTES = 32 << 20
+_DETAILS = "grpc-status-details-bin"
+_RETRY_AFTER_S = 1
+
+_MESSAGES = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+# Both sides must agree on the ping rate, or the server cuts the client with `too_many_pings`.
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER = [
+    ("grpc.so_reuseport", 0),  # else a second server binds the same port silently
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+# A peer that restarts on the same port must be found again at once, not after gRPC's 1 s to 120 s.
+_CLIENT = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+def server() -> grpc.aio.Server:
+    """A server with our limits and keepalive; add services, then `bind` it."""
+    return grpc.aio.server(options=_MESSAGES + _KEEPALIVE + _SERVER)
+
+
+def bind(server: grpc.aio.Server, address: str) -> str:
+    """Listen on `host:port` (port 0 picks a free one); returns the address in use.
+
+    Raises OSError when the address cannot be had.
+    """
+    host = address.rpartition(":")[0]
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from error
+    return f"{host}:{port}"
+
+
+def channel(target: str) -> grpc.aio.Channel:
+    """A channel to `host:port` with our limits and keepalive."""
+    return grpc.aio.insecure_channel(target, options=_MESSAGES + _KEEPALIVE + _CLIENT)
+
+
+def add_health_and_reflection(server: grpc.aio.Server, services: Sequence[str]) -> health.aio.HealthServicer:
+    """Serve grpc.health.v1 and reflection for `services` (full names) beside them.
+
+    Set each service's health through the returned servicer.
+    """
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    return servicer
+
+
+async def abort(context: grpc.aio.ServicerContext, error: PhalanxError) -> NoReturn:
+    """End a call with an error that carries ErrorInfo, and RetryInfo where waiting helps."""
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    if error.retryable:
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_AFTER_S)))
+    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    await context.abort(error.code, error.message, ((_DETAILS, status.SerializeToString()),))
+    raise AssertionError("abort returned")
+
+
+def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:
+    """The failure that a peer reported by `abort`, or INTERNAL / NO_REPLICA for a bare status."""
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS:
+            for detail in status_pb2.Status.FromString(value).details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info) and info.domain == DOMAIN:
+                    return PhalanxError(info.reason, error.details() or "")
+    reason = "UNREACHABLE" if error.code() is grpc.StatusCode.UNAVAILABLE else "INTERNAL"
+    return PhalanxError(reason, error.details() or error.code().name)
+
+
+def to_message(error: PhalanxError) -> types_pb2.Error:
+    """The error inside a frame."""
+    return types_pb2.Error(
+        reason=error.reason, message=error.message, retryable=error.retryable, code=error.code.value[0]
+    )
+
+
+def from_message(message: types_pb2.Error) -> PhalanxError:
+    """The error that a frame carries."""
+    return PhalanxError(message.reason, message.message)
