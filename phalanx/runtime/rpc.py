@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -42,6 +42,13 @@ _CLIENT = [
 ]
 
 
+class Health(Protocol):
+    """What services tell clients about themselves by grpc.health.v1."""
+
+    async def set(self, service: str, status: Any) -> None:
+        """Set a service's `HealthCheckResponse.ServingStatus`; the service "" is the whole process."""
+
+
 def server() -> grpc.aio.Server:
     """A server with our limits and keepalive; add services, then `bind` it."""
     return grpc.aio.server(options=_MESSAGES + _KEEPALIVE + _SERVER)
@@ -65,18 +72,18 @@ def channel(target: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(target, options=_MESSAGES + _KEEPALIVE + _CLIENT)
 
 
-def add_health_and_reflection(server: grpc.aio.Server, services: Sequence[str]) -> health.aio.HealthServicer:
+def add_health_and_reflection(server: grpc.aio.Server, services: Sequence[str]) -> Health:
     """Serve grpc.health.v1 and reflection for `services` (full names) beside them.
 
     Set each service's health through the returned servicer.
     """
-    servicer = health.aio.HealthServicer()
+    servicer: Health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack aio
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     return servicer
 
 
-async def abort(context: grpc.aio.ServicerContext, error: PhalanxError) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: PhalanxError) -> NoReturn:
     """End a call with an error that carries ErrorInfo, and RetryInfo where waiting helps."""
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if error.retryable:
@@ -92,7 +99,8 @@ async def abort(context: grpc.aio.ServicerContext, error: PhalanxError) -> NoRet
 
 def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:
     """The failure that a peer reported by `abort`, or INTERNAL / NO_REPLICA for a bare status."""
-    for key, value in error.trailing_metadata() or ():
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
         if key == _DETAILS:
             for detail in status_pb2.Status.FromString(value).details:
                 info = error_details_pb2.ErrorInfo()
