@@ -1,0 +1,285 @@
+"""The gateway's decisions: events in, instructions out. No sockets, no clocks, no awaiting.
+
+Owns: every live request's journal, who waits for a replica, and which attempt runs where.
+Does not own: streams (`replica_stream`), clients (`server`, `http`), spans and metrics (`gateway`).
+
+A request is always in exactly one place: waiting for a replica, on a replica, or closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dataplane.gateway.journal import Journal
+from dataplane.gateway.router import Router, Target
+from phalanx.runtime.errors import PhalanxError
+from phalanx.runtime.rpc import from_message
+from phalanx.v1 import shard_pb2
+
+MAX_FRUITLESS_ATTEMPTS = 4
+PATIENCE_S = 120.0
+"""How long a request waits for a replica before it is told that there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Send an attempt to a replica."""
+
+    target: Target
+    journal: Journal
+    message: shard_pb2.Submit
+    after: str  # why the attempt before it ended; empty for the first
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAttempt:
+    """Tell a replica to forget an attempt."""
+
+    target: Target
+    message: shard_pb2.CancelAttempt
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """An attempt is over: with `error`, or well when that is empty."""
+
+    journal: Journal
+    attempt: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """The journal has news for its client."""
+
+    journal: Journal
+
+
+@dataclass(frozen=True, slots=True)
+class Distrust:
+    """A replica broke the protocol: close its stream."""
+
+    target: Target
+    reason: str
+
+
+Instruction = Submit | CancelAttempt | AttemptEnded | Wake | Distrust
+
+
+@dataclass(slots=True)
+class _Live:
+    journal: Journal
+    deadline: float | None
+    target: Target | None = None
+    waiting_since: float = 0.0
+    after: str = ""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start; exported as metrics."""
+
+    accepted: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    failovers: int = 0
+    replayed_tokens: int = 0
+    duplicate_tokens_dropped: int = 0
+    stale_frames_dropped: int = 0
+
+
+@dataclass(slots=True)
+class Dispatcher:
+    """All live requests of one gateway."""
+
+    router: Router = field(default_factory=Router)
+    counters: Counters = field(default_factory=Counters)
+    _live: dict[str, _Live] = field(default_factory=dict)
+
+    @property
+    def live(self) -> int:
+        """Requests that are not closed."""
+        return len(self._live)
+
+    # Clients
+
+    def open(self, journal: Journal, now: float, timeout_s: float | None = None) -> list[Instruction]:
+        """Take a new request. Raises PhalanxError DUPLICATE_REQUEST when its id is live."""
+        if journal.request_id in self._live:
+            raise PhalanxError("DUPLICATE_REQUEST", f"request {journal.request_id!r} is live already")
+        deadline = None if timeout_s is None else now + timeout_s
+        live = self._live[journal.request_id] = _Live(journal, deadline, waiting_since=now)
+        return self._place(live, now)
+
+    def cancel(self, request_id: str) -> tuple[bool, list[Instruction]]:
+        """End a request early, for its client's sake. Returns whether it was live."""
+        live = self._live.get(request_id)
+        if live is None:
+            return False, []
+        self.counters.cancelled += 1
+        return True, self._close(live, PhalanxError("CANCELLED", "the request was cancelled"))
+
+    # Replicas
+
+    def stream_up(self, target: Target, leader: shard_pb2.LeaderHello, now: float) -> list[Instruction]:
+        """A replica's leader has answered: it takes attempts from now on."""
+        self.router.add(target, leader)
+        return self._place_waiting(now)
+
+    def stream_down(self, target: Target, reason: str, now: float) -> list[Instruction]:
+        """A replica's stream has broken or was closed: its attempts are lost, their requests are not."""
+        self.router.remove(target)
+        lost = [live for live in self._live.values() if live.target == target]
+        out: list[Instruction] = []
+        for live in lost:
+            out += self._lose(live, reason, now)
+        return out + self._place_waiting(now)
+
+    def frame(self, target: Target, frame: shard_pb2.StepFrame, now: float) -> list[Instruction]:
+        """One step of a replica. Frames of another epoch than the stream's are dropped whole."""
+        route = self.router.routes.get(target.replica)
+        if (
+            route is None
+            or route.target != target
+            or frame.epoch != target.epoch
+            or frame.replica != target.replica
+        ):
+            self.counters.stale_frames_dropped += 1
+            return []
+        self.router.report(target.replica, frame.load)
+        out: list[Instruction] = []
+        for accepted in frame.accepted:
+            if live := self._current(target, accepted.request_id, accepted.attempt):
+                if not live.journal.accepted:
+                    self.counters.accepted += 1
+                live.journal.accept(accepted.prompt_ids)
+                out.append(Wake(live.journal))
+        for delta in frame.deltas:
+            if live := self._current(target, delta.request_id, delta.attempt):
+                out += self._append(live, target, delta)
+        for failed in frame.failed:
+            if live := self._current(target, failed.request_id, failed.attempt):
+                error = from_message(failed.error)
+                out += self._lose(live, error.reason, now, error)
+        return out + self._place_waiting(now) if frame.failed else out
+
+    # Time
+
+    def tick(self, now: float) -> list[Instruction]:
+        """End the requests whose time is up."""
+        out: list[Instruction] = []
+        for live in list(self._live.values()):
+            if live.deadline is not None and now >= live.deadline:
+                out += self._close(
+                    live, PhalanxError("DEADLINE_EXCEEDED", "the request's deadline has passed")
+                )
+            elif live.target is None and now >= live.waiting_since + PATIENCE_S:
+                message = f"no replica of {live.journal.model!r} was ready within {PATIENCE_S:.0f} s"
+                out += self._close(live, PhalanxError("NO_REPLICA", message))
+        return out
+
+    # Decisions
+
+    def _current(self, target: Target, request_id: str, attempt: int) -> _Live | None:
+        live = self._live.get(request_id)
+        if live is not None and live.target == target and live.journal.is_current(attempt):
+            return live
+        self.counters.stale_frames_dropped += 1
+        return None
+
+    def _append(self, live: _Live, target: Target, delta: shard_pb2.Delta) -> list[Instruction]:
+        journal, before = live.journal, live.journal.duplicates
+        if not journal.append(delta):
+            return [Distrust(target, f"a delta of request {journal.request_id} does not follow its journal")]
+        self.counters.duplicate_tokens_dropped += journal.duplicates - before
+        if not journal.finished:
+            return [Wake(journal)]
+        return self._close(live, None)
+
+    def _place_waiting(self, now: float) -> list[Instruction]:
+        return [
+            instruction
+            for live in sorted(
+                (live for live in self._live.values() if live.target is None),
+                key=lambda live: live.waiting_since,
+            )
+            for instruction in self._place(live, now)
+        ]
+
+    def _place(self, live: _Live, now: float) -> list[Instruction]:
+        journal = live.journal
+        route = self.router.pick(journal.model, journal.model_hash)
+        if route is None:
+            return []
+        live.target = route.target
+        message = journal.begin(route.target.replica, route.target.epoch, route.leader)
+        if live.deadline is not None:
+            message.deadline_ms = max(1, int((live.deadline - now) * 1000))
+        self.router.sent(route.target.replica, len(journal.choices))
+        if journal.attempts > 1:
+            self.counters.failovers += 1
+            self.counters.replayed_tokens += journal.tokens
+        return [Submit(route.target, journal, message, live.after)]
+
+    def _lose(
+        self, live: _Live, reason: str, now: float, error: PhalanxError | None = None
+    ) -> list[Instruction]:
+        """An attempt has died, or its replica refused it with `error`."""
+        journal = live.journal
+        ended = self._leave(live, reason)
+        if error is not None and not error.retryable:
+            return ended + self._close(live, error)
+        journal.lose()
+        if journal.finished:
+            return ended + self._close(live, None)
+        if journal.fruitless >= MAX_FRUITLESS_ATTEMPTS:
+            message = f"{journal.fruitless} attempts in a row were lost without a token; the last: {reason}"
+            return ended + self._close(live, PhalanxError("ATTEMPTS_EXHAUSTED", message))
+        live.waiting_since, live.after = now, reason
+        return ended
+
+    def _leave(self, live: _Live, error: str) -> list[Instruction]:
+        """Take the request off its replica."""
+        assert live.target is not None
+        self.router.ended(live.target.replica, live.target.epoch, len(live.journal.choices))
+        live.target = None
+        return [AttemptEnded(live.journal, live.journal.attempts, error)]
+
+    def _close(self, live: _Live, error: PhalanxError | None) -> list[Instruction]:
+        """End the request: well without an error. A running attempt is cancelled."""
+        journal = live.journal
+        out: list[Instruction] = []
+        if live.target is not None:
+            if error is not None:
+                cancel = shard_pb2.CancelAttempt(request_id=journal.request_id, attempt=journal.attempts)
+                out.append(CancelAttempt(live.target, cancel))
+            out += self._leave(live, "" if error is None else error.reason)
+        if error is None:
+            self.counters.finished += 1
+        else:
+            journal.fail(error)
+            self.counters.failed += error.reason != "CANCELLED"
+        del self._live[journal.request_id]
+        return [*out, Wake(journal)]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the books do not balance; run by tests and when idle."""
+        sent = _count(
+            (live.target.replica, len(live.journal.choices)) for live in self._live.values() if live.target
+        )
+        for replica, route in self.router.routes.items():
+            assert route.sent == sent.get(replica, 0), (
+                f"{replica}: {route.sent} sent, {sent.get(replica, 0)} live"
+            )
+        for live in self._live.values():
+            assert not live.journal.closed
+            assert (live.target is None) == (live.journal.attempt is None)
+
+
+def _count(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for name, number in pairs:
+        total[name] = total.get(name, 0) + number
+    return total

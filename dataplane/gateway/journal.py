@@ -1,0 +1,229 @@
+"""The journal of one live request: what its client has been promised, and what a replay needs.
+
+Owns: the delivered tokens of every choice, the current attempt, the model that the request is pinned to.
+Does not own: replicas and routing (`router`, `dispatcher`), the client's connection, clocks.
+
+The order is always: assign an index, journal, write. A token that is in the journal is never asked
+for again; a token that is not in it was never shown to anyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import shard_pb2, types_pb2
+
+Cursor = tuple[int, ...]
+"""The next output position wanted, per choice."""
+
+UNFINISHED = types_pb2.FINISH_REASON_UNSPECIFIED
+
+
+def format_cursor(cursor: Cursor) -> str:
+    """The cursor as clients see it: one number per choice, separated by dots."""
+    return ".".join(map(str, cursor))
+
+
+@dataclass(slots=True)
+class Choice:
+    """What has been journalled of one choice; the lists run in step, position by position."""
+
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[types_pb2.PositionLogprobs] = field(default_factory=list)
+    finish: types_pb2.FinishReason.ValueType = UNFINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive positions of one choice, ready to be written to a client."""
+
+    choice: int
+    index: int
+    token_ids: Sequence[int]
+    pieces: Sequence[str]
+    logprobs: Sequence[types_pb2.PositionLogprobs]
+    finish: types_pb2.FinishReason.ValueType
+    cursor: Cursor
+
+    @property
+    def text(self) -> str:
+        """The text of all its tokens."""
+        return "".join(self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The try that may append now."""
+
+    number: int
+    replica: str
+    epoch: int
+    model_hash: str
+    began_at: int  # tokens journalled when it began
+
+
+class Journal:
+    """A request from `template`: a Submit with everything but attempt, prior output and trace context.
+
+    `model` is the deployment that the client named.
+    """
+
+    def __init__(self, model: str, template: shard_pb2.Submit) -> None:
+        self.model = model
+        self.template = template
+        self.choices = [Choice() for _ in range(template.n)]
+        self.prompt_ids: Sequence[int] | None = None
+        self.model_hash = ""  # pinned at acceptance
+        self.replica = ""  # that accepted it last
+        self.attempts = 0
+        self.attempt: Attempt | None = None
+        self.fruitless = 0  # attempts lost in a row without a token
+        self.error: PhalanxError | None = None
+        self.duplicates = 0
+        self._eos: Sequence[int] = ()
+        self._max_model_len = 0
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.template.request_id
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a replica has tokenised and queued the request."""
+        return self.prompt_ids is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended well."""
+        return all(choice.finish != UNFINISHED for choice in self.choices)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be appended."""
+        return self.finished or self.error is not None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens journalled over all choices."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
+    @property
+    def usage(self) -> types_pb2.Usage:
+        """What the request has cost; replays count nothing twice."""
+        return types_pb2.Usage(prompt_tokens=len(self.prompt_ids or ()), completion_tokens=self.tokens)
+
+    @property
+    def start(self) -> Cursor:
+        """The cursor of a client that has seen nothing."""
+        return (0,) * len(self.choices)
+
+    # Attempts
+
+    def begin(self, replica: str, epoch: int, leader: shard_pb2.LeaderHello) -> shard_pb2.Submit:
+        """Start the next attempt on a replica; earlier ones may no longer append."""
+        assert not self.closed
+        assert self.attempt is None
+        self.attempts += 1
+        self.attempt = Attempt(self.attempts, replica, epoch, leader.model_hash, self.tokens)
+        self._eos, self._max_model_len = leader.eos_token_ids, leader.max_model_len
+        submit = shard_pb2.Submit()
+        submit.CopyFrom(self.template)
+        submit.attempt = self.attempts
+        submit.model_hash = self.model_hash
+        if self.prompt_ids is not None:
+            submit.token_ids.ids[:] = self.prompt_ids
+            for choice in self.choices:
+                submit.prior.add(token_ids=choice.token_ids, finished=choice.finish != UNFINISHED)
+        return submit
+
+    def is_current(self, attempt: int) -> bool:
+        """Whether an attempt may append."""
+        return self.attempt is not None and self.attempt.number == attempt
+
+    def accept(self, prompt_ids: Sequence[int]) -> None:
+        """The current attempt's replica has tokenised and queued the request."""
+        assert self.attempt is not None
+        self.replica = self.attempt.replica
+        if self.prompt_ids is None:
+            self.prompt_ids = tuple(prompt_ids)
+            self.model_hash = self.attempt.model_hash
+
+    def append(self, delta: shard_pb2.Delta) -> bool:
+        """Journal a delta of the current attempt. Positions that are known already are dropped.
+
+        Returns False, having journalled nothing, when the delta leaves a gap or is not well formed:
+        the attempt cannot be trusted further.
+        """
+        if delta.choice >= len(self.choices) or len(delta.pieces) != len(delta.token_ids):
+            return False
+        choice = self.choices[delta.choice]
+        known = len(choice.token_ids) - delta.index
+        if known < 0 or (delta.logprobs and len(delta.logprobs) != len(delta.token_ids)):
+            return False
+        self.duplicates += min(known, len(delta.token_ids))
+        if choice.finish != UNFINISHED:
+            return True
+        choice.token_ids += delta.token_ids[known:]
+        choice.pieces += delta.pieces[known:]
+        choice.logprobs += delta.logprobs[known:]
+        choice.finish = delta.finish_reason
+        if self.finished:
+            self.attempt = None
+        return True
+
+    def lose(self) -> None:
+        """The current attempt has died. Choices that need no further token end here."""
+        assert self.attempt is not None
+        self.fruitless = self.fruitless + 1 if self.tokens == self.attempt.began_at else 0
+        self.attempt = None
+        for choice in self.choices:
+            if choice.finish == UNFINISHED:
+                choice.finish = self._finish_known_here(choice)
+
+    def fail(self, error: PhalanxError) -> None:
+        """End the request with an error, unless it has ended."""
+        if not self.closed:
+            self.error = error
+        self.attempt = None
+
+    def _finish_known_here(self, choice: Choice) -> types_pb2.FinishReason.ValueType:
+        """The end that the tokens themselves tell; a replay with a budget of 0 must never be sent."""
+        stopping = self.template.stopping
+        stops = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else set(self._eos))
+        if choice.token_ids and choice.token_ids[-1] in stops:
+            return types_pb2.FINISH_REASON_STOP
+        fits = self._max_model_len - len(self.prompt_ids or ())
+        if self.accepted and len(choice.token_ids) >= (stopping.max_tokens or fits):
+            return types_pb2.FINISH_REASON_LENGTH
+        return UNFINISHED
+
+    # Clients
+
+    def read(self, cursor: Cursor) -> list[Chunk]:
+        """Everything from `cursor` on, one chunk per choice that has news; what piled up is one chunk.
+
+        A choice's finish comes with its last chunk. A client is past it when its cursor is one beyond
+        the last token, so that the finish, too, is delivered exactly once.
+        """
+        chunks = []
+        for number, choice in enumerate(self.choices):
+            begin = cursor[number]
+            end = len(choice.token_ids) + (choice.finish != UNFINISHED)
+            if end > begin:
+                cursor = (*cursor[:number], end, *cursor[number + 1 :])
+                chunks.append(
+                    Chunk(
+                        number,
+                        begin,
+                        choice.token_ids[begin:],
+                        choice.pieces[begin:],
+                        choice.logprobs[begin:],
+                        choice.finish,
+                        cursor,
+                    )
+                )
+        return chunks

@@ -1,0 +1,61 @@
+"""What `/metrics` tells. Counters live in the dispatcher and are read when they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dataplane.gateway.dispatcher import Dispatcher
+
+_HELP = {
+    "accepted": "Requests that a replica has accepted.",
+    "finished": "Requests whose every choice has ended well.",
+    "failed": "Requests that ended with an error.",
+    "cancelled": "Requests that their client ended early.",
+    "failovers": "Attempts after a request's first.",
+    "replayed_tokens": "Output tokens sent along with attempts after the first.",
+    "duplicate_tokens_dropped": "Tokens that arrived a second time.",
+    "stale_frames_dropped": "Frames and their parts of an epoch or attempt that is over.",
+}
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics(Collector):
+    """One registry per gateway; nothing global."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self.first_token = Histogram(
+            "phalanx_first_token_seconds",
+            "From request to first token.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.request = Histogram(
+            "phalanx_request_seconds", "From request to its end.", buckets=_SECONDS, registry=self._registry
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        """The dispatcher's books as metrics."""
+        for field in dataclasses.fields(self._dispatcher.counters):
+            value = getattr(self._dispatcher.counters, field.name)
+            yield CounterMetricFamily(f"phalanx_{field.name}", _HELP[field.name], value=value)
+        yield GaugeMetricFamily(
+            "phalanx_live_requests", "Requests not ended yet.", value=self._dispatcher.live
+        )
+        load = GaugeMetricFamily(
+            "phalanx_replica_load", "Choices known to be on a replica.", labels=["replica"]
+        )
+        for name, route in self._dispatcher.router.routes.items():
+            load.add_metric([name], route.busy)
+        yield load
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)

@@ -1,0 +1,105 @@
+"""Which replica takes the next attempt.
+
+Owns: the replicas with an open stream, their last reported load, and what was sent to them since.
+Does not own: requests (`journal`), streams (`replica_stream`), which replicas exist (`targets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from controlplane.state import ShardState, Snapshot
+from phalanx.v1 import shard_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A replica's leader in one epoch: where a stream should be open."""
+
+    replica: str
+    epoch: int
+    deployment: str
+    address: str
+
+
+def targets(snapshot: Snapshot, connected: Mapping[str, int]) -> dict[str, Target]:
+    """The streams that should be open, by replica. `connected` has the epochs of the open ones.
+
+    A leader is dialled once its shard is ready. A stream that is open already outlives the shard's
+    record, which goes with the worker's lease when the store has trouble: only a new epoch, a failure,
+    or the end of the replica closes it.
+    """
+    wanted = {}
+    for name, assigned in snapshot.replicas.items():
+        leader = snapshot.shard(name, 0)
+        is_connected = connected.get(name) == assigned.epoch
+        if is_connected if leader is None else leader.state is ShardState.READY:
+            assignment = assigned.assignment
+            address = assignment.members[0].address
+            wanted[name] = Target(name, assigned.epoch, assignment.deployment.name, address)
+    return wanted
+
+
+@dataclass(slots=True)
+class Route:
+    """A replica with an open stream."""
+
+    target: Target
+    leader: shard_pb2.LeaderHello
+    load: int = 0  # choices running and waiting, as last reported
+    sent: int = 0  # choices that this gateway has there now
+    picks: int = 0
+
+    @property
+    def busy(self) -> int:
+        """Choices known to be there: reports trail what was just sent."""
+        return max(self.load, self.sent)
+
+
+class Router:
+    """Picks the least loaded replica; among equals the one picked least often."""
+
+    def __init__(self) -> None:
+        self.routes: dict[str, Route] = {}
+
+    @property
+    def connected(self) -> dict[str, int]:
+        """The epoch of every open stream, by replica."""
+        return {name: route.target.epoch for name, route in self.routes.items()}
+
+    def add(self, target: Target, leader: shard_pb2.LeaderHello) -> None:
+        """A stream has opened."""
+        self.routes[target.replica] = Route(target, leader)
+
+    def remove(self, target: Target) -> None:
+        """A stream has closed."""
+        route = self.routes.get(target.replica)
+        if route is not None and route.target.epoch == target.epoch:
+            del self.routes[target.replica]
+
+    def report(self, replica: str, load: shard_pb2.Load) -> None:
+        """A frame has told the replica's load."""
+        if route := self.routes.get(replica):
+            route.load = load.running + load.waiting
+
+    def pick(self, deployment: str, model_hash: str) -> Route | None:
+        """The best replica of a deployment, of the very model `model_hash` where it is not empty."""
+        routes = [
+            route
+            for route in self.routes.values()
+            if route.target.deployment == deployment and model_hash in ("", route.leader.model_hash)
+        ]
+        return min(routes, key=lambda route: (route.busy, route.picks, route.target.replica), default=None)
+
+    def sent(self, replica: str, choices: int) -> None:
+        """An attempt was submitted."""
+        route = self.routes[replica]
+        route.sent += choices
+        route.picks += 1
+
+    def ended(self, replica: str, epoch: int, choices: int) -> None:
+        """An attempt is over."""
+        route = self.routes.get(replica)
+        if route is not None and route.target.epoch == epoch:
+            route.sent -= choices
