@@ -206,9 +206,9 @@ class Gateway:
                 },
             )
         if live.root is not None:
-            failover = (
-                {"failover.reason": submit.after, "replay.from_token": journal.tokens} if submit.after else {}
-            )
+            failover: dict[str, str | int] = {}
+            if submit.after:
+                failover = {"failover.reason": submit.after, "replay.from_token": journal.tokens}
             live.attempt = telemetry.start_span(
                 "attempt",
                 parent=live.root,

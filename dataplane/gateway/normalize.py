@@ -1,0 +1,87 @@
+"""From what a client asked to a journal: checks, and a value for everything it left out."""
+
+from __future__ import annotations
+
+import math
+import secrets
+
+from dataplane.gateway.journal import Journal
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import inference_pb2, shard_pb2
+
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_ID = 128
+DEFAULT_MAX_TOKENS = 16
+
+
+def journal_for(request: inference_pb2.GenerateRequest) -> Journal:
+    """A new journal for a request. Raises PhalanxError naming the parameter that is wrong.
+
+    Limits that only the model's replica knows (context length, vocabulary) are checked there.
+    """
+    submit = shard_pb2.Submit(
+        request_id=request.request_id or f"req-{secrets.token_hex(12)}", n=request.n or 1
+    )
+    if len(submit.request_id) > MAX_ID:
+        raise _invalid("request_id", f"must have at most {MAX_ID} characters")
+    if not request.model:
+        raise _invalid("model", "must name a model")
+    if submit.n > MAX_CHOICES:
+        raise _invalid("n", f"must be at most {MAX_CHOICES}")
+    _copy_prompt(request, submit)
+    _copy_sampling(request, submit)
+    _copy_stopping(request, submit)
+    if request.HasField("logprobs"):
+        if request.logprobs > MAX_LOGPROBS:
+            raise _invalid("logprobs", f"must be at most {MAX_LOGPROBS}")
+        submit.logprobs = request.logprobs
+    return Journal(request.model, submit)
+
+
+def _copy_prompt(request: inference_pb2.GenerateRequest, submit: shard_pb2.Submit) -> None:
+    match request.WhichOneof("prompt"):
+        case "text":
+            submit.text = request.text
+            empty = not request.text
+        case "token_ids":
+            submit.token_ids.CopyFrom(request.token_ids)
+            empty = not request.token_ids.ids
+        case "chat":
+            submit.chat.CopyFrom(request.chat)
+            empty = not request.chat.messages
+        case _:
+            empty = True
+    if empty:
+        raise PhalanxError("EMPTY_PROMPT", "the prompt is empty", param="prompt")
+
+
+def _copy_sampling(request: inference_pb2.GenerateRequest, submit: shard_pb2.Submit) -> None:
+    given, sampling = request.sampling, submit.sampling
+    sampling.temperature = given.temperature if given.HasField("temperature") else 1.0
+    sampling.top_k = given.top_k
+    sampling.top_p = given.top_p if given.HasField("top_p") else 1.0
+    sampling.min_p = given.min_p
+    sampling.seed = given.seed if given.HasField("seed") else secrets.randbits(63)
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise _invalid("temperature", "must be 0 or greater")
+    if not 0 < sampling.top_p <= 1:
+        raise _invalid("top_p", "must be greater than 0 and at most 1")
+    if not 0 <= sampling.min_p <= 1:
+        raise _invalid("min_p", "must be between 0 and 1")
+
+
+def _copy_stopping(request: inference_pb2.GenerateRequest, submit: shard_pb2.Submit) -> None:
+    given, stopping = request.stopping, submit.stopping
+    stopping.CopyFrom(given)
+    if not given.HasField("max_tokens"):
+        stopping.max_tokens = 0 if request.WhichOneof("prompt") == "chat" else DEFAULT_MAX_TOKENS
+    elif given.max_tokens == 0:
+        raise _invalid("max_tokens", "must be at least 1")
+    if len(given.stop) > MAX_STOPS or not all(given.stop):
+        raise _invalid("stop", f"must be at most {MAX_STOPS} texts, none of them empty")
+
+
+def _invalid(param: str, rule: str) -> PhalanxError:
+    return PhalanxError("INVALID_ARGUMENT", f"{param} {rule}", param=param)

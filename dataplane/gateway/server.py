@@ -1,0 +1,160 @@
+"""InferenceService: gRPC in front of the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from controlplane.state import Snapshot
+from dataplane.gateway.gateway import Gateway
+from dataplane.gateway.journal import Chunk, Journal, format_cursor
+from dataplane.gateway.normalize import journal_for
+from dataplane.gateway.router import Router
+from phalanx.runtime import rpc
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import inference_pb2, inference_pb2_grpc
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """Each method's contract is in protos/phalanx/v1/inference.proto."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    # Handlers write to their context rather than yield: a client that leaves then cancels the handler
+    # where it stands, and its request with it, instead of leaving a generator to be collected.
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        """Stream one request."""
+        try:
+            async with aclosing(
+                self._events(request, context.time_remaining(), _traceparent(context))
+            ) as events:
+                async for event in events:
+                    await context.write(event)
+        except PhalanxError as error:
+            await rpc.abort(context, error)
+
+    async def Converse(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[inference_pb2.ConverseRequest], context: Context
+    ) -> None:
+        """Stream many requests; the call ends when the client has half-closed and all have ended."""
+        # Bounded: a client that does not read holds up its own requests' writers, not the gateway.
+        outbox: asyncio.Queue[inference_pb2.ConverseResponse | None] = asyncio.Queue(64)
+        timeout_s, parent = context.time_remaining(), _traceparent(context)
+
+        async def answer(request: inference_pb2.GenerateRequest) -> None:
+            try:
+                if not request.request_id:
+                    raise PhalanxError("INVALID_ARGUMENT", "request_id must be set on a Converse stream")
+                async with aclosing(self._events(request, timeout_s, parent)) as events:
+                    async for event in events:
+                        response = inference_pb2.ConverseResponse(request_id=request.request_id, event=event)
+                        await outbox.put(response)
+            except PhalanxError as error:
+                failed = inference_pb2.ConverseResponse(
+                    request_id=request.request_id, error=rpc.to_message(error)
+                )
+                await outbox.put(failed)
+
+        async def listen() -> None:
+            own: set[str] = set()
+            async with asyncio.TaskGroup() as answers:
+                async for command in request_iterator:
+                    if command.WhichOneof("command") == "generate":
+                        own.add(command.generate.request_id)
+                        answers.create_task(answer(command.generate))
+                    elif command.cancel.request_id in own:
+                        self._gateway.cancel(command.cancel.request_id)
+            await outbox.put(None)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(listen())
+            while (response := await outbox.get()) is not None:
+                await context.write(response)
+
+    async def Cancel(
+        self, request: inference_pb2.CancelRequest, context: Context
+    ) -> inference_pb2.CancelResponse:
+        """End a request of this gateway early."""
+        return inference_pb2.CancelResponse(found=self._gateway.cancel(request.request_id))
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        """One model per deployment."""
+        return inference_pb2.ListModelsResponse(
+            models=models(self._gateway.snapshot, self._gateway.dispatcher.router)
+        )
+
+    async def _events(
+        self, request: inference_pb2.GenerateRequest, timeout_s: float | None, parent: str
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+        journal = journal_for(request)
+        async with self._gateway.request(journal, timeout_s=timeout_s, parent=parent) as live:
+            await live.accepted()
+            yield _started(journal)
+            async for chunk in live.chunks():
+                yield _chunk(journal, chunk)
+                cursor = format_cursor(chunk.cursor)
+            finished = inference_pb2.Finished(usage=journal.usage)
+            yield inference_pb2.GenerateResponse(
+                request_id=journal.request_id, cursor=cursor, finished=finished
+            )
+
+
+def models(snapshot: Snapshot, router: Router) -> list[inference_pb2.Model]:
+    """What can be named in a request, with the replicas that this gateway reaches."""
+    routes = list(router.routes.values())
+    found = []
+    for name, deployment in sorted(snapshot.deployments.items()):
+        mine = [route for route in routes if route.target.deployment == name]
+        found.append(
+            inference_pb2.Model(
+                name=name,
+                ready_replicas=len(mine),
+                max_model_len=max((route.leader.max_model_len for route in mine), default=0),
+                created_unix_s=int(deployment.created_at),
+            )
+        )
+    return found
+
+
+def _started(journal: Journal) -> inference_pb2.GenerateResponse:
+    return inference_pb2.GenerateResponse(
+        request_id=journal.request_id,
+        cursor=format_cursor(journal.start),
+        started=inference_pb2.Started(
+            model=journal.model,
+            seed=journal.template.sampling.seed,
+            prompt_tokens=len(journal.prompt_ids or ()),
+        ),
+    )
+
+
+def _chunk(journal: Journal, chunk: Chunk) -> inference_pb2.GenerateResponse:
+    return inference_pb2.GenerateResponse(
+        request_id=journal.request_id,
+        cursor=format_cursor(chunk.cursor),
+        chunk=inference_pb2.Chunk(
+            choice=chunk.choice,
+            index=chunk.index,
+            token_ids=chunk.token_ids,
+            text=chunk.text,
+            logprobs=chunk.logprobs,
+            finish_reason=chunk.finish,
+        ),
+    )
+
+
+def _traceparent(context: Context) -> str:
+    metadata: Any = context.invocation_metadata() or ()
+    return next((str(value) for key, value in metadata if key == "traceparent"), "")
