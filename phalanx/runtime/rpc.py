@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Protocol
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from phalanx.runtime.errors import DOMAIN, PhalanxError
@@ -120,3 +120,10 @@ def to_message(error: PhalanxError) -> types_pb2.Error:
 def from_message(message: types_pb2.Error) -> PhalanxError:
     """The error that a frame carries."""
     return PhalanxError(message.reason, message.message)
+
+
+async def set_serving(health: Health, services: Sequence[str], serving: bool = True) -> None:
+    """Tell grpc.health.v1 clients whether these services (full names; "" is the process) serve."""
+    status = health_pb2.HealthCheckResponse
+    for service in services:
+        await health.set(service, status.SERVING if serving else status.NOT_SERVING)

@@ -1,0 +1,88 @@
+"""The gateway process: `python -m dataplane.gateway.main`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import uuid
+
+import click
+from aiohttp import web
+
+from controlplane.etcd import EtcdStore
+from controlplane.state import GatewayRecord, Keys, encode
+from dataplane.gateway.gateway import Gateway
+from dataplane.gateway.http import application
+from dataplane.gateway.server import SERVICE, InferenceService
+from dataplane.registration import Registration
+from phalanx.runtime import logs, ready, rpc, telemetry
+from phalanx.v1 import inference_pb2_grpc
+
+log = logging.getLogger(__name__)
+_GRACE_S = 1.0
+
+
+async def serve(
+    etcd: list[str], grpc_address: str, http_address: str, name: str, cluster: str, ready_fd: int | None
+) -> None:
+    """Serve clients until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    keys, incarnation = Keys(cluster), uuid.uuid4().hex
+    store = EtcdStore(etcd)
+    gateway = Gateway(name, incarnation, store, keys)
+
+    server = rpc.server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
+    health = rpc.add_health_and_reflection(server, [SERVICE])
+    grpc_bound = rpc.bind(server, grpc_address)
+    runner = web.AppRunner(application(gateway), handler_cancellation=True, access_log=None)
+    await runner.setup()
+    http_host, _, http_port = http_address.rpartition(":")
+    site = web.TCPSite(runner, http_host, int(http_port), shutdown_timeout=_GRACE_S)
+    await site.start()
+    http_url = f"http://{http_host}:{runner.addresses[0][1]}"
+    record = GatewayRecord(name, incarnation, socket.gethostname(), grpc_bound, http_url, os.getpid())
+    registration = Registration(store, keys, keys.gateway(name), encode(record))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(gateway.run()), group.create_task(registration.run())]
+            await server.start()
+            await rpc.set_serving(health, ["", SERVICE])
+            ready.announce(ready_fd, {"grpc": grpc_bound, "http": http_url})
+            log.info("serving", extra={"grpc": grpc_bound, "http": http_url})
+            await stop.wait()
+            log.info("stopping")
+            await registration.close()
+            await server.stop(_GRACE_S)
+            await runner.cleanup()
+            for task in tasks:
+                task.cancel()
+    finally:
+        await store.close()
+        telemetry.shutdown()
+
+
+@click.command()
+@click.option("--etcd", required=True, help="Endpoints of etcd: host:port, separated by commas.")
+@click.option("--grpc", "grpc_address", default="127.0.0.1:0", show_default=True, help="Where to serve gRPC.")
+@click.option("--http", "http_address", default="127.0.0.1:0", show_default=True, help="Where to serve HTTP.")
+@click.option("--name", default="gateway-0", show_default=True, help="This gateway's name.")
+@click.option("--cluster", default="default", show_default=True, help="The cluster's name in the store.")
+@click.option("--ready-fd", type=int, help="Inherited descriptor to announce the addresses on.")
+def main(
+    etcd: str, grpc_address: str, http_address: str, name: str, cluster: str, ready_fd: int | None
+) -> None:
+    """Run a gateway."""
+    logs.setup("gateway", name)
+    telemetry.setup("gateway", name)
+    asyncio.run(serve(etcd.split(","), grpc_address, http_address, name, cluster, ready_fd))
+
+
+if __name__ == "__main__":
+    main()

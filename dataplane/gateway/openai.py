@@ -1,0 +1,276 @@
+"""The OpenAI-shaped JSON: requests into GenerateRequest, chunks into completion objects.
+
+Field names are those of the OpenAI API reference; beside them stand `top_k`, `min_p`, `ignore_eos`,
+`stop_token_ids` and `return_token_ids`, as other servers of open models name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from dataplane.gateway.journal import Chunk
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import inference_pb2, types_pb2
+
+Json = dict[str, Any]
+
+_FINISH = {
+    types_pb2.FINISH_REASON_UNSPECIFIED: None,
+    types_pb2.FINISH_REASON_STOP: "stop",
+    types_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What to add to a stream."""
+
+    include_usage: bool = False
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag="text"):
+    """A part of a message's content."""
+
+    text: str
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """One message of a conversation."""
+
+    role: str
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    user: str | None = None
+    # Known, and refused unless they change nothing.
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+
+class CompletionRequest(_Common, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class ChatRequest(_Common, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+
+def parse(body: bytes, shape: type[CompletionRequest] | type[ChatRequest]) -> CompletionRequest | ChatRequest:
+    """The request in a body. Raises PhalanxError that says what is wrong with it."""
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PhalanxError("INVALID_ARGUMENT", f"the body is not a valid request: {error}") from error
+
+
+def to_generate(request: CompletionRequest | ChatRequest) -> inference_pb2.GenerateRequest:
+    """The request as the gateway's own. Raises PhalanxError for what is not supported or out of range."""
+    _refuse_unsupported(request)
+    out = inference_pb2.GenerateRequest(model=request.model)
+    try:
+        _copy_prompt(request, out)
+        _copy_parameters(request, out)
+    except (ValueError, TypeError) as error:  # protobuf checks the range of every number
+        raise PhalanxError("INVALID_ARGUMENT", f"a number is out of range: {error}") from error
+    return out
+
+
+def _refuse_unsupported(request: CompletionRequest | ChatRequest) -> None:
+    refused: Json = {
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "logit_bias": request.logit_bias,
+    }
+    if isinstance(request, CompletionRequest):
+        best_of = request.best_of if request.best_of != (request.n or 1) else None
+        refused |= {"echo": request.echo, "best_of": best_of, "suffix": request.suffix}
+    for name, value in refused.items():
+        if value:
+            raise PhalanxError("UNSUPPORTED", f"{name} is not supported", param=name)
+
+
+def _copy_prompt(request: CompletionRequest | ChatRequest, out: inference_pb2.GenerateRequest) -> None:
+    if isinstance(request, ChatRequest):
+        for message in request.messages:
+            content = message.content
+            text = content if isinstance(content, str) else "".join(part.text for part in content)
+            out.chat.messages.add(role=message.role, content=text)
+        out.chat.SetInParent()
+        return
+    prompt: Any = request.prompt
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > 1:
+            raise PhalanxError("UNSUPPORTED", "one prompt per request; send several requests", param="prompt")
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        out.text = prompt
+    else:
+        out.token_ids.ids[:] = prompt
+        out.token_ids.SetInParent()
+
+
+def _copy_parameters(request: CompletionRequest | ChatRequest, out: inference_pb2.GenerateRequest) -> None:
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+        if (value := getattr(request, name)) is not None:
+            setattr(out.sampling, name, value)
+    max_tokens = request.max_tokens
+    if isinstance(request, ChatRequest):
+        if request.max_completion_tokens is not None:
+            max_tokens = request.max_completion_tokens
+        if request.logprobs:
+            out.logprobs = request.top_logprobs or 0
+    elif request.logprobs is not None:
+        out.logprobs = request.logprobs
+    if max_tokens is not None:
+        out.stopping.max_tokens = max_tokens
+    if request.n is not None:
+        if request.n < 1:
+            raise PhalanxError("INVALID_ARGUMENT", "n must be at least 1", param="n")
+        out.n = request.n
+    out.stopping.stop[:] = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    out.stopping.stop_token_ids[:] = request.stop_token_ids
+    out.stopping.ignore_eos = request.ignore_eos
+
+
+class Shape:
+    """Builds the answer's objects for one request: `chunk` while streaming, `whole` at the end."""
+
+    def __init__(self, request: CompletionRequest | ChatRequest, request_id: str, created: int) -> None:
+        self._chat = isinstance(request, ChatRequest)
+        self._wants_ids = request.return_token_ids
+        self._wants_logprobs = request.logprobs is not None and request.logprobs is not False
+        self._include_usage = bool(request.stream_options and request.stream_options.include_usage)
+        prefix = "chatcmpl" if self._chat else "cmpl"
+        self._head: Json = {"id": f"{prefix}-{request_id}", "created": created, "model": request.model}
+        self._offsets: dict[int, int] = {}
+
+    def chunk(self, chunk: Chunk) -> Json:
+        """One event of a stream."""
+        choice: Json = {"index": chunk.choice}
+        if self._chat:
+            first = {"role": "assistant"} if chunk.index == 0 else {}
+            choice["delta"] = {**first, "content": chunk.text}
+        else:
+            choice["text"] = chunk.text
+        choice["finish_reason"] = _FINISH[chunk.finish]
+        choice["logprobs"] = self._logprobs(chunk)
+        if self._wants_ids:
+            choice["token_ids"] = list(chunk.token_ids)
+        event = self._event([choice])
+        if self._include_usage:
+            event["usage"] = None
+        return event
+
+    def last(self, usage: types_pb2.Usage) -> Json | None:
+        """The event after the last token: usage, where the client asked for it."""
+        return {**self._event([]), "usage": usage_json(usage)} if self._include_usage else None
+
+    def whole(self, chunks: Sequence[Chunk], usage: types_pb2.Usage) -> Json:
+        """The answer in one piece. `chunks` has every choice's tokens, in any cut."""
+        choices: dict[int, Json] = {}
+        for chunk in chunks:
+            choice = choices.setdefault(chunk.choice, {"index": chunk.choice, "text": "", "token_ids": []})
+            choice["text"] += chunk.text
+            choice["token_ids"] += chunk.token_ids
+            choice["finish_reason"] = _FINISH[chunk.finish]
+            choice["logprobs"] = _merge(choice.get("logprobs"), self._logprobs(chunk))
+        for choice in choices.values():
+            if not self._wants_ids:
+                del choice["token_ids"]
+            if self._chat:
+                choice["message"] = {"role": "assistant", "content": choice.pop("text")}
+        whole = self._event([choices[number] for number in sorted(choices)])
+        whole["object"] = "chat.completion" if self._chat else "text_completion"
+        return {**whole, "usage": usage_json(usage)}
+
+    def _event(self, choices: list[Json]) -> Json:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices}
+
+    def _logprobs(self, chunk: Chunk) -> Json | None:
+        if not self._wants_logprobs:
+            return None
+        if self._chat:
+            content = [
+                {
+                    **_chat_logprob(position.chosen),
+                    "top_logprobs": [_chat_logprob(top) for top in position.top],
+                }
+                for position in chunk.logprobs
+            ]
+            return {"content": content}
+        offset = self._offsets.get(chunk.choice, 0)
+        offsets = []
+        for piece in chunk.pieces:
+            offsets.append(offset)
+            offset += len(piece)
+        self._offsets[chunk.choice] = offset
+        return {
+            "tokens": [position.chosen.text for position in chunk.logprobs],
+            "token_logprobs": [position.chosen.logprob for position in chunk.logprobs],
+            "top_logprobs": [{top.text: top.logprob for top in position.top} for position in chunk.logprobs],
+            "text_offset": offsets,
+        }
+
+
+def usage_json(usage: types_pb2.Usage) -> Json:
+    """The usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def error_json(error: PhalanxError) -> Json:
+    """The error object."""
+    kind = "invalid_request_error" if error.http_status < 500 else "server_error"
+    return {
+        "error": {
+            "message": error.message,
+            "type": kind,
+            "param": error.param,
+            "code": error.reason.lower(),
+            "retryable": error.retryable,
+        }
+    }
+
+
+def _chat_logprob(token: types_pb2.TokenLogprob) -> Json:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
+
+
+def _merge(before: Json | None, after: Json | None) -> Json | None:
+    if before is None or after is None:
+        return after
+    return {name: before[name] + after[name] for name in before}

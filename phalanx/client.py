@@ -1,0 +1,96 @@
+"""The Python client: streams completions from a gateway over gRPC.
+
+async with Client("127.0.0.1:8001") as client:
+    async for event in client.generate("demo", "def main(", max_tokens=64):
+        print(event.chunk.text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from phalanx.runtime import rpc
+from phalanx.v1 import inference_pb2, inference_pb2_grpc, types_pb2
+
+
+class Client:
+    """A connection to one gateway. Failures raise `phalanx.runtime.errors.PhalanxError`."""
+
+    def __init__(self, target: str) -> None:
+        self._channel = rpc.channel(target)
+        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every call and the connection."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        model: str,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        n: int = 1,
+        logprobs: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Stream the completion of a text or of token ids: Started, Chunks, Finished.
+
+        Parameters left out take the defaults that types.proto documents.
+        """
+        request = inference_pb2.GenerateRequest(
+            model=model,
+            sampling=types_pb2.Sampling(
+                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+            ),
+            stopping=types_pb2.Stopping(max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos),
+            n=n,
+            logprobs=logprobs,
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids[:] = prompt
+            request.token_ids.SetInParent()
+        async for event in self.stream(request, timeout_s=timeout_s):
+            yield event
+
+    async def stream(
+        self, request: inference_pb2.GenerateRequest, *, timeout_s: float | None = None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Stream any request; leaving the loop early cancels it."""
+        call = self._stub.Generate(request, timeout=timeout_s)
+        try:
+            async for event in call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise rpc.to_error(error) from error
+        finally:
+            call.cancel()
+
+    async def models(self) -> list[inference_pb2.Model]:
+        """The models that can be named in a request."""
+        try:
+            response = await self._stub.ListModels(inference_pb2.ListModelsRequest())
+        except grpc.aio.AioRpcError as error:
+            raise rpc.to_error(error) from error
+        return list(response.models)
