@@ -6,7 +6,7 @@ text, values are bytes. Every write has a revision that grows by at least one.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,11 +102,12 @@ class Store(Protocol):
         """Do all of `then` if all of `when` holds: the revision, or None when it does not hold."""
         ...
 
-    def watch(self, prefix: str) -> AsyncIterator[Change]:
+    def watch(self, prefix: str) -> AsyncGenerator[Change, None]:
         """The listing now (every entry in `changed`), then each change, without end and without gaps.
 
         Survives broken connections (resumes after the last revision) and compaction (lists again and
         yields the difference). While the store is away it yields nothing: what was known stays known.
+        Close it (`contextlib.aclosing`) when leaving before the task ends.
         """
         ...
 
