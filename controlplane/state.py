@@ -91,6 +91,15 @@ class AssignmentRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadyRecord:
+    """The epoch of a replica that was ready last, and since when."""
+
+    replica: str
+    epoch: int
+    ready_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class ShardRecord:
     """What one shard of one epoch is doing."""
 
@@ -123,6 +132,7 @@ Record = (
     | GatewayRecord
     | MemberRecord
     | AssignmentRecord
+    | ReadyRecord
     | ShardRecord
     | LeaderRecord
 )
@@ -204,6 +214,10 @@ class Keys:
         """A replica's assignment."""
         return f"{self.root}replicas/{replica}/assignment"
 
+    def ready(self, replica: str) -> str:
+        """The epoch of a replica that was ready last."""
+        return f"{self.root}replicas/{replica}/ready"
+
     def shard(self, replica: str, rank: int) -> str:
         """A shard's status."""
         return f"{self.root}replicas/{replica}/shards/{rank}"
@@ -228,6 +242,7 @@ class Snapshot:
     replicas: Mapping[str, Assigned] = field(default_factory=dict)
     shards: Mapping[tuple[str, int], ShardRecord] = field(default_factory=dict)
     leader: LeaderRecord | None = None
+    ready: Mapping[str, ReadyRecord] = field(default_factory=dict)
 
     @staticmethod
     def of(listing: Listing, keys: Keys) -> Snapshot:
@@ -238,6 +253,7 @@ class Snapshot:
         replicas: dict[str, Assigned] = {}
         shards: dict[tuple[str, int], ShardRecord] = {}
         leader: LeaderRecord | None = None
+        ready: dict[str, ReadyRecord] = {}
         for key, entry in listing.entries.items():
             match key.removeprefix(keys.root).split("/"):
                 case ["deployments", name]:
@@ -248,6 +264,8 @@ class Snapshot:
                     gateways[name] = decode(GatewayRecord, entry.value)
                 case ["replicas", name, "assignment"]:
                     replicas[name] = Assigned(entry.mod_revision, decode(AssignmentRecord, entry.value))
+                case ["replicas", name, "ready"]:
+                    ready[name] = decode(ReadyRecord, entry.value)
                 case ["replicas", name, "shards", rank]:
                     shards[name, int(rank)] = decode(ShardRecord, entry.value)
                 case ["controller", "leader"]:
@@ -260,6 +278,7 @@ class Snapshot:
             MappingProxyType(replicas),
             MappingProxyType(shards),
             leader,
+            MappingProxyType(ready),
         )
 
     def shard(self, replica: str, rank: int) -> ShardRecord | None:
