@@ -34,7 +34,7 @@ class Client:
 
     async def close(self) -> None:
         """End every call and the connection."""
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def generate(
         self,

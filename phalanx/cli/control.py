@@ -1,0 +1,67 @@
+"""Calls from commands to a controller or a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from phalanx.cli import cluster
+from phalanx.cli.failure import FAILED, NOT_FOUND, UNREACHABLE, Failure
+
+T = TypeVar("T")
+DEADLINE_S = 10.0
+
+
+def controller_of(state_dir: Path, override: str | None) -> str:
+    """host:port of the controller. Raises Failure where the state directory names none."""
+    return override or _cluster(state_dir).controller
+
+
+def gateway_of(state_dir: Path, override: str | None) -> str:
+    """host:port of a gateway's gRPC server. Raises Failure where the state directory names none."""
+    return override or _cluster(state_dir).grpc
+
+
+def _cluster(state_dir: Path) -> cluster.Cluster:
+    found = cluster.read(state_dir)
+    if found is None:
+        raise Failure(f"nothing is running in {state_dir}; start it with `phalanx up`", UNREACHABLE)
+    return found
+
+
+def call(target: str, use: Callable[[Any], Awaitable[T]]) -> T:
+    """Run `use` with a ControlService stub on `target`; what the controller refuses is a Failure."""
+
+    async def connected() -> T:
+        from phalanx.runtime import rpc
+        from phalanx.v1 import control_pb2_grpc
+
+        async with rpc.channel(target) as channel:
+            return await use(control_pb2_grpc.ControlServiceStub(channel))
+
+    return run(target, connected())
+
+
+def run(target: str, work: Any) -> Any:
+    """Run a coroutine that speaks with `target`; a failed call is a Failure."""
+    import grpc
+
+    try:
+        return asyncio.run(work)
+    except grpc.aio.AioRpcError as error:
+        raise refusal(target, error) from error
+
+
+def refusal(target: str, error: Any) -> Failure:
+    """What a failed call means to the person who made it."""
+    import grpc
+
+    match error.code():
+        case grpc.StatusCode.NOT_FOUND:
+            return Failure(error.details(), NOT_FOUND)
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Failure(f"no answer from {target}: {error.details()}", UNREACHABLE)
+        case _:
+            return Failure(error.details() or error.code().name, FAILED)

@@ -1,0 +1,35 @@
+"""The lock that a running cluster holds on its state directory. The kernel frees it at any death."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+FILE = "lock"
+
+
+def take(state_dir: Path) -> int | None:
+    """The locked descriptor, or None when a supervisor holds it. Children that inherit it hold it too."""
+    fd = os.open(state_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def sign(fd: int) -> None:
+    """Write this process's pid into the lock that it holds."""
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, str(os.getpid()).encode(), 0)
+
+
+def holder(state_dir: Path) -> int | None:
+    """The pid that last signed the lock, which may be gone."""
+    try:
+        text = (state_dir / FILE).read_text()
+    except FileNotFoundError:
+        return None
+    return int(text) if text else None

@@ -1,0 +1,35 @@
+"""Why a program ended, as far as its exit status and the end of its log say."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+_TAIL_BYTES = 16_384
+
+
+def exit_reason(name: str, code: int, path: Path) -> str:
+    """One sentence: how it ended and the last thing it said."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    said = last_words(path)
+    return f"{name} {how}" + (f": {said}" if said else "") + f" (log: {path})"
+
+
+def last_words(path: Path) -> str:
+    """The last line of a log; of a structured one the exception, or else the event."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(entry, dict):
+        return line
+    exception = str(entry.get("exception", "")).strip().splitlines()
+    return exception[-1] if exception else str(entry.get("event", entry.get("msg", line)))

@@ -1,0 +1,110 @@
+"""What a local cluster consists of, and how each of its programs is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CONTROLLER = "controller-0"
+GATEWAY = "gateway-0"
+ETCD = "etcd-0"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSpec:
+    """The shape of a local cluster. Ports of 0 are chosen by the programs."""
+
+    state_dir: str
+    workers: int
+    device: str = "cpu"
+    devices: int = 1
+    http_port: int = 0
+    grpc_port: int = 0
+    etcd: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The spec as one command line argument."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> LocalSpec:
+        """The spec in a command line argument."""
+        fields = json.loads(text)
+        return LocalSpec(**fields | {"etcd": tuple(fields["etcd"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One process of the cluster, started once every program in `after` has served.
+
+    Programs stop in the order of `stop_stage`; those of a stage stop together.
+    """
+
+    name: str
+    role: str
+    after: tuple[str, ...] = ()
+    stop_stage: int = 0
+
+
+Addresses = Mapping[str, str]
+
+
+def programs(spec: LocalSpec) -> tuple[Program, ...]:
+    """Every program of a cluster, in the order they start in."""
+    etcd = () if spec.etcd else (Program(ETCD, "etcd", stop_stage=3),)
+    after = tuple(program.name for program in etcd)
+    return (
+        *etcd,
+        Program(CONTROLLER, "controller", after, stop_stage=2),
+        *(Program(f"worker-{i}", "worker", after, stop_stage=1) for i in range(spec.workers)),
+        Program(GATEWAY, "gateway", after, stop_stage=0),
+    )
+
+
+def command(spec: LocalSpec, program: Program, known: Mapping[str, Addresses], ready_fd: int) -> list[str]:
+    """The command line of a program other than etcd.
+
+    `known` has what each program announced when it first served: a restarted one listens there again.
+    """
+    own = known.get(program.name, {})
+    etcd = spec.etcd or (known[ETCD]["grpc"],)
+    line = [sys.executable, "-P", "-m", _MODULES[program.role], "--etcd", ",".join(etcd), "--name", program.name]
+    if program.role == "gateway":
+        line += ["--grpc", own.get("grpc", f"127.0.0.1:{spec.grpc_port}")]
+        line += ["--http", own.get("http", f"127.0.0.1:{spec.http_port}").removeprefix("http://")]
+    else:
+        line += ["--listen", own.get("grpc", "127.0.0.1:0")]
+    if program.role == "worker":
+        index = int(program.name.rpartition("-")[2])
+        line += ["--device", "cpu" if spec.device == "cpu" else f"cuda:{index % spec.devices}"]
+    return [*line, "--ready-fd", str(ready_fd)]
+
+
+_MODULES = {
+    "controller": "controlplane.main",
+    "worker": "dataplane.shard.main",
+    "gateway": "dataplane.gateway.main",
+}
+
+
+def environment(spec: LocalSpec, base: Mapping[str, str], cores: int) -> dict[str, str]:
+    """What every program inherits: workers on CPUs share the cores instead of fighting for them."""
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // max(1, spec.workers)))} if spec.device == "cpu" else {}
+    return {**threads, **base, "PYTHONUNBUFFERED": "1", MARK: spec.state_dir}
+
+
+MARK = "PHALANX_LOCAL_CLUSTER"
+
+
+def log_path(spec: LocalSpec, name: str) -> Path:
+    """Where a program's output goes."""
+    return Path(spec.state_dir) / "logs" / f"{name}.log"
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))

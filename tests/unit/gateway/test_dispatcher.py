@@ -1,0 +1,278 @@
+"""The dispatcher under generated event orders: whatever breaks, every stream is exactly its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dataplane.gateway import dispatcher as instructions
+from dataplane.gateway.dispatcher import MAX_FRUITLESS_ATTEMPTS, PATIENCE_S, Dispatcher
+from dataplane.gateway.journal import Journal
+from dataplane.gateway.router import Target
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import shard_pb2, types_pb2
+
+LEADER = shard_pb2.LeaderHello(model_hash="m", max_model_len=1024)
+
+
+def journal(request_id: str, n: int = 1, max_tokens: int = 6) -> Journal:
+    stopping = types_pb2.Stopping(max_tokens=max_tokens)
+    return Journal("demo", shard_pb2.Submit(request_id=request_id, n=n, text="x", stopping=stopping))
+
+
+def token(request_id: str, choice: int, position: int) -> int:
+    """The model: what any replica generates here."""
+    return sum(request_id.encode()) * 7 + choice * 131 + position * 17
+
+
+@dataclass
+class FakeReplica:
+    """A leader that runs attempts as the real one would."""
+
+    target: Target
+    up: bool = False
+    step: int = 0
+    attempts: dict[tuple[str, int], shard_pb2.Submit] = field(default_factory=dict)
+    made: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # positions made per choice
+
+    def submit(self, message: shard_pb2.Submit) -> None:
+        key = (message.request_id, message.attempt)
+        self.attempts[key] = message
+        self.made[key] = [len(prior.token_ids) for prior in message.prior] or [0] * message.n
+
+    def frame(self, sizes: list[int]) -> shard_pb2.StepFrame:
+        """One step: every attempt moves on by up to `sizes` tokens per choice."""
+        self.step += 1
+        frame = shard_pb2.StepFrame(replica=self.target.replica, epoch=self.target.epoch, step=self.step)
+        frame.load.running = len(self.attempts)
+        for number, (key, submit) in enumerate(list(self.attempts.items())):
+            frame.accepted.add(request_id=key[0], attempt=key[1], prompt_ids=[1, 2, 3])
+            budget = submit.stopping.max_tokens
+            for choice, made in enumerate(self.made[key]):
+                size = min(sizes[(number + choice) % len(sizes)], budget - made)
+                if size <= 0:
+                    continue
+                ids = [token(key[0], choice, made + i) for i in range(size)]
+                frame.deltas.add(
+                    request_id=key[0], attempt=key[1], choice=choice, index=made, token_ids=ids,
+                    pieces=[f"{i} " for i in ids],
+                    finish_reason=types_pb2.FINISH_REASON_LENGTH if made + size == budget else 0,
+                )  # fmt: skip
+                self.made[key][choice] = made + size
+            if min(self.made[key]) == budget:
+                del self.attempts[key]
+        return frame
+
+
+class Cluster(RuleBasedStateMachine):
+    """Three replicas that come, go and repeat themselves, and clients that come and go."""
+
+    requests = Bundle("requests")
+
+    @initialize()
+    def start(self) -> None:
+        self.now = 0.0
+        self.dispatcher = Dispatcher()
+        self.replicas = {f"demo-{i}": FakeReplica(Target(f"demo-{i}", 1, "demo", "a:1")) for i in range(3)}
+        self.journals: dict[str, Journal] = {}
+        self.cancelled: set[str] = set()
+        self.past: list[tuple[Target, shard_pb2.StepFrame]] = []
+
+    def do(self, todo: list[instructions.Instruction]) -> None:
+        for instruction in todo:
+            match instruction:
+                case instructions.Submit(target, _, message, _):
+                    replica = self.replicas[target.replica]
+                    assert replica.up
+                    assert replica.target == target, "an attempt was sent to an epoch that is over"
+                    replica.submit(message)
+                case instructions.CancelAttempt(target, message):
+                    self.replicas[target.replica].attempts.pop((message.request_id, message.attempt), None)
+                case instructions.Distrust():
+                    raise AssertionError("an honest replica was distrusted")
+
+    @rule(target=requests, n=st.integers(1, 2), max_tokens=st.integers(1, 6))
+    def open(self, n: int, max_tokens: int) -> str:
+        request_id = f"r{len(self.journals)}"
+        self.journals[request_id] = journal(request_id, n, max_tokens)
+        self.do(self.dispatcher.open(self.journals[request_id], self.now))
+        return request_id
+
+    @rule(request_id=requests)
+    def cancel(self, request_id: str) -> None:
+        found, todo = self.dispatcher.cancel(request_id)
+        if found:
+            self.cancelled.add(request_id)
+        self.do(todo)
+
+    @rule(name=st.sampled_from(["demo-0", "demo-1", "demo-2"]))
+    def up(self, name: str) -> None:
+        replica = self.replicas[name]
+        if not replica.up:
+            replica.up = True
+            self.do(self.dispatcher.stream_up(replica.target, LEADER, self.now))
+
+    @rule(name=st.sampled_from(["demo-0", "demo-1", "demo-2"]), new_epoch=st.booleans())
+    def down(self, name: str, new_epoch: bool) -> None:
+        replica = self.replicas[name]
+        if not replica.up:
+            return
+        target = replica.target
+        epoch = target.epoch + new_epoch
+        self.replicas[name] = FakeReplica(Target(name, epoch, "demo", "a:1"), step=replica.step)
+        self.do(self.dispatcher.stream_down(target, "killed", self.now))
+
+    @rule(name=st.sampled_from(["demo-0", "demo-1", "demo-2"]), sizes=st.lists(st.integers(0, 3), min_size=1))
+    def step(self, name: str, sizes: list[int]) -> None:
+        replica = self.replicas[name]
+        if replica.up:
+            frame = replica.frame(sizes)
+            self.past.append((replica.target, frame))
+            self.do(self.dispatcher.frame(replica.target, frame, self.now))
+
+    @precondition(lambda self: self.past)
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        """A frame arrives again, from a stream that may be long gone."""
+        target, frame = data.draw(st.sampled_from(self.past))
+        self.do(self.dispatcher.frame(target, frame, self.now))
+
+    @rule(seconds=st.floats(0, 10))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.do(self.dispatcher.tick(self.now))
+
+    @invariant()
+    def every_journal_is_a_prefix_of_its_own_stream(self) -> None:
+        for request_id, live in self.journals.items():
+            for number, choice in enumerate(live.choices):
+                assert choice.token_ids == [
+                    token(request_id, number, i) for i in range(len(choice.token_ids))
+                ]
+
+    @invariant()
+    def the_books_balance(self) -> None:
+        self.dispatcher.check_integrity()
+
+    def teardown(self) -> None:
+        """When the faults stop, every stream that was not cancelled ends, whole or with a typed error."""
+        for _ in range(MAX_FRUITLESS_ATTEMPTS + 1):
+            for name in self.replicas:
+                self.up(name)
+                for _ in range(7):
+                    self.step(name, [1])
+        assert self.dispatcher.live == 0
+        for request_id, live in self.journals.items():
+            assert live.closed
+            if live.error is None:
+                assert all(
+                    len(choice.token_ids) == live.template.stopping.max_tokens for choice in live.choices
+                )
+            elif request_id in self.cancelled:
+                assert live.error.reason == "CANCELLED"
+            else:
+                assert live.error.reason in ("ATTEMPTS_EXHAUSTED", "NO_REPLICA")
+
+
+TestCluster = Cluster.TestCase
+TestCluster.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+UP = Target("demo-0", 1, "demo", "a:1")
+
+
+def test_a_live_id_cannot_be_taken_twice() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.open(journal("r"), 0.0)
+    with pytest.raises(PhalanxError) as caught:
+        dispatcher.open(journal("r"), 0.0)
+    assert caught.value.reason == "DUPLICATE_REQUEST"
+
+
+def test_a_request_waits_for_the_first_replica() -> None:
+    dispatcher = Dispatcher()
+    assert dispatcher.open(journal("r"), 0.0) == []
+    (submit,) = dispatcher.stream_up(UP, LEADER, 1.0)
+    assert isinstance(submit, instructions.Submit)
+
+
+def test_a_request_that_finds_no_replica_is_told_so() -> None:
+    dispatcher, request = Dispatcher(), journal("r")
+    dispatcher.open(request, 0.0)
+    dispatcher.tick(PATIENCE_S)
+    assert request.error is not None
+    assert request.error.reason == "NO_REPLICA"
+    assert request.error.retryable
+
+
+def test_a_deadline_ends_a_running_request_and_cancels_its_attempt() -> None:
+    dispatcher, request = Dispatcher(), journal("r")
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.open(request, 0.0, timeout_s=2.0)
+    assert dispatcher.tick(1.9) == []
+    assert any(isinstance(todo, instructions.CancelAttempt) for todo in dispatcher.tick(2.0))
+    assert request.error is not None
+    assert request.error.reason == "DEADLINE_EXCEEDED"
+
+
+def test_a_refusal_that_cannot_be_retried_ends_the_request() -> None:
+    dispatcher, request = Dispatcher(), journal("r")
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.open(request, 0.0)
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    frame.failed.add(request_id="r", attempt=1, error=types_pb2.Error(reason="PROMPT_TOO_LONG", message="no"))
+    dispatcher.frame(UP, frame, 0.0)
+    assert request.error is not None
+    assert request.error.reason == "PROMPT_TOO_LONG"
+
+
+def test_a_request_that_kills_replicas_is_given_up() -> None:
+    dispatcher, request = Dispatcher(), journal("r")
+    dispatcher.open(request, 0.0)
+    for epoch in range(1, MAX_FRUITLESS_ATTEMPTS + 1):
+        target = Target("demo-0", epoch, "demo", "a:1")
+        dispatcher.stream_up(target, LEADER, 0.0)
+        dispatcher.stream_down(target, "engine died", 0.0)
+    assert request.error is not None
+    assert request.error.reason == "ATTEMPTS_EXHAUSTED"
+
+
+def test_a_replay_goes_only_to_the_very_same_model() -> None:
+    dispatcher, request = Dispatcher(), journal("r")
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.open(request, 0.0)
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    frame.accepted.add(request_id="r", attempt=1, prompt_ids=[1])
+    dispatcher.frame(UP, frame, 0.0)
+    other = Target("demo-1", 1, "demo", "a:2")
+    dispatcher.stream_up(other, shard_pb2.LeaderHello(model_hash="another"), 0.0)
+    assert not any(
+        isinstance(todo, instructions.Submit) for todo in dispatcher.stream_down(UP, "killed", 0.0)
+    )
+    same = Target("demo-2", 1, "demo", "a:3")
+    assert any(isinstance(todo, instructions.Submit) for todo in dispatcher.stream_up(same, LEADER, 0.0))
+
+
+def test_a_replica_that_skips_a_position_is_distrusted() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.open(journal("r"), 0.0)
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    frame.deltas.add(request_id="r", attempt=1, index=3, token_ids=[9], pieces=["x"])
+    assert any(isinstance(todo, instructions.Distrust) for todo in dispatcher.frame(UP, frame, 0.0))
+
+
+def test_the_least_loaded_replica_is_picked() -> None:
+    dispatcher = Dispatcher()
+    other = Target("demo-1", 1, "demo", "a:2")
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.stream_up(other, LEADER, 0.0)
+    busy = shard_pb2.StepFrame(replica="demo-0", epoch=1, load=shard_pb2.Load(running=3))
+    dispatcher.frame(UP, busy, 0.0)
+    (submit,) = dispatcher.open(journal("r"), 0.0)
+    assert isinstance(submit, instructions.Submit)
+    assert submit.target == other
