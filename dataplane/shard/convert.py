@@ -1,0 +1,82 @@
+"""Between the values of `phalanx.v1` and those of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine import request as engine
+from phalanx.runtime import rpc
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import shard_pb2, types_pb2
+
+_FINISH = {
+    None: types_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": types_pb2.FINISH_REASON_STOP,
+    "length": types_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def to_request(id: str, submit: shard_pb2.Submit, prompt_ids: tuple[int, ...]) -> engine.Request:
+    """What the engine is asked for. Fields that the gateway left unset keep their defaults."""
+    sampling, stopping = submit.sampling, submit.stopping
+    given = {field.name: value for field, value in sampling.ListFields()}
+    limit = {"max_tokens": stopping.max_tokens} if stopping.HasField("max_tokens") else {}
+    return engine.Request(
+        id=id,
+        prompt_ids=prompt_ids,
+        sampling=engine.SamplingParams(**given),
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        n=submit.n,
+        logprobs=submit.logprobs if submit.HasField("logprobs") else None,
+        prior=prior_ids(submit),
+        finished=tuple(prior.finished for prior in submit.prior),
+        **limit,
+    )
+
+
+def prior_ids(submit: shard_pb2.Submit) -> tuple[tuple[int, ...], ...]:
+    """What earlier attempts generated, per choice; empty at the first attempt."""
+    return tuple(tuple(prior.token_ids) for prior in submit.prior)
+
+
+def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.Delta:
+    """New tokens as a gateway hears of them."""
+    return shard_pb2.Delta(
+        request_id=request_id,
+        attempt=attempt,
+        choice=delta.choice,
+        index=delta.index,
+        token_ids=delta.token_ids,
+        pieces=delta.pieces,
+        logprobs=[_to_position(position) for position in delta.logprobs],
+        finish_reason=_FINISH[delta.finish],
+    )
+
+
+def to_load(load: engine.Load) -> shard_pb2.Load:
+    """A replica's load as a gateway hears of it."""
+    return shard_pb2.Load(
+        running=load.running,
+        waiting=load.waiting,
+        kv_blocks_free=load.kv_blocks_free,
+        kv_blocks_total=load.kv_blocks_total,
+    )
+
+
+def to_failed(request_id: str, attempt: int, reason: str, message: str) -> shard_pb2.Failed:
+    """An attempt's end by an error; `reason` says by the common table whether to retry."""
+    error = rpc.to_message(PhalanxError(reason, message))
+    return shard_pb2.Failed(request_id=request_id, attempt=attempt, error=error)
+
+
+def _to_position(position: engine.PositionLogprobs) -> types_pb2.PositionLogprobs:
+    return types_pb2.PositionLogprobs(chosen=_to_logprob(position.chosen), top=_to_logprobs(position.top))
+
+
+def _to_logprobs(logprobs: Iterable[engine.TokenLogprob]) -> list[types_pb2.TokenLogprob]:
+    return [_to_logprob(logprob) for logprob in logprobs]
+
+
+def _to_logprob(logprob: engine.TokenLogprob) -> types_pb2.TokenLogprob:
+    return types_pb2.TokenLogprob(token_id=logprob.token_id, text=logprob.text, logprob=logprob.logprob)

@@ -1,0 +1,114 @@
+"""One epoch of a replica's leader: requests between gateways, the engine and the text process.
+
+Owns: the epoch's request book, its gateways' outboxes, the timer of the nearest deadline.
+Does not own: the children (`worker`), the gRPC streams (`server`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from dataplane.shard.events import BeginServing
+from dataplane.shard.outbox import Outbox
+from dataplane.shard.requests import Ended, Instruction, RequestBook, ToEngine, ToGateway, ToText
+from engine.wire import Encoded, Message, NotEncoded, Step
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import shard_pb2
+
+
+class Leader:
+    """Does what the request book says, until the epoch ends."""
+
+    def __init__(
+        self,
+        serving: BeginServing,
+        *,
+        worker: str,
+        incarnation: str,
+        to_engine: Callable[[Message], None],
+        to_text: Callable[[Message], None],
+        on_ended: Callable[[Ended], None],
+    ) -> None:
+        self.replica, self.epoch = serving.replica, serving.epoch
+        self.hello = shard_pb2.LeaderHello(
+            worker=worker,
+            incarnation=incarnation,
+            replica=serving.replica,
+            epoch=serving.epoch,
+            model_hash=serving.ready.model_hash,
+            max_model_len=serving.ready.max_model_len,
+            vocab_size=serving.ready.vocab_size,
+            eos_token_ids=serving.ready.eos_token_ids,
+        )
+        self._to_engine, self._to_text, self._on_ended = to_engine, to_text, on_ended
+        self._book = RequestBook(serving.replica, serving.epoch, serving.ready.model_hash)
+        self._outboxes: dict[int, Outbox] = {}
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def join(self, stream: int) -> Outbox:
+        """A gateway's stream begins."""
+        outbox = self._outboxes[stream] = Outbox()
+        self._do(self._book.join(stream))
+        return outbox
+
+    def leave(self, stream: int) -> None:
+        """A gateway's stream is over: so are its requests. Idempotent."""
+        self._outboxes.pop(stream, None)
+        self._do(self._book.leave(stream))
+
+    def command(self, stream: int, request: shard_pb2.ServeRequest) -> None:
+        """A gateway asks for something. Raises PhalanxError when it is nothing that it may ask."""
+        if stream not in self._outboxes:
+            return
+        match request.WhichOneof("frame"):
+            case "submit":
+                self._do(self._book.submit(stream, request.submit, self._loop.time()))
+            case "cancel":
+                self._do(self._book.cancel(stream, request.cancel.request_id, request.cancel.attempt))
+            case other:
+                raise PhalanxError("INVALID_ARGUMENT", f"unexpected frame on an open stream: {other}")
+
+    def from_engine(self, step: Step) -> None:
+        """The engine has done a step; its text is made next."""
+        self._do(self._book.generated(step))
+
+    def from_text(self, message: Step | Encoded | NotEncoded) -> None:
+        """The text process has answered."""
+        self._do(self._book.stepped(message) if isinstance(message, Step) else self._book.encoded(message))
+
+    def end(self, reason: str) -> None:
+        """The epoch is over: end every stream at once, so that gateways go elsewhere."""
+        for stream, outbox in list(self._outboxes.items()):
+            outbox.close(
+                PhalanxError("UNREACHABLE", f"{self.replica} has ended epoch {self.epoch}: {reason}")
+            )
+            self.leave(stream)
+
+    def _do(self, todo: Iterable[Instruction]) -> None:
+        for instruction in todo:
+            match instruction:
+                case ToEngine(message):
+                    self._to_engine(message)
+                case ToText(message):
+                    self._to_text(message)
+                case ToGateway(stream, frame):
+                    if stream in self._outboxes and not self._outboxes[stream].put(frame):
+                        self.leave(stream)
+                case Ended():
+                    self._on_ended(instruction)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Wake up at the nearest deadline."""
+        when = self._book.next_deadline()
+        if self._timer is not None and self._timer.when() != when:
+            self._timer.cancel()
+            self._timer = None
+        if when is not None and self._timer is None:
+            self._timer = self._loop.call_at(when, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        self._do(self._book.expire(self._loop.time()))

@@ -1,0 +1,88 @@
+"""ShardService: the streams of gateways.
+
+Owns: the gRPC side of each stream.
+Does not own: what the frames mean (`leader`, `requests`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from dataplane.shard.leader import Leader
+from dataplane.shard.outbox import Outbox
+from phalanx.runtime import rpc
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import shard_pb2, shard_pb2_grpc
+
+SERVICE = "phalanx.v1.ShardService"
+
+log = logging.getLogger(__name__)
+
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # its stubs lack it
+
+Context = grpc.aio.ServicerContext[shard_pb2.ServeRequest, shard_pb2.ServeResponse]
+
+
+class ShardServer(shard_pb2_grpc.ShardServiceServicer):
+    """Admits gateways to the leader of the day."""
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._numbers = itertools.count(1)
+        self.leader: Leader | None = None
+
+    async def Serve(  # type: ignore[override]  # reads and writes by its context; N802 names the RPC
+        self, request_iterator: AsyncIterator[shard_pb2.ServeRequest], context: Context
+    ) -> None:
+        """One gateway's stream, from its hello to the end of either side."""
+        first: Any = await context.read()
+        try:
+            leader = self._admit(first)
+        except PhalanxError as error:
+            await rpc.abort(context, error)
+        stream = next(self._numbers)
+        outbox = leader.join(stream)
+        reader = asyncio.create_task(self._listen(context, leader, stream, outbox))
+        try:
+            await context.write(shard_pb2.ServeResponse(hello=leader.hello))
+            while (frame := await outbox.get()) is not None:
+                await context.write(shard_pb2.ServeResponse(step=frame))
+            if outbox.error is not None:
+                await rpc.abort(context, outbox.error)
+        finally:
+            leader.leave(stream)
+            # Cancelling a read leaks it in gRPC; it ends by itself with the call.
+            await asyncio.wait([reader])
+
+    def _admit(self, first: Any) -> Leader:
+        if first is _EOF or first.WhichOneof("frame") != "hello":
+            raise PhalanxError("INVALID_ARGUMENT", "a stream begins with a GatewayHello")
+        hello, leader = first.hello, self.leader
+        if leader is None or leader.replica != hello.replica:
+            raise PhalanxError("NOT_LEADER", f"{self._worker} is not the ready leader of {hello.replica}")
+        if leader.epoch != hello.epoch:
+            message = f"{hello.replica} is in epoch {leader.epoch}, not {hello.epoch}"
+            raise PhalanxError("STALE_EPOCH", message)
+        log.info("gateway joined", extra={"gateway": hello.gateway, "replica": hello.replica})
+        return leader
+
+    async def _listen(self, context: Context, leader: Leader, stream: int, outbox: Outbox) -> None:
+        """The stream's one reader."""
+        try:
+            while True:
+                request: Any = await context.read()
+                if request is _EOF:
+                    outbox.close()
+                    return
+                leader.command(stream, request)
+        except PhalanxError as error:
+            outbox.close(error)
+        except grpc.aio.UsageError:
+            # How a read ends when our side has ended the call.
+            outbox.close()

@@ -1,0 +1,256 @@
+"""What a worker does with its children, epoch by epoch, as a pure state machine.
+
+Events in, instructions out: no sockets, no processes, no clock. `dataplane.shard.worker` does what the
+instructions say, in order.
+
+Owns: which children should live, what this shard's status is, when the leader serves.
+Does not own: processes (`process`), the store (`registration`), requests (`requests`).
+
+Children are named by a number that is never reused, so that the messages and the death of a child of a
+past epoch cannot be mistaken for those of the current one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from controlplane.state import ShardRecord, ShardState
+from dataplane.shard.events import (
+    Assigned,
+    BeginServing,
+    EndServing,
+    Event,
+    Exited,
+    Instruction,
+    Kill,
+    PeerFailed,
+    Publish,
+    Received,
+    RendezvousSeen,
+    SendRendezvous,
+    Spawned,
+    SpawnEngine,
+    SpawnText,
+    Stop,
+    Unassigned,
+    Withdraw,
+)
+from engine.wire import EngineFailed, EngineReady, Message, Rendezvous, StartEngine, StartText, TextReady
+
+
+@dataclass(slots=True)
+class _Child:
+    id: int
+    pid: int = 0
+    ready: bool = False
+
+
+class Supervisor:
+    """The state machine of one boot of a worker."""
+
+    def __init__(self, worker: str, incarnation: str, host: str, device: str) -> None:
+        self._worker, self._incarnation = worker, incarnation
+        self._host, self._device = host, device
+        self._children = 0
+        self._place: Assigned | None = None
+        self._record: ShardRecord | None = None
+        self._engine: _Child | None = None
+        self._limits: EngineReady | None = None
+        self._rendezvous_sent = False
+        self._text: _Child | None = None
+        self._text_model = ""
+        self._serving = False
+        self._stopped = False
+
+    @property
+    def record(self) -> ShardRecord | None:
+        """The status last published, None when the worker holds nothing."""
+        return self._record
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """Everything to do about one event, in order."""
+        if self._stopped:
+            return []
+        match event:
+            case Assigned():
+                return self._assigned(event)
+            case Unassigned():
+                return self._unassigned()
+            case RendezvousSeen():
+                return self._rendezvous_seen(event)
+            case PeerFailed(epoch, rank, reason, permanent):
+                if self._place is None or self._place.epoch != epoch:
+                    return []
+                return self._fail(f"shard {rank} failed: {reason}", permanent)
+            case Spawned(child, pid):
+                return self._spawned(child, pid)
+            case Received(child, message):
+                return self._received(child, message)
+            case Exited(child, status):
+                return self._exited(child, status)
+            case Stop():
+                return self._stop()
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between any two events."""
+        failed = self._record is not None and self._record.state is ShardState.FAILED
+        ready = self._record is not None and self._record.state is ShardState.READY
+        assert (self._place is None) == (self._record is None), "a status exactly where there is a place"
+        assert not (self._engine and failed), "a failed shard has no engine"
+        assert not (ready and not (self._engine and self._engine.ready)), "ready with a dead engine"
+        assert not (self._serving and not (ready and self._text and self._text.ready)), "serving unready"
+        assert not (self._engine or self._text) or self._place, "children without a place"
+
+    def _assigned(self, place: Assigned) -> list[Instruction]:
+        past = self._place
+        if past is not None and place.replica == past.replica and place.epoch <= past.epoch:
+            return []
+        todo = self._end("the replica is formed anew") + self._kill_engine()
+        if past is not None and (past.replica, past.rank) != (place.replica, place.rank):
+            todo.append(Withdraw())
+        if place.rank != 0 or place.model != self._text_model:
+            todo += self._kill_text()
+        self._place = place
+        self._limits, self._rendezvous_sent = None, False
+        self._engine = _Child(self._number())
+        start = StartEngine(
+            model=place.model,
+            tp=place.tp,
+            pp=place.pp,
+            rank=place.rank,
+            epoch=place.epoch,
+            host=self._host,
+            device=self._device,
+            dtype=place.dtype,
+            max_model_len=place.max_model_len,
+        )
+        todo.append(SpawnEngine(self._engine.id, start))
+        if place.rank == 0 and self._text is None:
+            self._text, self._text_model = _Child(self._number()), place.model
+            todo.append(SpawnText(self._text.id, StartText(place.model)))
+        self._record = ShardRecord(
+            replica=place.replica,
+            rank=place.rank,
+            epoch=place.epoch,
+            worker=self._worker,
+            incarnation=self._incarnation,
+            state=ShardState.STARTING,
+            text_pid=self._text.pid if self._text else 0,
+        )
+        return [*todo, Publish(self._record)]
+
+    def _unassigned(self) -> list[Instruction]:
+        if self._place is None:
+            return []
+        todo = self._end("the replica is gone") + self._kill_engine() + self._kill_text()
+        self._place = self._record = None
+        return [*todo, Withdraw()]
+
+    def _stop(self) -> list[Instruction]:
+        todo = self._end("the worker is shutting down") + self._kill_engine() + self._kill_text()
+        self._place = self._record = None
+        self._stopped = True
+        return todo
+
+    def _rendezvous_seen(self, event: RendezvousSeen) -> list[Instruction]:
+        place, engine = self._place, self._engine
+        if place is None or engine is None or self._rendezvous_sent:
+            return []
+        if place.epoch != event.epoch or place.rank == 0:
+            return []
+        self._rendezvous_sent = True
+        return [SendRendezvous(engine.id, event.address)]
+
+    def _spawned(self, child: int, pid: int) -> list[Instruction]:
+        if self._engine and self._engine.id == child:
+            self._engine.pid = pid
+            return self._publish(engine_pid=pid)
+        if self._text and self._text.id == child:
+            self._text.pid = pid
+            return self._publish(text_pid=pid)
+        return []
+
+    def _received(self, child: int, message: Message) -> list[Instruction]:
+        if self._engine and self._engine.id == child:
+            match message:
+                case Rendezvous(address):
+                    return self._publish(rendezvous=address)
+                case EngineReady():
+                    self._engine.ready, self._limits = True, message
+                    return self._begin()
+                case EngineFailed(reason, text, permanent):
+                    return self._fail(f"{reason}: {text}", permanent)
+        elif self._text and self._text.id == child and isinstance(message, TextReady):
+            self._text.ready = True
+            return self._begin()
+        return []
+
+    def _exited(self, child: int, status: str) -> list[Instruction]:
+        if self._engine and self._engine.id == child:
+            self._engine = None
+            return self._fail(f"the engine {status}", permanent=False)
+        if self._text and self._text.id == child:
+            self._text = None
+            # Without its text process the leader is of no use, whatever its engine does.
+            todo = self._fail(f"the text process {status}", permanent=False)
+            return todo or self._publish(text_pid=0)
+        return []
+
+    def _begin(self) -> list[Instruction]:
+        """Serve and say so, once all that this rank needs is ready."""
+        place, engine, text, limits = self._place, self._engine, self._text, self._limits
+        if place is None or engine is None or limits is None or self._record is None:
+            return []
+        if self._record.state is not ShardState.STARTING:
+            return []
+        if place.rank != 0:
+            return self._publish(state=ShardState.READY)
+        if text is None or not text.ready:
+            return []
+        self._serving = True
+        # Serving begins first: a gateway may come as soon as the status is out.
+        return [
+            BeginServing(place.replica, place.epoch, engine.id, text.id, limits),
+            *self._publish(
+                state=ShardState.READY, model_hash=limits.model_hash, max_model_len=limits.max_model_len
+            ),
+        ]
+
+    def _fail(self, reason: str, permanent: bool) -> list[Instruction]:
+        """End the epoch on this shard; its first failure is the one that is kept."""
+        if self._record is None or self._record.state is ShardState.FAILED:
+            return []
+        todo = self._end(reason) + self._kill_engine()
+        return todo + self._publish(
+            state=ShardState.FAILED,
+            reason=reason,
+            permanent=permanent,
+            engine_pid=0,
+            text_pid=self._text.pid if self._text else 0,
+        )
+
+    def _publish(self, **changes: object) -> list[Instruction]:
+        assert self._record is not None, "only a worker with a place has children"
+        record = replace(self._record, **changes)  # type: ignore[arg-type]  # field names are literal above
+        if record == self._record:
+            return []
+        self._record = record
+        return [Publish(record)]
+
+    def _end(self, reason: str) -> list[Instruction]:
+        if not self._serving or self._place is None:
+            return []
+        self._serving = False
+        return [EndServing(self._place.epoch, reason)]
+
+    def _kill_engine(self) -> list[Instruction]:
+        engine, self._engine = self._engine, None
+        return [Kill(engine.id)] if engine else []
+
+    def _kill_text(self) -> list[Instruction]:
+        text, self._text, self._text_model = self._text, None, ""
+        return [Kill(text.id)] if text else []
+
+    def _number(self) -> int:
+        self._children += 1
+        return self._children

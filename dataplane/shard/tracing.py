@@ -1,0 +1,35 @@
+"""The spans of an attempt on its worker, made when it has ended."""
+
+from __future__ import annotations
+
+from dataplane.shard.requests import Ended
+from phalanx.runtime import telemetry
+
+
+def record(ended: Ended, replica: str, epoch: int) -> None:
+    """A span below the gateway's, with queue, prefill and decode inside. Nothing without tracing.
+
+    An attempt that the engine did not finish has no times to tell; the gateway's span says why.
+    """
+    if not telemetry.enabled() or not ended.traceparent or not ended.timings:
+        return
+    queued = min(timing.queued for timing in ended.timings)
+    scheduled = min(timing.scheduled for timing in ended.timings)
+    first_token = min(timing.first_token for timing in ended.timings)
+    finished = max(timing.finished for timing in ended.timings)
+    attributes: dict[str, str | int | float | bool] = {
+        "phalanx.request_id": ended.request_id,
+        "phalanx.attempt": ended.attempt,
+        "phalanx.replica": replica,
+        "phalanx.epoch": epoch,
+        "gen_ai.usage.input_tokens": ended.prompt_tokens,
+        "gen_ai.usage.output_tokens": ended.completion_tokens,
+    }
+    span = telemetry.start_span("shard", parent=ended.traceparent, attributes=attributes, start=queued)
+    for name, start, end in (
+        ("queue", queued, scheduled),
+        ("prefill", scheduled, first_token),
+        ("decode", first_token, finished),
+    ):
+        telemetry.end_span(telemetry.start_span(name, parent=span, start=start), end=end)
+    telemetry.end_span(span, error=ended.error or None, end=finished)

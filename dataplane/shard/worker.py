@@ -1,0 +1,233 @@
+"""A worker: one device, its children, its place in the cluster, its server.
+
+Owns: the running children and the wiring between supervisor, registration, leader and server.
+Does not own: decisions (`supervisor`, `requests`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+from controlplane.state import Keys, Snapshot, WorkerRecord
+from controlplane.store import Store
+from dataplane.shard import tracing
+from dataplane.shard.events import (
+    BeginServing,
+    EndServing,
+    Event,
+    Exited,
+    Instruction,
+    Kill,
+    Publish,
+    Received,
+    SendRendezvous,
+    Spawned,
+    SpawnEngine,
+    SpawnText,
+    Stop,
+    Withdraw,
+)
+from dataplane.shard.leader import Leader
+from dataplane.shard.observe import observe
+from dataplane.shard.process import Child
+from dataplane.shard.registration import Registration
+from dataplane.shard.server import SERVICE, ShardServer
+from dataplane.shard.supervisor import Supervisor
+from engine.wire import Encoded, Loading, Message, NotEncoded, Rendezvous, Step
+from phalanx.runtime import rpc
+from phalanx.v1 import shard_pb2_grpc
+
+_STREAMS_END_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a worker is called and where it runs. `listen` is host:port, port 0 takes a free one."""
+
+    name: str
+    host: str
+    device: str
+    listen: str
+    cluster: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """How children are started; `--fd N` is appended."""
+
+    engine: tuple[str, ...] = (sys.executable, "-m", "engine.process")
+    text: tuple[str, ...] = (sys.executable, "-m", "engine.text")
+
+
+class Worker:
+    """One boot of a shard server."""
+
+    def __init__(self, identity: Identity, store: Store, commands: Commands | None = None) -> None:
+        self.incarnation = uuid.uuid4().hex
+        self._identity, self._store = identity, store
+        self._commands = commands or Commands()
+        self._keys = Keys(identity.cluster)
+        host = identity.listen.rpartition(":")[0]
+        # A wildcard is no address that others could reach.
+        self._host = identity.host if host in ("0.0.0.0", "[::]", "") else host  # noqa: S104  # compared only
+        self._supervisor = Supervisor(identity.name, self.incarnation, self._host, identity.device)
+        self._service = ShardServer(identity.name)
+        self._children: dict[int, Child] = {}
+        self._serving: BeginServing | None = None
+        self._text = 0
+        # The epochs of the steps that are with the text process, which outlives epochs.
+        self._with_text: deque[int] = deque()
+        self._health_changed = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event, on_listening: Callable[[str], None]) -> None:
+        """Serve until `stop`; `on_listening` hears the address. Raises OSError when it cannot listen."""
+        server = rpc.server()
+        shard_pb2_grpc.add_ShardServiceServicer_to_server(self._service, server)
+        health = rpc.add_health_and_reflection(server, [SERVICE])
+        port = rpc.bind(server, self._identity.listen).rpartition(":")[2]
+        address = f"{self._host}:{port}"
+        await server.start()
+        record = WorkerRecord(
+            worker=self._identity.name,
+            incarnation=self.incarnation,
+            host=self._identity.host,
+            address=address,
+            device=self._identity.device,
+            server_pid=os.getpid(),
+        )
+        self._registration = Registration(self._store, self._keys, record)
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                background = [
+                    self._tasks.create_task(self._registration.run()),
+                    self._tasks.create_task(self._watch()),
+                    self._tasks.create_task(self._report_health(health)),
+                ]
+                on_listening(address)
+                await stop.wait()
+                self._handle(Stop())  # the children's tasks end as they are killed
+                for task in background:
+                    task.cancel()
+        finally:
+            await self._registration.close()
+            await server.stop(_STREAMS_END_S)
+
+    async def _watch(self) -> None:
+        async for change in self._store.watch(f"{self._keys.root}replicas/"):
+            snapshot = Snapshot.of(change.listing, self._keys)
+            for event in observe(snapshot, self._identity.name, self.incarnation):
+                self._handle(event)
+
+    async def _report_health(self, health: rpc.Health) -> None:
+        states = HealthCheckResponse.ServingStatus
+        while True:
+            self._health_changed.clear()
+            await health.set(SERVICE, states.SERVING if self._service.leader else states.NOT_SERVING)
+            await self._health_changed.wait()
+
+    def _handle(self, event: Event) -> None:
+        for instruction in self._supervisor.handle(event):
+            self._do(instruction)
+
+    def _do(self, instruction: Instruction) -> None:
+        match instruction:
+            case SpawnEngine(child, start):
+                self._spawn(child, self._commands.engine, start)
+            case SpawnText(child, start):
+                self._text = child
+                self._with_text.clear()
+                self._spawn(child, self._commands.text, start)
+            case Kill(child):
+                if child in self._children:
+                    self._children[child].kill()
+            case SendRendezvous(child, address):
+                self._send(child, Rendezvous(address))
+            case Publish(record):
+                log.info(
+                    "shard",
+                    extra={
+                        "replica": record.replica,
+                        "epoch": record.epoch,
+                        "rank": record.rank,
+                        "state": record.state.name,
+                        "reason": record.reason,
+                    },
+                )
+                self._registration.publish(record)
+            case Withdraw():
+                self._registration.publish(None)
+            case BeginServing():
+                self._begin(instruction)
+            case EndServing(_, reason):
+                leader, self._service.leader, self._serving = self._service.leader, None, None
+                self._health_changed.set()
+                if leader is not None:
+                    leader.end(reason)
+
+    def _begin(self, serving: BeginServing) -> None:
+        def to_text(message: Message) -> None:
+            if isinstance(message, Step):
+                self._with_text.append(serving.epoch)
+            self._send(serving.text, message)
+
+        self._serving = serving
+        self._service.leader = Leader(
+            serving,
+            worker=self._identity.name,
+            incarnation=self.incarnation,
+            to_engine=lambda message: self._send(serving.engine, message),
+            to_text=to_text,
+            on_ended=lambda ended: tracing.record(ended, serving.replica, serving.epoch),
+        )
+        self._health_changed.set()
+
+    def _spawn(self, child: int, command: tuple[str, ...], start: Message) -> None:
+        self._children[child] = Child(
+            command,
+            start,
+            on_spawned=lambda pid: self._handle(Spawned(child, pid)),
+            on_message=lambda message: self._received(child, message),
+        )
+        self._tasks.create_task(self._attend(child))
+
+    async def _attend(self, child: int) -> None:
+        status = await self._children[child].run()
+        del self._children[child]
+        log.info("child ended", extra={"child": child, "status": status})
+        self._handle(Exited(child, status))
+
+    def _send(self, child: int, message: Message) -> None:
+        if child in self._children:
+            self._children[child].send(message)
+
+    def _received(self, child: int, message: Message) -> None:
+        leader, serving = self._service.leader, self._serving
+        match message:
+            case Step():
+                if child == self._text:
+                    self._step_from_text(message)
+                elif leader is not None and serving is not None and child == serving.engine:
+                    leader.from_engine(message)
+            case Encoded() | NotEncoded():
+                if leader is not None:
+                    leader.from_text(message)
+            case Loading(fraction):
+                log.debug("loading", extra={"child": child, "fraction": fraction})
+            case _:
+                self._handle(Received(child, message))
+
+    def _step_from_text(self, step: Step) -> None:
+        epoch = self._with_text.popleft()
+        if self._service.leader is not None and self._service.leader.epoch == epoch:
+            self._service.leader.from_text(step)
