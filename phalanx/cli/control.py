@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 from phalanx.cli import cluster
 from phalanx.cli.failure import FAILED, NOT_FOUND, UNREACHABLE, Failure
+from phalanx.cli.local import processes
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
@@ -28,6 +29,8 @@ def _cluster(state_dir: Path) -> cluster.Cluster:
     found = cluster.read(state_dir)
     if found is None:
         raise Failure(f"nothing is running in {state_dir}; start it with `phalanx up`", UNREACHABLE)
+    if not processes.pids(state_dir.resolve()):
+        raise Failure(f"what ran in {state_dir} is gone; start it anew with `phalanx up`", UNREACHABLE)
     return found
 
 
@@ -44,24 +47,29 @@ def call(target: str, use: Callable[[Any], Awaitable[T]]) -> T:
     return run(target, connected())
 
 
-def run(target: str, work: Any) -> Any:
+def run(target: str, work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that speaks with `target`; a failed call is a Failure."""
     import grpc
+
+    from phalanx.runtime.errors import PhalanxError
 
     try:
         return asyncio.run(work)
     except grpc.aio.AioRpcError as error:
-        raise refusal(target, error) from error
+        raise refusal(target, error.code(), error.details() or error.code().name) from error
+    except PhalanxError as error:
+        code = grpc.StatusCode.UNAVAILABLE if error.reason == "UNREACHABLE" else error.code
+        raise refusal(target, code, error.message) from error
 
 
-def refusal(target: str, error: Any) -> Failure:
-    """What a failed call means to the person who made it."""
+def refusal(target: str, code: Any, message: str) -> Failure:
+    """What a call that ended with a gRPC status means to the person who made it."""
     import grpc
 
-    match error.code():
+    match code:
         case grpc.StatusCode.NOT_FOUND:
-            return Failure(error.details(), NOT_FOUND)
+            return Failure(message, NOT_FOUND)
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
-            return Failure(f"no answer from {target}: {error.details()}", UNREACHABLE)
+            return Failure(f"no answer from {target}: {message}", UNREACHABLE)
         case _:
-            return Failure(error.details() or error.code().name, FAILED)
+            return Failure(message, FAILED)

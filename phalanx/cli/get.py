@@ -27,7 +27,7 @@ class Kind:
 def _deployment(message: Any) -> dict[str, Any]:
     """A deployment with its spec's fields beside its own."""
     fields = output.row(message)
-    return fields.pop("spec") | fields
+    return {**fields.pop("spec"), **fields}
 
 
 def _replica(message: Any) -> dict[str, Any]:
@@ -47,7 +47,18 @@ KINDS = {
     "workers": Kind(
         "worker",
         "ListWorkers",
-        ("worker", "device", "state", "replica", "epoch", "tp_rank", "pp_rank", "engine_pid", "address", "reason"),
+        (
+            "worker",
+            "device",
+            "state",
+            "replica",
+            "epoch",
+            "tp_rank",
+            "pp_rank",
+            "engine_pid",
+            "address",
+            "reason",
+        ),
     ),
     "gateways": Kind("gateway", "ListGateways", ("gateway", "host", "grpc_address", "http_url", "pid")),
 }

@@ -42,5 +42,6 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     cells += [["-" if item[name] is None else str(item[name]) for name in columns] for item in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
-        "   ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        "   ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
     )

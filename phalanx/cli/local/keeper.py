@@ -147,7 +147,9 @@ class Keeper:
     async def _watch(self, program: Program, child: asyncio.subprocess.Process, reader: int) -> None:
         """Report that a child serves, then that it is gone."""
         with os.fdopen(reader, "rb") as pipe:
-            addresses = await (_healthy(self._known[ETCD]["grpc"], child) if program.role == "etcd" else _line(pipe))
+            addresses = await (
+                _healthy(self._known[ETCD]["grpc"], child) if program.role == "etcd" else _line(pipe)
+            )
         if addresses is not None:
             self._known.setdefault(program.name, addresses)
             self._events.put_nowait(Served(program.name))
@@ -162,7 +164,8 @@ class Keeper:
 
     def _publish(self) -> None:
         running = [
-            cluster.Process(self._programs[name].role, name, child.pid) for name, child in self._children.items()
+            cluster.Process(self._programs[name].role, name, child.pid)
+            for name, child in self._children.items()
         ]
         gateway = self._known[GATEWAY]
         cluster.write(

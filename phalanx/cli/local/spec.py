@@ -72,7 +72,16 @@ def command(spec: LocalSpec, program: Program, known: Mapping[str, Addresses], r
     """
     own = known.get(program.name, {})
     etcd = spec.etcd or (known[ETCD]["grpc"],)
-    line = [sys.executable, "-P", "-m", _MODULES[program.role], "--etcd", ",".join(etcd), "--name", program.name]
+    line = [
+        sys.executable,
+        "-P",
+        "-m",
+        _MODULES[program.role],
+        "--etcd",
+        ",".join(etcd),
+        "--name",
+        program.name,
+    ]
     if program.role == "gateway":
         line += ["--grpc", own.get("grpc", f"127.0.0.1:{spec.grpc_port}")]
         line += ["--http", own.get("http", f"127.0.0.1:{spec.http_port}").removeprefix("http://")]

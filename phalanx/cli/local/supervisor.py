@@ -176,7 +176,9 @@ class Supervisor:
     def _start(self, now: float) -> list[Decision]:
         decisions: list[Decision] = []
         for life in self._lives.values():
-            waited = life.phase is Phase.WAITING and all(self._lives[name].served for name in life.program.after)
+            waited = life.phase is Phase.WAITING and all(
+                self._lives[name].served for name in life.program.after
+            )
             rested = life.phase is Phase.BACKOFF and life.until is not None and now >= life.until
             if waited or rested:
                 self._enter(life, Phase.STARTING, now, now + START_WITHIN_S)
