@@ -49,7 +49,8 @@ class Live:
     async def accepted(self) -> None:
         """Wait until a replica has accepted the request. Raises PhalanxError if it ends before."""
         while not self.journal.accepted and not self.journal.closed:
-            await self._wait()
+            self.news.clear()
+            await self.news.wait()
         if self.journal.error is not None:
             raise self.journal.error
 
@@ -61,18 +62,17 @@ class Live:
         """
         cursor = self.journal.start
         while True:
+            # Both before reading: the journal goes on while the client takes what was read.
+            self.news.clear()
+            closed = self.journal.closed
             for chunk in self.journal.read(cursor):
                 cursor = chunk.cursor
                 yield chunk
-            if self.journal.error is not None:
-                raise self.journal.error
-            if self.journal.finished:
-                return
-            await self._wait()
-
-    async def _wait(self) -> None:
-        self.news.clear()
-        await self.news.wait()
+            if closed:
+                break
+            await self.news.wait()
+        if self.journal.error is not None:
+            raise self.journal.error
 
 
 class Gateway:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
@@ -15,6 +16,7 @@ from dataplane.gateway.normalize import journal_for
 from dataplane.gateway.server import models
 from phalanx.runtime.errors import PhalanxError
 
+log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
 
 GATEWAY = web.AppKey("gateway", Gateway)
@@ -132,6 +134,10 @@ async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except web.HTTPException as error:
         refused = PhalanxError("INVALID_ARGUMENT", f"{request.method} {request.path}: {error.reason}")
         return _json(openai.error_json(refused), error.status)
+    except Exception:
+        log.exception("request failed", extra={"path": request.path})
+        bug = PhalanxError("INTERNAL", "the gateway failed on this request; its log says more")
+        return _json(openai.error_json(bug), bug.http_status)
 
 
 def _json(data: openai.Json, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

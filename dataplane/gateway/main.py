@@ -40,10 +40,12 @@ async def serve(
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
     health = rpc.add_health_and_reflection(server, [SERVICE])
     grpc_bound = rpc.bind(server, grpc_address)
-    runner = web.AppRunner(application(gateway), handler_cancellation=True, access_log=None)
+    runner = web.AppRunner(
+        application(gateway), handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE_S
+    )
     await runner.setup()
     http_host, _, http_port = http_address.rpartition(":")
-    site = web.TCPSite(runner, http_host, int(http_port), shutdown_timeout=_GRACE_S)
+    site = web.TCPSite(runner, http_host, int(http_port))
     await site.start()
     http_url = f"http://{http_host}:{runner.addresses[0][1]}"
     record = GatewayRecord(name, incarnation, socket.gethostname(), grpc_bound, http_url, os.getpid())

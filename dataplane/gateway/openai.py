@@ -69,7 +69,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class CompletionRequest(_Common, forbid_unknown_fields=True, kw_only=True):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[int | str | list[int]]
     logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None

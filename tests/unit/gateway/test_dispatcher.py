@@ -276,3 +276,18 @@ def test_the_least_loaded_replica_is_picked() -> None:
     (submit,) = dispatcher.open(journal("r"), 0.0)
     assert isinstance(submit, instructions.Submit)
     assert submit.target == other
+
+
+def test_a_delta_of_an_attempt_that_was_given_up_is_dropped() -> None:
+    dispatcher, request = Dispatcher(), journal("r")
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.open(request, 0.0)
+    refused = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    refused.failed.add(request_id="r", attempt=1, error=types_pb2.Error(reason="INTERNAL"))
+    dispatcher.frame(UP, refused, 0.0)
+    late = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    late.deltas.add(request_id="r", attempt=1, index=0, token_ids=[9], pieces=["x"])
+    dispatcher.frame(UP, late, 0.0)
+    assert request.attempts == 2
+    assert request.tokens == 0
+    assert dispatcher.counters.stale_frames_dropped == 1

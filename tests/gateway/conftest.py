@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from controlplane.memory import MemoryStore
+from controlplane.state import (
+    AssignmentRecord,
+    DeploymentRecord,
+    Keys,
+    MemberRecord,
+    ShardRecord,
+    ShardState,
+    encode,
+)
+from controlplane.store import Put
+from dataplane.gateway.gateway import Gateway
+from dataplane.gateway.http import application
+from dataplane.gateway.server import InferenceService
+from phalanx.client import Client
+from phalanx.runtime import rpc
+from phalanx.v1 import inference_pb2_grpc
+from tests.gateway.fake_leader import FakeLeader
+from tests.until import until
+
+KEYS = Keys("test")
+DEPLOYMENT = DeploymentRecord("demo", 1, "/models/demo", replicas=2)
+
+
+@dataclass
+class Rig:
+    """A real gateway over a memory store and fake leaders, with HTTP and gRPC on loopback."""
+
+    store: MemoryStore
+    gateway: Gateway
+    url: str
+    client: Client
+    leaders: list[FakeLeader] = field(default_factory=list)
+
+    async def add_leader(self, replica: str, **options: object) -> FakeLeader:
+        """A replica joins, or joins again under a new epoch; returns when the gateway reaches it."""
+        bare = AssignmentRecord(replica, DEPLOYMENT, (MemberRecord("w", "i", "127.0.0.1:1"),))
+        epoch = await self.store.txn([], [Put(KEYS.assignment(replica), encode(bare))])
+        assert epoch is not None
+        # The fake learns its epoch only now; the assignment must carry its address, so write it again.
+        leader = FakeLeader(replica, epoch + 1, **options)
+        await leader.start()
+        self.leaders.append(leader)
+        member = MemberRecord("w", "i", leader.address)
+        await self.store.txn(
+            [], [Put(KEYS.assignment(replica), encode(AssignmentRecord(replica, DEPLOYMENT, (member,))))]
+        )
+        shard = ShardRecord(replica, 0, epoch + 1, "w", "i", ShardState.READY)
+        await self.store.txn([], [Put(KEYS.shard(replica, 0), encode(shard))])
+        await until(lambda: self.gateway.dispatcher.router.connected.get(replica) == epoch + 1)
+        return leader
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    store = MemoryStore()
+    await store.txn([], [Put(KEYS.deployment("demo"), encode(DEPLOYMENT))])
+    gateway = Gateway("gateway-0", "boot", store, KEYS)
+    server = rpc.server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
+    address = rpc.bind(server, "127.0.0.1:0")
+    await server.start()
+    runner = web.AppRunner(
+        application(gateway), handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+    )
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    running = asyncio.create_task(gateway.run())
+    async with Client(address) as client:
+        rig = Rig(store, gateway, f"http://127.0.0.1:{runner.addresses[0][1]}", client)
+        await until(lambda: "demo" in gateway.snapshot.deployments)
+        yield rig
+        gateway.dispatcher.check_integrity()
+    await runner.cleanup()
+    await server.stop(0)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    for leader in rig.leaders:
+        await leader.kill()
+    await store.close()
+
+
+@pytest.fixture
+async def http(rig: Rig) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(rig.url) as session:
+        yield session
