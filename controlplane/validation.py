@@ -1,0 +1,50 @@
+"""What a deployment must be like to be accepted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from engine.errors import ModelError
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import control_pb2
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_DTYPES = ("", "float32", "bfloat16", "float16")
+
+
+def check_spec(spec: control_pb2.DeploymentSpec) -> None:
+    """Raise PhalanxError when a field cannot be as it is."""
+    if not _NAME.fullmatch(spec.name):
+        raise PhalanxError(
+            "INVALID_ARGUMENT",
+            f"name {spec.name!r} must be 1 to 63 lower-case letters, digits, '-' or '.', "
+            "with a letter or digit at both ends",
+            param="name",
+        )
+    if not spec.model:
+        raise PhalanxError("INVALID_ARGUMENT", "model must be a directory", param="model")
+    for field in ("replicas", "tp", "pp"):
+        if spec.HasField(field) and getattr(spec, field) < 1:
+            raise PhalanxError("INVALID_ARGUMENT", f"{field} must be at least 1", param=field)
+    if spec.dtype not in _DTYPES:
+        choices = ", ".join(_DTYPES[1:])
+        raise PhalanxError("INVALID_ARGUMENT", f"dtype must be one of {choices}, or empty", param="dtype")
+
+
+def check_model(model: str, tp: int, pp: int) -> None:
+    """Raise PhalanxError when the model directory or its layout cannot be served.
+
+    A directory that this host cannot see is left to the workers. Reads files: keep it off the loop.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        return
+    from engine.config import ModelConfig, check_layout, check_weights
+
+    try:
+        config = ModelConfig.load(path)
+        check_weights(path)
+        check_layout(config, tp, pp)
+    except ModelError as error:
+        raise PhalanxError(error.reason, error.message, param="model") from error

@@ -1,0 +1,310 @@
+"""The rules of `controlplane.reconcile`, one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+from controlplane.reconcile import BACK_OFF_CAP_S, Form, Prune, Remove
+from controlplane.state import ShardState
+from tests.unit.controlplane.world import World
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def formed(world: World) -> list[str]:
+    return [action.assignment.replica for action in world.settle().actions if isinstance(action, Form)]
+
+
+def serve(world: World, name: str, replicas: int, **shape: int) -> None:
+    """Apply a deployment and let its replicas become ready."""
+    world.apply(name, replicas, **shape)
+    world.settle()
+    world.ready(*(f"{name}-{index}" for index in range(replicas)))
+    world.settle()
+
+
+def test_nothing_is_done_for_nothing(world: World) -> None:
+    world.boot("w0")
+    assert world.settle().actions == ()
+
+
+def test_every_replica_is_formed_from_free_workers(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3", "w4")
+    world.apply("a", 2, tp=2)
+    assert formed(world) == ["a-0", "a-1"]
+    assert world.members("a-0") + world.members("a-1") == ["w0", "w1", "w2", "w3"]
+
+
+def test_the_epoch_is_the_assignments_mod_revision(world: World) -> None:
+    world.boot("w0")
+    world.apply("a")
+    world.settle()
+    entry = world.listing.entries[world.keys.assignment("a-0")]
+    assert world.snapshot.replicas["a-0"].epoch == entry.mod_revision
+
+
+def test_too_few_workers_leave_a_shortage_and_no_partial_replica(world: World) -> None:
+    world.boot("w0")
+    world.apply("a", tp=2, pp=2)
+    assert world.settle().shortages == {"a-0": "needs 4 workers (tp=2 x pp=2), 1 is free"}
+    assert world.snapshot.replicas == {}
+
+
+def test_a_worker_that_joins_ends_the_shortage(world: World) -> None:
+    world.boot("w0")
+    world.apply("a", tp=2)
+    world.settle()
+    world.boot("w1")
+    assert formed(world) == ["a-0"]
+
+
+def test_each_deployment_gets_its_first_replica_before_anyones_second(world: World) -> None:
+    world.boot("w0", "w1")
+    world.apply("a", 2)
+    world.apply("b", 2)
+    assert formed(world) == ["a-0", "b-0"]
+
+
+def test_a_draining_worker_gets_nothing(world: World) -> None:
+    world.boot("w0", draining=True)
+    world.apply("a")
+    assert formed(world) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failed_shard_forms_the_replica_again_with_its_workers(world: World, rank: int) -> None:
+    world.boot("w0", "w1", "w2")
+    serve(world, "a", 1, tp=2)
+    before = world.snapshot.replicas["a-0"].epoch
+    world.fail("a-0", rank)
+    assert formed(world) == ["a-0"]
+    assert world.members("a-0") == ["w0", "w1"]
+    assert world.snapshot.replicas["a-0"].epoch > before
+
+
+def test_a_lost_worker_is_replaced_at_its_rank(world: World) -> None:
+    world.boot("w0", "w1", "w2")
+    serve(world, "a", 1, tp=2)
+    world.die("w0")
+    assert formed(world) == ["a-0"]
+    assert world.members("a-0") == ["w2", "w1"]
+
+
+def test_a_worker_that_booted_again_is_a_new_member(world: World) -> None:
+    world.boot("w0", "w1")
+    serve(world, "a", 1)
+    world.boot("w0")
+    assert formed(world) == ["a-0"]
+    member = world.snapshot.replicas["a-0"].assignment.members[0]
+    assert (member.worker, member.incarnation) == ("w0", world.snapshot.workers["w0"].incarnation)
+
+
+def test_a_shard_of_an_earlier_epoch_says_nothing(world: World) -> None:
+    world.boot("w0")
+    serve(world, "a", 1)
+    world.fail("a-0")
+    world.settle()
+    world.now += 1
+    assert world.settle().actions == ()
+
+
+def test_failures_before_ready_wait_longer_each_time_and_ready_ends_that(world: World) -> None:
+    world.boot("w0")
+    world.apply("a")
+    world.settle()
+    waits = []
+    for _ in range(9):
+        world.fail("a-0")
+        failed_at = world.now
+        decision = world.settle()
+        if decision.wake_at is not None:
+            assert decision.actions == ()
+            world.now = decision.wake_at
+            assert formed(world) == ["a-0"]
+        waits.append(world.now - failed_at)
+    assert waits == [0, 1, 2, 4, 8, 16, 30, 30, 30]
+    world.ready("a-0")
+    world.settle()
+    world.fail("a-0")
+    assert formed(world) == ["a-0"]
+    assert world.snapshot.replicas["a-0"].assignment.failures == 0
+
+
+def test_a_permanent_failure_waits_the_longest_at_once(world: World) -> None:
+    world.boot("w0")
+    world.apply("a")
+    world.settle()
+    world.fail("a-0", reason="no weights", permanent=True)
+    assert world.settle().wake_at == world.now + BACK_OFF_CAP_S
+
+
+def test_a_new_shape_is_tried_at_once_after_a_permanent_failure(world: World) -> None:
+    world.boot("w0")
+    world.apply("a")
+    world.settle()
+    world.fail("a-0", permanent=True)
+    world.settle()
+    world.apply("a", model="/models/two")
+    assert formed(world) == ["a-0"]
+    assert world.snapshot.replicas["a-0"].assignment.failures == 0
+
+
+def test_a_clock_that_was_set_back_does_not_hold_a_replica_up(world: World) -> None:
+    world.boot("w0")
+    world.apply("a")
+    world.settle()
+    world.now -= 1_000
+    world.fail("a-0", permanent=True)
+    assert formed(world) == ["a-0"]
+
+
+def test_a_replica_that_lost_a_worker_is_left_until_the_worker_is_back(world: World) -> None:
+    """Engines of the others go on if the lease alone was lost: nothing is removed early."""
+    world.boot("w0", "w1")
+    serve(world, "a", 1, tp=2)
+    registration = world.snapshot.workers["w1"]
+    world.die("w1")
+    assert world.settle().actions == ()
+    assert world.settle().shortages == {"a-0": "needs 2 workers (tp=2 x pp=1), 1 is free"}
+    epoch = world.snapshot.replicas["a-0"].epoch
+    world.put(world.keys.worker("w1"), registration)
+    world.ready("a-0")
+    assert world.settle().actions == ()
+    assert world.snapshot.replicas["a-0"].epoch == epoch
+
+
+def test_what_is_left_of_a_broken_replica_serves_another(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    serve(world, "a", 2, tp=2)
+    world.die("w0")
+    world.settle()
+    world.die("w2")
+    decision = world.settle()
+    assert [type(action) for action in decision.actions[:2]] == [Remove, Form]
+    assert list(world.snapshot.replicas) == ["a-0"]
+    assert set(world.members("a-0")) == {"w1", "w3"}
+
+
+def test_scaling_down_removes_the_highest_index_first(world: World) -> None:
+    world.boot("w0", "w1", "w2")
+    serve(world, "a", 3)
+    world.apply("a", 1)
+    removed = [action.replica for action in world.settle().actions if isinstance(action, Remove)]
+    assert removed == ["a-2", "a-1"]
+    assert list(world.snapshot.replicas) == ["a-0"]
+
+
+def test_scaling_keeps_the_replicas_that_are_there(world: World) -> None:
+    world.boot("w0", "w1", "w2")
+    serve(world, "a", 1)
+    before = world.snapshot.replicas["a-0"]
+    world.apply("a", 3)
+    assert formed(world) == ["a-1", "a-2"]
+    assert world.snapshot.replicas["a-0"] == before
+
+
+def test_deleting_a_deployment_removes_all_of_it(world: World) -> None:
+    world.boot("w0", "w1")
+    serve(world, "a", 1, tp=2)
+    world.delete("a")
+    world.settle()
+    assert [key for key in world.listing.entries if "/replicas/" in key] == []
+
+
+def test_a_shard_status_written_after_the_removal_is_deleted(world: World) -> None:
+    world.boot("w0")
+    serve(world, "a", 1)
+    late = world.snapshot.shards["a-0", 0]
+    world.delete("a")
+    world.settle()
+    world.put(world.keys.shard("a-0", 0), late)
+    assert world.settle().actions == (Prune("a-0", 0),)
+
+
+def test_workers_freed_by_a_removal_are_used_in_the_same_decision(world: World) -> None:
+    world.boot("w0")
+    serve(world, "a", 1)
+    world.apply("b")
+    world.settle()
+    world.delete("a")
+    assert formed(world) == ["b-0"]
+
+
+def test_a_new_shape_rolls_one_replica_at_a_time(world: World) -> None:
+    world.boot("w0", "w1", "w2")
+    serve(world, "a", 3)
+    world.apply("a", 3, model="/models/two")
+    order = []
+    for _ in range(3):
+        (name,) = formed(world)
+        assert formed(world) == []
+        order.append(name)
+        world.report(name, ShardState.STARTING)
+        assert formed(world) == []
+        world.ready(name)
+    assert order == ["a-0", "a-1", "a-2"]
+    world.settle()
+    assert {replica.assignment.deployment.model for replica in world.snapshot.replicas.values()} == {
+        "/models/two"
+    }
+
+
+def test_a_roll_stops_at_a_replica_that_fails(world: World) -> None:
+    world.boot("w0", "w1")
+    serve(world, "a", 2)
+    world.apply("a", 2, model="/models/broken")
+    assert formed(world) == ["a-0"]
+    world.fail("a-0", permanent=True)
+    assert formed(world) == []
+    assert world.snapshot.replicas["a-1"].assignment.deployment.model == "/models/one"
+
+
+def test_a_roll_that_cannot_be_placed_leaves_what_serves(world: World) -> None:
+    world.boot("w0", "w1")
+    serve(world, "a", 2)
+    world.apply("a", 2, tp=2)
+    decision = world.settle()
+    assert decision.actions == ()
+    assert decision.shortages["a-0"] == "needs 2 workers (tp=2 x pp=1), 1 is free"
+
+
+def test_a_replica_that_does_not_serve_takes_the_new_shape_at_once(world: World) -> None:
+    world.boot("w0", "w1")
+    world.apply("a", 2)
+    world.settle()
+    world.ready("a-0")
+    world.settle()
+    world.apply("a", 2, model="/models/two")
+    assert formed(world) == ["a-1"]
+
+
+def test_a_smaller_shape_frees_workers_for_others_at_once(world: World) -> None:
+    world.boot("w0", "w1")
+    serve(world, "a", 1, tp=2)
+    world.apply("b")
+    world.settle()
+    world.apply("a", 1, tp=1)
+    assert formed(world) == ["a-0", "b-0"]
+
+
+def test_a_decision_on_a_view_that_lags_behind_writes_nothing(world: World) -> None:
+    """Else the second deployment would get the worker that the first was given just before."""
+    world.boot("w0")
+    world.apply("b")
+    lagging = world.listing
+    world.delete("b")
+    world.apply("a")
+    world.settle()
+    decision, written = world.reconcile(lagging)
+    assert [type(action) for action in decision.actions] == [Form]
+    assert not written
+    assert list(world.snapshot.replicas) == ["a-0"]
+
+
+def test_a_large_cluster_is_written_in_several_transactions(world: World) -> None:
+    world.boot(*(f"w{index}" for index in range(120)))
+    world.apply("a", 120)
+    assert len(formed(world)) == 120
