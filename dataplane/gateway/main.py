@@ -13,7 +13,7 @@ import click
 from aiohttp import web
 
 from controlplane.etcd import EtcdStore
-from controlplane.state import GatewayRecord, Keys, encode
+from controlplane.state import GatewayRecord, Keys
 from dataplane.gateway.gateway import Gateway
 from dataplane.gateway.http import application
 from dataplane.gateway.server import SERVICE, InferenceService
@@ -49,7 +49,7 @@ async def serve(
     await site.start()
     http_url = f"http://{http_host}:{runner.addresses[0][1]}"
     record = GatewayRecord(name, incarnation, socket.gethostname(), grpc_bound, http_url, os.getpid())
-    registration = Registration(store, keys, keys.gateway(name), encode(record))
+    registration = Registration(store, keys, record)
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -1,4 +1,4 @@
-"""A worker's presence in the store: its lease, its registration and its shard's status.
+"""A process's presence in the store: its lease, its registration and, for a worker, its shard's status.
 
 Owns: the lease and the keys under it, from the first registration to the last revocation.
 Does not own: what the status is (`supervisor`), what the cluster makes of it (the controller).
@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable
 
-from controlplane.state import Keys, ShardRecord, WorkerRecord, encode
+from controlplane.state import GatewayRecord, Keys, ShardRecord, WorkerRecord, encode
 from controlplane.store import (
     Delete,
     LeaseLostError,
@@ -33,24 +33,24 @@ log = logging.getLogger(__name__)
 
 
 class Registration:
-    """Keeps one worker known to the cluster."""
+    """Keeps one worker or gateway known to the cluster."""
 
     def __init__(
         self,
         store: Store,
         keys: Keys,
-        worker: WorkerRecord,
+        who: WorkerRecord | GatewayRecord,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._keys, self._worker, self._clock = store, keys, worker, clock
+        self._store, self._keys, self._who, self._clock = store, keys, who, clock
         self._lease: int | None = None
         self._record: ShardRecord | None = None
         self._changed = asyncio.Event()
         self._renew_at = clock()
-        # What this worker has written and not yet removed: key and revision.
+        # The statuses written and not yet removed: key and revision.
         self._written: dict[str, int] = {}
-        # Until when the cluster surely counts this worker in, on the monotonic clock. A worker that wakes
+        # Until when the cluster surely counts this process in, on the monotonic clock. One that wakes
         # up after it must assume that it was replaced: the place for fencing itself.
         self.valid_until = clock()
 
@@ -84,11 +84,13 @@ class Registration:
         # would fail for ever.
         sent = self._clock()
         self._lease = await self._store.grant(LEASE_TTL_S)
-        put = Put(self._keys.worker(self._worker.worker), encode(self._worker), self._lease)
+        who = self._who
+        key = self._keys.worker(who.worker) if isinstance(who, WorkerRecord) else self._keys.gateway(who.gateway)
+        put = Put(key, encode(who), self._lease)
         await self._store.txn([], [put])
         self._renewed(sent, LEASE_TTL_S)
         self._changed.set()  # the status moves to the new lease
-        log.info("registered", extra={"lease": self._lease, "incarnation": self._worker.incarnation})
+        log.info("registered", extra={"lease": self._lease, "incarnation": who.incarnation})
 
     async def _stay(self) -> None:
         assert self._lease is not None
@@ -113,7 +115,7 @@ class Registration:
         record = self._record
         key = None if record is None else self._keys.shard(record.replica, record.rank)
         for old in [old for old in self._written if old != key]:
-            # Only what this worker wrote: the next holder of the rank may have written since.
+            # Only what this process wrote: the next holder of the rank may have written since.
             await self._store.txn([Modified(old, self._written[old])], [Delete(old)])
             del self._written[old]
         if record is None or key is None:
