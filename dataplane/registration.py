@@ -85,7 +85,11 @@ class Registration:
         sent = self._clock()
         self._lease = await self._store.grant(LEASE_TTL_S)
         who = self._who
-        key = self._keys.worker(who.worker) if isinstance(who, WorkerRecord) else self._keys.gateway(who.gateway)
+        key = (
+            self._keys.worker(who.worker)
+            if isinstance(who, WorkerRecord)
+            else self._keys.gateway(who.gateway)
+        )
         put = Put(key, encode(who), self._lease)
         await self._store.txn([], [put])
         self._renewed(sent, LEASE_TTL_S)
