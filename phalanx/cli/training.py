@@ -192,7 +192,7 @@ class Muon:
             rows, columns = update.shape[-2:]
             update *= -self._lr * scale * math.sqrt(max(1.0, rows / columns))
             for weight, change in zip(group, update, strict=True):
-                weight += change
+                weight.add_(change)
                 weight.grad = None
 
 
