@@ -71,16 +71,13 @@ KINDS = {
 @options.controller
 @options.state_dir
 def get(kind: str, name: str | None, output_format: str, controller: str | None, state_dir: Path) -> None:
-    """Show deployments, replicas, workers or gateways, or the one with NAME."""
+    """List deployments, replicas, workers or gateways, or only the one called NAME."""
     rows = fetch(kind, controller_of(state_dir, controller))
-    columns = KINDS[kind].columns
-    if name is None:
-        click.echo(output.render(rows, columns, output_format))
-        return
-    found = [row for row in rows if row[KINDS[kind].key] == name]
-    if not found:
-        raise Failure(f"no {kind.removesuffix('s')} is called {name}", NOT_FOUND)
-    click.echo(output.render(found[0], columns, output_format))
+    if name is not None:
+        rows = [row for row in rows if row[KINDS[kind].key] == name]
+        if not rows:
+            raise Failure(f"no {kind.removesuffix('s')} is called {name}", NOT_FOUND)
+    click.echo(output.render(rows, KINDS[kind].columns, output_format))
 
 
 def fetch(kind: str, target: str) -> list[dict[str, Any]]:

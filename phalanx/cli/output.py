@@ -25,7 +25,7 @@ def _value(message: Any, field: Any) -> Any:
     return None if value == "" else value
 
 
-def render(rows: Sequence[Row] | Row, columns: Sequence[str], output_format: str) -> str:
+def render(rows: Sequence[Row], columns: Sequence[str], output_format: str) -> str:
     """The text to print. A table shows `columns` alone; JSON and YAML show every field."""
     if output_format == "json":
         return json.dumps(rows, indent=2)
@@ -33,7 +33,7 @@ def render(rows: Sequence[Row] | Row, columns: Sequence[str], output_format: str
         import yaml
 
         return str(yaml.safe_dump(rows, sort_keys=False)).rstrip()
-    return table(rows if isinstance(rows, Sequence) else [rows], columns)
+    return table(rows, columns)
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:

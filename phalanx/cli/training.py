@@ -27,7 +27,7 @@ class Shape:
     heads: int = 8
     kv_heads: int = 4
     mlp: int = 384
-    positions: int = 2048
+    positions: int = 1024
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
