@@ -83,6 +83,9 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
                 leader.command(stream, request)
         except PhalanxError as error:
             outbox.close(error)
-        except grpc.aio.UsageError:
-            # How a read ends when our side has ended the call.
-            outbox.close()
+        except grpc.aio.AbortError:
+            return  # how a read ends when our side has ended the call
+        except Exception:
+            # Else the gateway would go on sending to a stream that nobody reads.
+            log.exception("a stream's reader failed", extra={"replica": leader.replica})
+            outbox.close(PhalanxError("INTERNAL", "the leader failed on a command"))

@@ -19,6 +19,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from controlplane.state import Keys, Snapshot, WorkerRecord
 from controlplane.store import Store
+from dataplane.registration import Registration
 from dataplane.shard import tracing
 from dataplane.shard.events import (
     BeginServing,
@@ -39,7 +40,6 @@ from dataplane.shard.events import (
 from dataplane.shard.leader import Leader
 from dataplane.shard.observe import observe
 from dataplane.shard.process import Child
-from dataplane.shard.registration import Registration
 from dataplane.shard.server import SERVICE, ShardServer
 from dataplane.shard.supervisor import Supervisor
 from engine.wire import Encoded, Loading, Message, NotEncoded, Rendezvous, Step
