@@ -189,25 +189,24 @@ async def test_a_gateway_that_does_not_read_loses_its_stream_and_blocks_nobody(
 
 
 async def test_health_tells_a_ready_leader_from_a_worker_that_is_merely_alive(cluster: Cluster) -> None:
-    async with cluster.worker():
-        async with rpc.channel(cluster.addresses["worker-0"]) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
+    async with cluster.worker(), rpc.channel(cluster.addresses["worker-0"]) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
 
-            async def status(service: str) -> int:
-                answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
-                return int(answer.status)
+        async def status(service: str) -> int:
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            return int(answer.status)
 
-            assert await status("") == health_pb2.HealthCheckResponse.SERVING
-            assert await status(SERVICE) == health_pb2.HealthCheckResponse.NOT_SERVING
-            watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
-            try:
-                assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-                _, shard = await cluster.form()
-                assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-                os.kill(shard.engine_pid, signal.SIGKILL)
-                assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            finally:
-                watch.cancel()
+        assert await status("") == health_pb2.HealthCheckResponse.SERVING
+        assert await status(SERVICE) == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        try:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            _, shard = await cluster.form()
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            os.kill(shard.engine_pid, signal.SIGKILL)
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        finally:
+            watch.cancel()
 
 
 def test_the_shard_server_loads_no_torch_and_no_rust_built_wheel() -> None:

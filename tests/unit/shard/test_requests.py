@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from dataplane.shard.requests import (
+    LOAD_EVERY_STEPS,
+    Ended,
+    Instruction,
+    RequestBook,
+    ToEngine,
+    ToGateway,
+    ToText,
+)
+from engine.request import Delta, Load, Refusal, Timing
+from engine.wire import CancelRequest, Encode, Encoded, Forget, NotEncoded, Step, SubmitRequest, Track
+from phalanx.v1 import shard_pb2, types_pb2
+
+IDS = types_pb2.TokenIds(ids=[1, 2])
+IDLE = Load(kv_blocks_free=10, kv_blocks_total=10)
+TIMES = Timing(1.0, 2.0, 3.0, 4.0)
+
+
+def book(*streams: int) -> RequestBook:
+    requests = RequestBook("d-0", 7, "hash")
+    for stream in streams:
+        requests.join(stream)
+    return requests
+
+
+def submit(request_id: str = "r", attempt: int = 1, **fields: object) -> shard_pb2.Submit:
+    fields = {"n": 1, "token_ids": IDS} | fields
+    return shard_pb2.Submit(request_id=request_id, attempt=attempt, **fields)  # type: ignore[arg-type]
+
+
+def step(number: int = 1, **news: object) -> Step:
+    return Step(number, IDLE, **news)  # type: ignore[arg-type]
+
+
+def engine(todo: list[Instruction]) -> list[object]:
+    return [item.message for item in todo if isinstance(item, ToEngine)]
+
+
+def text(todo: list[Instruction]) -> list[object]:
+    return [item.message for item in todo if isinstance(item, ToText)]
+
+
+def frames(todo: list[Instruction]) -> list[shard_pb2.StepFrame]:
+    return [item.frame for item in todo if isinstance(item, ToGateway)]
+
+
+def reasons(todo: list[Instruction]) -> list[str]:
+    return [failed.error.reason for frame in frames(todo) for failed in frame.failed]
+
+
+def started(requests: RequestBook, stream: int = 1, **fields: object) -> str:
+    """Submit and return the id that the engine knows."""
+    (queued,) = engine(requests.submit(stream, submit(**fields), now=0.0))
+    assert isinstance(queued, SubmitRequest)
+    return queued.request.id
+
+
+def test_given_ids_go_to_the_engine_at_once_after_they_are_tracked() -> None:
+    todo = book(1).submit(1, submit(stopping=types_pb2.Stopping(max_tokens=9, stop=["x"])), now=0.0)
+    assert [type(item) for item in todo] == [ToText, ToEngine]
+    (queued,) = engine(todo)
+    assert isinstance(queued, SubmitRequest)
+    assert (queued.request.prompt_ids, queued.request.max_tokens) == ((1, 2), 9)
+    assert text(todo) == [Track(queued.request.id, 1, (), ("x",))]
+
+
+def test_a_text_is_tokenised_first() -> None:
+    requests = book(1)
+    (encode,) = text(requests.submit(1, submit(text="hello", token_ids=None), now=0.0))
+    assert isinstance(encode, Encode)
+    assert encode.text == "hello"
+    (queued,) = engine(requests.encoded(Encoded(encode.id, (5,))))
+    assert isinstance(queued, SubmitRequest)
+    assert queued.request.prompt_ids == (5,)
+
+
+def test_a_conversation_is_rendered_by_the_text_process() -> None:
+    chat = types_pb2.Chat(messages=[types_pb2.ChatMessage(role="user", content="hi")])
+    (encode,) = text(book(1).submit(1, submit(chat=chat, token_ids=None), now=0.0))
+    assert isinstance(encode, Encode)
+    assert encode.messages == (("user", "hi"),)
+
+
+def test_sampling_keeps_the_defaults_of_what_is_unset_and_the_zeros_that_are_set() -> None:
+    sampling = types_pb2.Sampling(temperature=0.0, seed=2**64 - 1)
+    (queued,) = engine(book(1).submit(1, submit(sampling=sampling), now=0.0))
+    assert isinstance(queued, SubmitRequest)
+    asked = queued.request.sampling
+    assert (asked.temperature, asked.top_p, asked.seed) == (0.0, 1.0, 2**64 - 1)
+    assert queued.request.logprobs is None
+
+
+def test_the_same_request_of_two_gateways_has_two_ids() -> None:
+    requests = book(1, 2)
+    assert started(requests, 1) != started(requests, 2)
+
+
+def test_prior_output_goes_to_the_engine_and_to_the_text_process() -> None:
+    prior = [shard_pb2.PriorOutput(token_ids=[3, 4]), shard_pb2.PriorOutput(token_ids=[5], finished=True)]
+    todo = book(1).submit(1, submit(n=2, prior=prior), now=0.0)
+    (queued,) = engine(todo)
+    assert isinstance(queued, SubmitRequest)
+    assert (queued.request.prior, queued.request.finished) == (((3, 4), (5,)), (False, True))
+    (track,) = text(todo)
+    assert isinstance(track, Track)
+    assert track.prior == ((3, 4), (5,))
+
+
+def test_a_step_makes_one_frame_for_each_gateway_with_news() -> None:
+    requests = book(1, 2)
+    one, two = started(requests, 1, request_id="a"), started(requests, 1, request_id="b")
+    deltas = (Delta(one, 0, 0, (9,), ("x",)), Delta(two, 0, 0, (8,), ("y",)))
+    requests.stepped(step(1))
+    todo = requests.stepped(step(2, accepted=(one, two), deltas=deltas))
+    assert [item.stream for item in todo if isinstance(item, ToGateway)] == [1]
+    (frame,) = frames(todo)
+    assert (frame.replica, frame.epoch, frame.step) == ("d-0", 7, 2)
+    assert [list(item.prompt_ids) for item in frame.accepted] == [[1, 2], [1, 2]]
+    assert [(item.request_id, list(item.pieces)) for item in frame.deltas] == [("a", ["x"]), ("b", ["y"])]
+
+
+def test_load_is_sent_when_it_changes_and_now_and_then() -> None:
+    requests = book(1)
+    assert frames(requests.stepped(step(1)))
+    quiet = [number for number in range(2, LOAD_EVERY_STEPS + 2) if frames(requests.stepped(step(number)))]
+    assert quiet == [LOAD_EVERY_STEPS + 1]
+
+
+def test_the_last_choice_to_end_ends_the_attempt() -> None:
+    requests = book(1)
+    id = started(requests, n=2)
+    last = [Delta(id, choice, 0, (9,), ("x",), finish="length", timing=TIMES) for choice in (0, 1)]
+    for delta in last:
+        requests.generated(step(1, deltas=(delta,)))
+    assert text(requests.stepped(step(1, deltas=(last[0],)))) == []
+    todo = requests.stepped(step(2, deltas=(last[1],)))
+    assert text(todo) == [Forget(id)]
+    assert not engine(todo)
+    assert todo[-1] == Ended("", "r", 1, 2, 2, (TIMES, TIMES), "")
+    assert len(requests) == 0
+
+
+def test_a_stop_text_ends_its_choice_and_later_deltas_of_it_are_dropped() -> None:
+    requests = book(1)
+    id = started(requests, n=2)
+    todo = requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("",), finish="stop"),)))
+    assert engine(todo) == [CancelRequest(id, 0)]
+    assert len(requests) == 1
+    requests.stepped(step(2))
+    assert not frames(requests.stepped(step(3, deltas=(Delta(id, 0, 1, ()),))))
+
+
+def test_a_stop_text_in_the_last_token_tells_the_engine_nothing() -> None:
+    requests = book(1)
+    id = started(requests)
+    requests.generated(step(1, deltas=(Delta(id, 0, 0, (9,), finish="length"),)))
+    todo = requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("",), finish="stop"),)))
+    assert not engine(todo)
+
+
+def test_a_cancel_ends_the_attempt_everywhere_and_again_does_nothing() -> None:
+    requests = book(1)
+    id = started(requests)
+    todo = requests.cancel(1, "r", 1)
+    assert engine(todo) == [CancelRequest(id)]
+    assert text(todo) == [Forget(id)]
+    assert requests.cancel(1, "r", 1) == []
+
+
+def test_a_cancel_before_its_submit_is_remembered_for_that_attempt_only() -> None:
+    requests = book(1)
+    assert requests.cancel(1, "r", 1) == []
+    assert requests.submit(1, submit(), now=0.0) == []
+    assert engine(requests.submit(1, submit(attempt=2), now=0.0))
+
+
+def test_a_cancel_during_tokenisation_keeps_the_engine_out_of_it() -> None:
+    requests = book(1)
+    (encode,) = text(requests.submit(1, submit(text="hello", token_ids=None), now=0.0))
+    assert isinstance(encode, Encode)
+    assert not engine(requests.cancel(1, "r", 1))
+    assert requests.encoded(Encoded(encode.id, (5,))) == []
+
+
+def test_a_lost_stream_cancels_its_own_requests() -> None:
+    requests = book(1, 2)
+    mine = started(requests, 1)
+    started(requests, 2)
+    assert engine(requests.leave(1)) == [CancelRequest(mine)]
+    assert requests.leave(1) == []
+    assert len(requests) == 1
+
+
+def test_refusals_end_the_attempt_with_their_reason() -> None:
+    requests = book(1)
+    id = started(requests)
+    todo = requests.stepped(step(1, failed=(Refusal(id, "PROMPT_TOO_LONG", "too long"),)))
+    assert reasons(todo) == ["PROMPT_TOO_LONG"]
+    assert text(todo) == [Forget(id)]
+    (encode,) = text(requests.submit(1, submit("s", text="hello", token_ids=None), now=0.0))
+    assert isinstance(encode, Encode)
+    todo = requests.encoded(NotEncoded(Refusal(encode.id, "NO_CHAT_TEMPLATE", "none")))
+    assert reasons(todo) == ["NO_CHAT_TEMPLATE"]
+    assert len(requests) == 0
+
+
+def test_what_cannot_be_an_attempt_is_refused_at_once() -> None:
+    done = shard_pb2.PriorOutput(finished=True)
+    for bad in (submit(n=0), submit(token_ids=None), submit(n=2, prior=[done]), submit(prior=[done])):
+        assert reasons(book(1).submit(1, bad, now=0.0)) == ["INVALID_ARGUMENT"]
+    assert reasons(book(1).submit(1, submit(model_hash="other"), now=0.0)) == ["MODEL_CHANGED"]
+
+
+def test_deadlines_end_attempts_in_their_order() -> None:
+    requests = book(1)
+    started(requests, request_id="late", deadline_ms=2000)
+    soon = started(requests, request_id="soon", deadline_ms=1000)
+    started(requests, request_id="never")
+    assert requests.next_deadline() == 1.0
+    assert requests.expire(0.9) == []
+    todo = requests.expire(1.0)
+    assert reasons(todo) == ["DEADLINE_EXCEEDED"]
+    assert engine(todo) == [CancelRequest(soon)]
+    assert requests.next_deadline() == 2.0
+    requests.cancel(1, "late", 1)
+    assert requests.next_deadline() is None
+
+
+class Conversation(RuleBasedStateMachine):
+    """Gateways that come, ask, cancel and go, before an engine and a text process that lag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = RequestBook("d-0", 7, "hash")
+        self.now = 0.0
+        self.streams: set[int] = set()
+        self.opened = self.submitted = self.steps = 0
+        self.encoding: list[str] = []
+        self.tracked: set[str] = set()
+        self.running: dict[str, dict[int, int]] = {}  # what the engine runs: id, choice -> next position
+        self.news: dict[str, list[object]] = {"accepted": [], "deltas": [], "failed": []}
+        self.with_text: list[Step] = []
+        self.expected: dict[tuple[int, str, int], dict[int, int]] = {}  # what each gateway awaits
+        self.over: set[tuple[int, str, int]] = set()
+        self.ended: Counter[tuple[str, int]] = Counter()
+
+    def do(self, todo: list[Instruction]) -> None:
+        stepped = Counter(item.stream for item in todo if isinstance(item, ToGateway))
+        assert max(stepped.values(), default=1) == 1, "two frames of one event for a gateway"
+        for item in todo:
+            match item:
+                case ToText(Encode(id)):
+                    self.encoding.append(id)
+                case ToText(Track(id)):
+                    assert id not in self.tracked
+                    self.tracked.add(id)
+                case ToText(Forget(id)):
+                    self.tracked.remove(id)
+                case ToText(Step() as passed):
+                    self.with_text.append(passed)
+                case ToEngine(SubmitRequest(request)):
+                    assert request.id in self.tracked
+                    self.running[request.id] = dict.fromkeys(range(request.n), 0)
+                    self.news["accepted"].append(request.id)
+                case ToEngine(CancelRequest(id, choice)):
+                    if choice is None:
+                        self.running.pop(id, None)
+                    else:
+                        self.running.get(id, {}).pop(choice, None)
+                case ToGateway(stream, frame):
+                    self.receive(stream, frame)
+                case Ended(request_id=request_id, attempt=attempt):
+                    self.ended[request_id, attempt] += 1
+
+    def receive(self, stream: int, frame: shard_pb2.StepFrame) -> None:
+        for accepted in frame.accepted:
+            key = (stream, accepted.request_id, accepted.attempt)
+            assert key not in self.over
+            assert not any(self.expected[key].values()), "accepted after its first token"
+        for delta in frame.deltas:
+            key = (stream, delta.request_id, delta.attempt)
+            assert key not in self.over, "a delta after the end"
+            assert self.expected[key].pop(delta.choice) == delta.index, "a position skipped or repeated"
+            if not delta.finish_reason:
+                self.expected[key][delta.choice] = delta.index + len(delta.token_ids)
+            if not self.expected[key]:
+                self.over.add(key)
+        for failed in frame.failed:
+            key = (stream, failed.request_id, failed.attempt)
+            assert key not in self.over, "a second end"
+            self.over.add(key)
+
+    @rule()
+    def join(self) -> None:
+        self.opened += 1
+        self.streams.add(self.opened)
+        self.do(self.book.join(self.opened))
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data(), n=st.integers(1, 3), as_text=st.booleans(), deadline_ms=st.sampled_from([0, 0, 5]))
+    def submit(self, data: st.DataObject, n: int, as_text: bool, deadline_ms: int) -> None:
+        stream = data.draw(st.sampled_from(sorted(self.streams)))
+        self.submitted += 1
+        prompt: dict[str, object] = {"text": "x", "token_ids": None} if as_text else {}
+        sent = submit(f"r{self.submitted}", n=n, deadline_ms=deadline_ms, **prompt)
+        self.expected[stream, sent.request_id, 1] = dict.fromkeys(range(n), 0)
+        self.do(self.book.submit(stream, sent, self.now))
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.expected)))
+        if key[0] in self.streams:
+            self.over.add(key)
+            self.do(self.book.cancel(*key))
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        stream = data.draw(st.sampled_from(sorted(self.streams)))
+        self.streams.discard(stream)
+        self.over |= {key for key in self.expected if key[0] == stream}
+        self.do(self.book.leave(stream))
+
+    @rule(elapsed=st.integers(1, 4))
+    def wait(self, elapsed: int) -> None:
+        self.now += elapsed / 1000
+        self.do(self.book.expire(self.now))
+
+    @precondition(lambda self: self.encoding)
+    @rule(refused=st.booleans())
+    def tokenise(self, refused: bool) -> None:
+        id = self.encoding.pop(0)
+        answer = NotEncoded(Refusal(id, "INVALID_ARGUMENT", "no")) if refused else Encoded(id, (1,))
+        self.do(self.book.encoded(answer))
+
+    @rule(data=st.data())
+    def generate(self, data: st.DataObject) -> None:
+        self.steps += 1
+        deltas = []
+        for id, choices in list(self.running.items()):
+            for choice, position in list(choices.items()):
+                last = data.draw(st.booleans())
+                deltas.append(Delta(id, choice, position, (1,), finish="length" if last else None))
+                choices[choice] += 1
+                if last:
+                    del choices[choice]
+        accepted, self.news["accepted"] = tuple(self.news["accepted"]), []
+        load = Load(running=len(self.running))
+        done = Step(self.steps, load, accepted, tuple(deltas))  # type: ignore[arg-type]
+        self.do(self.book.generated(done))
+
+    @precondition(lambda self: self.with_text)
+    @rule(data=st.data())
+    def detokenise(self, data: st.DataObject) -> None:
+        done = self.with_text.pop(0)
+        deltas = []
+        for delta in done.deltas:
+            stopped = data.draw(st.integers(0, 3)) == 0
+            finish = "stop" if stopped else delta.finish
+            deltas.append(Delta(delta.id, delta.choice, delta.index, delta.token_ids, ("x",), (), finish))
+        self.do(self.book.stepped(Step(done.step, done.load, done.accepted, tuple(deltas))))
+
+    @invariant()
+    def the_book_is_whole(self) -> None:
+        self.book.check_integrity()
+        live = {key for key in self.expected if key not in self.over}
+        assert len(self.book) == len(live)
+        assert len(self.tracked) <= len(live), "the text process remembers what is over"
+        assert sum(self.ended.values()) == len(self.over)
+        assert max(self.ended.values(), default=1) == 1
+
+    @invariant()
+    def the_engine_runs_nothing_for_nobody(self) -> None:
+        assert {id for id, choices in self.running.items() if choices} <= self.tracked
+
+
+TestConversation = Conversation.TestCase
+TestConversation.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
