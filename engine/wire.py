@@ -174,7 +174,7 @@ class NotEncoded:
 # completes a stop text comes back cut after the token that completed it, with finish "stop"; later
 # deltas of that choice come back with no tokens and must be dropped.
 
-Message = Union[
+Message = Union[  # noqa: UP007 - a union of this length reads better so
     StartEngine, Rendezvous, SubmitRequest, CancelRequest, Loading, EngineReady, EngineFailed, Step,
     StartText, Encode, Track, Forget, TextReady, Encoded, NotEncoded,
 ]  # fmt: skip

@@ -1,0 +1,75 @@
+"""The leader's loop body: schedule a plan, send it to every rank, run it, take in what was drawn."""
+
+from __future__ import annotations
+
+import select
+from collections import deque
+
+from engine.channel import HasFileno, PlanHub
+from engine.plan import Sampled
+from engine.request import Delta, Load, Request
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+
+
+class EngineCore:
+    """Owns: the scheduler, this rank's runner and the other ranks' attention.
+
+    Does not own: the clock, the sockets to whoever submits requests.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, hub: PlanHub | None, sampler: int) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._hub = hub
+        self._sampler = sampler  # the rank that draws tokens
+        self._drawn_here: deque[Sampled] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._scheduler.has_work
+
+    @property
+    def load(self) -> Load:
+        """How busy the replica is."""
+        return self._scheduler.load
+
+    def submit(self, request: Request, now: float) -> tuple[Delta, ...]:
+        """Queue a request; see Scheduler.submit."""
+        return self._scheduler.submit(request, now)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """Forget a request; see Scheduler.cancel."""
+        self._scheduler.cancel(request_id, choice)
+
+    def launch(self, now: float) -> int:
+        """Start as many steps as may be in flight; returns how many are."""
+        while plan := self._scheduler.schedule(now):
+            if self._hub is not None:
+                self._hub.broadcast(plan)
+            sampled = self._runner.run(plan)
+            if sampled is not None:
+                self._drawn_here.append(sampled)
+        return self._scheduler.plans_in_flight
+
+    def collect(self, now: float) -> tuple[int, tuple[Delta, ...]]:
+        """Wait for the oldest step in flight: its number and its new tokens."""
+        if self._drawn_here:
+            sampled = self._drawn_here.popleft()
+        else:
+            assert self._hub is not None
+            sampled = self._hub.receive(self._sampler)
+        return sampled.step, self._scheduler.apply(sampled, now)
+
+    def wait(self, beside: HasFileno) -> None:
+        """Sleep until `beside` can be read. Raises EngineError when another rank goes meanwhile."""
+        if self._hub is not None:
+            self._hub.wait(beside)
+        else:
+            select.select([beside], [], [])
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        if self._hub is not None:
+            self._hub.close()

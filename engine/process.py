@@ -1,0 +1,166 @@
+"""Entry point of one rank: `python -m engine.process --fd N`, N an inherited socket of `engine.wire`.
+
+Rank 0 serves requests; every other rank executes plans. A closed socket ends the process at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig, model_hash
+from engine.errors import EngineError, ModelError, RequestError
+from engine.link import Link, LinkClosedError, die_with_parent
+from engine.rank import Member, join
+from engine.request import Delta, Refusal
+from engine.wire import (
+    CancelRequest,
+    EngineFailed,
+    EngineReady,
+    Loading,
+    Message,
+    Rendezvous,
+    StartEngine,
+    Step,
+    SubmitRequest,
+)
+
+if TYPE_CHECKING:
+    from engine.core import EngineCore  # imports torch
+
+
+def main() -> None:
+    """Run a rank until its socket closes."""
+    parser = argparse.ArgumentParser(description="One rank of an engine.")
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket")
+    link = Link.inherited(parser.parse_args().fd)
+    die_with_parent()
+    code = 0
+    try:
+        _run(link)
+    except LinkClosedError:
+        pass  # nobody is left to tell
+    except Exception as error:
+        code = 1
+        traceback.print_exc(file=sys.stderr)
+        _last_word(link, error)
+    sys.stderr.flush()
+    # Threads of a communicator whose peer has gone may never end.
+    os._exit(code)
+
+
+def _run(link: Link) -> None:
+    start, *early = link.receive()
+    if not isinstance(start, StartEngine):
+        raise EngineError("INTERNAL", f"expected StartEngine, got {type(start).__name__}")
+    engine = EngineConfig(
+        start.model,
+        tp=start.tp,
+        pp=start.pp,
+        rank=start.rank,
+        epoch=start.epoch,
+        host=start.host,
+        device=start.device,
+        dtype=start.dtype,
+        max_model_len=start.max_model_len,
+    )
+    member = join(
+        engine,
+        announce=lambda address: link.send(Rendezvous(address)),
+        meet=lambda: _meet(link, early),
+        progress=lambda fraction: link.send(Loading(fraction)),
+    )
+    identity = model_hash(engine.model)
+    link.send(
+        EngineReady(identity, member.max_model_len, member.config.vocab_size, member.config.eos_token_ids)
+    )
+    if member.core is not None:
+        _lead(member.core, link, early)
+    else:
+        _follow(member, link)
+
+
+def _meet(link: Link, early: list[Message]) -> str:
+    """The group's address, which may have come with the first message."""
+    for message in chain(early, _messages(link)):
+        if isinstance(message, Rendezvous):
+            return message.address
+    raise LinkClosedError
+
+
+def _messages(link: Link) -> Iterable[Message]:
+    while True:
+        yield from link.receive()
+
+
+def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
+    """Serve: one `Step` for what has arrived, one for each step that has run."""
+    step, told = 0, core.load
+    messages: Iterable[Message] = early
+    while True:
+        accepted, failed, finished = _take(core, messages)
+        if accepted or failed or finished or core.load != told:
+            told = core.load
+            link.send(Step(step, told, accepted, finished, failed))
+        if core.busy:
+            core.launch(time.time())
+            step, deltas = core.collect(time.time())
+            told = core.load
+            link.send(Step(step, told, deltas=deltas))
+        if not core.busy:
+            core.wait(link)
+        messages = link.receive(0)
+
+
+def _take(
+    core: EngineCore, messages: Iterable[Message]
+) -> tuple[tuple[str, ...], tuple[Refusal, ...], tuple[Delta, ...]]:
+    """Apply commands; returns the requests accepted, those refused, and choices that ended at once."""
+    accepted: list[str] = []
+    failed: list[Refusal] = []
+    finished: list[Delta] = []
+    for message in messages:
+        match message:
+            case SubmitRequest(request):
+                try:
+                    finished.extend(core.submit(request, time.time()))
+                    accepted.append(request.id)
+                except RequestError as error:
+                    failed.append(Refusal(request.id, error.reason, error.message))
+            case CancelRequest(request_id, choice):
+                core.cancel(request_id, choice)
+            case _:
+                raise EngineError("INTERNAL", f"unexpected {type(message).__name__}")
+    return tuple(accepted), tuple(failed), tuple(finished)
+
+
+def _follow(member: Member, link: Link) -> None:
+    """Execute plans until the leader or the parent has gone."""
+    assert member.plans is not None
+    while True:
+        plan = member.plans.receive(beside=[link])
+        if plan is None:
+            link.receive()  # raises LinkClosedError: the parent has nothing to say
+            continue
+        sampled = member.runner.run(plan)
+        if sampled is not None:
+            member.plans.send(sampled)
+
+
+def _last_word(link: Link, error: Exception) -> None:
+    reason = error.reason if isinstance(error, EngineError) else "INTERNAL"
+    message = error.message if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+    try:
+        link.send(EngineFailed(reason, message, permanent=isinstance(error, ModelError)))
+    except LinkClosedError:
+        sys.stderr.write("engine: the parent has gone before it could be told\n")
+
+
+if __name__ == "__main__":
+    main()

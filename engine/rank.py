@@ -1,0 +1,176 @@
+"""Brings one rank up: weights, KV cache, groups, and on rank 0 the core.
+
+Imports torch only where it is used, so that whoever reads this module's values need not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig, ModelConfig, check_layout, check_weights
+from engine.errors import ModelError
+from engine.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from engine.channel import PlanLink
+    from engine.core import EngineCore
+    from engine.runner import Runner
+
+_CPU_KV_BYTES = 1 << 30
+_GPU_FREE_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A rank that has joined its group. Rank 0 has a core, the others a link to it."""
+
+    config: ModelConfig
+    max_model_len: int
+    runner: Runner
+    core: EngineCore | None
+    plans: PlanLink | None
+
+
+def prepare_process(engine: EngineConfig) -> None:
+    """Set what must be set before torch first computes.
+
+    MKL's strict reproducibility makes a row of a matrix product the same whatever the number of rows
+    and threads, given 16 rows or more (measured; without it, from 2 threads on, it is not).
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    threads = engine.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cores // (engine.tp * engine.pp)
+    torch.set_num_threads(max(1, threads))
+
+
+def join(
+    engine: EngineConfig,
+    announce: Callable[[str], None],
+    meet: Callable[[], str],
+    progress: Callable[[float], None],
+) -> Member:
+    """Load this rank and join the group; on rank 0, run a first step through all of it.
+
+    Rank 0 calls `announce` with the address where the group meets before it loads; the others call
+    `meet` for it once they have loaded.
+
+    Raises:
+        ModelError: the model or the layout cannot be served.
+        EngineError: another rank has gone.
+    """
+    config = ModelConfig.load(engine.model)
+    check_layout(config, engine.tp, engine.pp)
+    check_weights(engine.model)
+    prepare_process(engine)
+
+    import torch
+
+    from engine.attention import KVCache
+    from engine.channel import PlanHub, PlanLink
+    from engine.parallel import Grid, connect, join_store, open_store
+    from engine.runner import Runner
+    from engine.weights import load_weights
+
+    grid = Grid(engine.tp, engine.pp, engine.rank)
+    device, dtype = torch.device(engine.device), getattr(torch, engine.dtype_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = hub = link = None
+    if grid.world > 1 and grid.rank == 0:
+        store, address = open_store(engine.host)
+        hub = PlanHub(engine.host, grid.world, engine.epoch)
+        store.set("plans", hub.address)
+        announce(address)
+    weights = load_weights(engine.model, config, grid, dtype, device, progress)
+    if grid.rank != 0:
+        store = join_store(meet())
+    parallel = connect(grid, store, engine.host, device)
+    layers = max(
+        len(Grid(engine.tp, engine.pp, rank).layers(config.num_layers)) for rank in range(grid.world)
+    )
+    kv_heads = max(1, config.num_kv_heads // engine.tp)
+    block_bytes = 2 * layers * kv_heads * config.head_dim * dtype.itemsize * engine.block_size
+    blocks, max_model_len = _size_cache(
+        engine, config, parallel.agree_on_least(_kv_bytes(engine) // block_bytes)
+    )
+    cache = KVCache(len(weights.layers), kv_heads, config.head_dim, blocks, engine.block_size, dtype, device)
+    runner = Runner(engine, config, weights, parallel, cache, max_model_len)
+    if grid.rank != 0:
+        assert store is not None
+        link = PlanLink(store.get("plans").decode(), engine.epoch, grid.rank)
+        return Member(config, max_model_len, runner, None, link)
+    if hub is not None:
+        hub.gather()
+    core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len)
+    warm(core)
+    return Member(config, max_model_len, runner, core, None)
+
+
+def warm(core: EngineCore) -> None:
+    """Run a small request to its end: every communicator is built and every rank has answered."""
+    core.submit(Request("warm-up", (0,), SamplingParams(0.0), max_tokens=2, ignore_eos=True), time.time())
+    while core.busy:
+        core.launch(time.time())
+        core.collect(time.time())
+
+
+def _kv_bytes(engine: EngineConfig) -> int:
+    if engine.kv_bytes:
+        return engine.kv_bytes
+    if engine.device == "cpu":
+        return _CPU_KV_BYTES
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return int(free * _GPU_FREE_SHARE)
+
+
+def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[int, int]:
+    """Blocks of the pool and the longest sequence, when `most` blocks fit into memory."""
+    longest = engine.max_model_len or config.max_position
+    if longest > config.max_position:
+        raise ModelError(
+            "INVALID_LAYOUT", f"max_model_len {longest} exceeds the model's {config.max_position} positions"
+        )
+    if most * engine.block_size < longest:
+        if engine.max_model_len or most == 0:
+            raise ModelError(
+                "INVALID_LAYOUT",
+                f"the KV memory holds {most * engine.block_size} tokens, fewer than max_model_len {longest}",
+            )
+        longest = most * engine.block_size
+    per_sequence = -(-longest // engine.block_size)
+    return min(most, per_sequence * engine.max_running), longest
+
+
+def _core(
+    engine: EngineConfig,
+    config: ModelConfig,
+    runner: Runner,
+    hub: object,
+    sampler: int,
+    blocks: int,
+    max_model_len: int,
+) -> EngineCore:
+    from engine.channel import PlanHub
+    from engine.core import EngineCore
+    from engine.scheduler import Scheduler
+    from engine.validation import Limits
+
+    limits = Limits(
+        config.vocab_size,
+        max_model_len,
+        config.eos_token_ids,
+        blocks,
+        engine.block_size,
+        engine.max_batch_tokens,
+        engine.max_running,
+    )
+    assert hub is None or isinstance(hub, PlanHub)
+    return EngineCore(Scheduler(limits, epoch=engine.epoch, depth=engine.pp), runner, hub, sampler)

@@ -1,0 +1,68 @@
+"""One rank's execution of plans.
+
+Owns: the order of plans on this rank, the model, the cache. Does not own: what is in a plan.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.attention import KVCache
+from engine.batch import Batcher
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import EngineError
+from engine.model import Llama
+from engine.parallel import Parallel
+from engine.plan import Sampled, StepPlan
+from engine.sampler import sample
+from engine.weights import StageWeights
+
+
+class Runner:
+    """Runs every plan of one epoch, in order."""
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        config: ModelConfig,
+        weights: StageWeights,
+        parallel: Parallel,
+        cache: KVCache,
+        max_model_len: int,
+    ) -> None:
+        self._epoch = engine.epoch
+        self._step = 0
+        self._parallel = parallel
+        self._hidden_size = config.hidden_size
+        self._dtype = cache.keys_NKPE.dtype
+        self._device = cache.keys_NKPE.device
+        heads, kv_heads = config.num_heads // parallel.grid.tp, cache.keys_NKPE.shape[1]
+        self._batcher = Batcher(engine.block_size, heads // kv_heads, cache.padding_place, self._device)
+        self._model = Llama(config, weights, parallel, cache, max_model_len)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Sampled | None:
+        """Execute a plan; the rank that samples returns what was drawn, the others None.
+
+        Raises:
+            EngineError: PLAN_REFUSED, when the plan is of another epoch or not the next one.
+        """
+        if (plan.epoch, plan.step) != (self._epoch, self._step + 1):
+            raise EngineError(
+                "PLAN_REFUSED",
+                f"plan {plan.step} of epoch {plan.epoch}, expected {self._step + 1} of {self._epoch}",
+            )
+        self._step = plan.step
+        batch = self._batcher.build(plan)
+        grid = self._parallel.grid
+        x_TD = None
+        if not grid.is_first_stage:
+            x_TD = self._parallel.recv_hidden((batch.tokens, self._hidden_size), self._dtype, self._device)
+        x_TD = self._model.forward(batch, x_TD)
+        if not grid.is_last_stage:
+            self._parallel.send_hidden(x_TD)
+            return None
+        if not batch.draws:
+            return Sampled(plan.step, (), ()) if grid.rank == grid.sampler else None
+        logits_SV = self._model.logits(batch, x_TD)
+        return sample(plan.step, logits_SV, batch.draws) if grid.rank == grid.sampler else None

@@ -1,0 +1,195 @@
+"""Entry point of the text process: `python -m engine.text --fd N`, N an inherited socket of `engine.wire`.
+
+Owns: the tokeniser, the chat template, and per live request the text of its choices.
+Does not own: tokens; deltas pass through in order. Answers in the order of questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from engine.detokenizer import ChoiceText, Detokenizer
+from engine.errors import EngineError, ModelError, RequestError
+from engine.link import Link, LinkClosedError, die_with_parent
+from engine.request import Delta, PositionLogprobs, Refusal
+from engine.wire import (
+    Encode,
+    Encoded,
+    EngineFailed,
+    Forget,
+    Message,
+    NotEncoded,
+    StartText,
+    Step,
+    TextReady,
+    Track,
+)
+
+
+class Tokenizer:
+    """A model's tokeniser, by the few calls that serving needs."""
+
+    def __init__(self, model_dir: str) -> None:
+        self._tokenizer = load_tokenizer(model_dir)
+        self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
+        # A token before the first keeps the leading space of tokenisers that strip it.
+        self.context = self._tokenizer.encode("a", add_special_tokens=False)[-1:]
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a prompt, with the special tokens that the model expects around it."""
+        return tuple(self._tokenizer.encode(text))
+
+    def encode_chat(self, messages: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
+        """Token ids of a conversation by the chat template, up to where the assistant answers.
+
+        Raises:
+            RequestError: NO_CHAT_TEMPLATE, or INVALID_ARGUMENT when the template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise RequestError("NO_CHAT_TEMPLATE", "the model has no chat template; send a text prompt")
+        turns = [{"role": role, "content": content} for role, content in messages]
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise RequestError("INVALID_ARGUMENT", f"the chat template refuses this: {error}") from error
+        return tuple(ids)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of tokens without special ones."""
+        return str(
+            self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def _token_text(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
+
+class TextService:
+    """Answers messages; see `engine.wire` for what each means."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._choices: dict[str, list[ChoiceText]] = {}
+
+    def handle(self, message: Message) -> Message | None:
+        """The answer to a message, if it has one."""
+        match message:
+            case Encode():
+                return self._encode(message)
+            case Track():
+                self._choices[message.id] = [self._track(message, choice) for choice in range(message.n)]
+                return None
+            case Forget(request_id):
+                self._choices.pop(request_id, None)
+                return None
+            case Step():
+                return replace(message, deltas=tuple(map(self._fill, message.deltas)))
+            case _:
+                raise EngineError("INTERNAL", f"unexpected {type(message).__name__}")
+
+    def _encode(self, message: Encode) -> Encoded | NotEncoded:
+        try:
+            if message.text is not None:
+                return Encoded(message.id, self._tokenizer.encode(message.text))
+            return Encoded(message.id, self._tokenizer.encode_chat(message.messages))
+        except RequestError as error:
+            return NotEncoded(Refusal(message.id, error.reason, error.message))
+
+    def _track(self, message: Track, choice: int) -> ChoiceText:
+        text = ChoiceText(Detokenizer(self._tokenizer.decode, self._tokenizer.context), message.stop)
+        for token_id in message.prior[choice] if message.prior else ():
+            text.push(token_id)
+        return text
+
+    def _fill(self, delta: Delta) -> Delta:
+        if delta.id not in self._choices:
+            return delta
+        text = self._choices[delta.id][delta.choice]
+        if text.stopped:
+            return replace(delta, token_ids=(), logprobs=(), finish=None, timing=None)
+        pieces: list[str] = []
+        for token_id in delta.token_ids:
+            pieces.append(text.push(token_id))
+            if text.stopped:
+                break
+        if delta.finish and not text.stopped and pieces:
+            pieces[-1] += text.flush()
+        count = len(pieces)
+        return replace(
+            delta,
+            token_ids=delta.token_ids[:count],
+            pieces=tuple(pieces),
+            logprobs=tuple(map(self._with_texts, delta.logprobs[:count])),
+            finish="stop" if text.stopped else delta.finish,
+        )
+
+    def _with_texts(self, logprobs: PositionLogprobs) -> PositionLogprobs:
+        chosen, *top = (
+            replace(token, text=self._tokenizer.token_text(token.token_id))
+            for token in (logprobs.chosen, *logprobs.top)
+        )
+        return PositionLogprobs(chosen, tuple(top))
+
+
+def load_tokenizer(model_dir: str) -> Any:
+    """The model's own tokeniser, never its code.
+
+    Raises:
+        ModelError: INVALID_MODEL, when the directory has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "INVALID_MODEL", f"{model_dir} has no tokeniser that can be loaded: {error}"
+        ) from error
+
+
+def main() -> None:
+    """Answer until the socket closes."""
+    parser = argparse.ArgumentParser(description="The text process beside an engine.")
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket")
+    link = Link.inherited(parser.parse_args().fd)
+    die_with_parent()
+    # Transformers would import torch, which tokenisers do not need: half of the start-up time.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        _run(link)
+    except LinkClosedError:
+        return
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        reason = error.reason if isinstance(error, EngineError) else "INTERNAL"
+        link.send(EngineFailed(reason, str(error), permanent=isinstance(error, ModelError)))
+        raise SystemExit(1) from error
+
+
+def _run(link: Link) -> None:
+    start, *messages = link.receive()
+    if not isinstance(start, StartText):
+        raise EngineError("INTERNAL", f"expected StartText, got {type(start).__name__}")
+    service = TextService(Tokenizer(start.model))
+    link.send(TextReady())
+    while True:
+        for message in messages:
+            answer = service.handle(message)
+            if answer is not None:
+                link.send(answer)
+        messages = list(link.receive())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What a request must be like to be served."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from engine.errors import RequestError
+from engine.request import Request, SamplingParams
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the engine can hold. `kv_blocks` blocks hold at least one sequence of `max_model_len`."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+    kv_blocks: int = 1024
+    block_size: int = 16
+    max_batch_tokens: int = 512
+    max_running: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kv_blocks * self.block_size < self.max_model_len:
+            raise ValueError(
+                f"{self.kv_blocks} KV blocks of {self.block_size} cannot hold {self.max_model_len} tokens"
+            )
+
+
+def validate(request: Request, limits: Limits) -> None:
+    """See that a request is well-formed and fits.
+
+    Raises:
+        RequestError: with the reason EMPTY_PROMPT, PROMPT_TOO_LONG, MAX_TOKENS_TOO_LARGE,
+            INVALID_TOKEN_ID or INVALID_ARGUMENT.
+    """
+    length = len(request.prompt_ids)
+    if length == 0:
+        raise RequestError("EMPTY_PROMPT", "the prompt has no tokens")
+    if length >= limits.max_model_len:
+        raise RequestError(
+            "PROMPT_TOO_LONG",
+            f"the prompt has {length} tokens; prompt and output together have at most {limits.max_model_len}",
+        )
+    if request.max_tokens < 1:
+        raise _invalid(f"max_tokens must be at least 1, not {request.max_tokens}")
+    if length + request.max_tokens > limits.max_model_len:
+        raise RequestError(
+            "MAX_TOKENS_TOO_LARGE",
+            f"max_tokens {request.max_tokens} and a prompt of {length} tokens exceed the limit of "
+            f"{limits.max_model_len}",
+        )
+    _validate_ids(request, limits)
+    _validate_choices(request)
+    _validate_sampling(request.sampling)
+
+
+def _validate_ids(request: Request, limits: Limits) -> None:
+    for ids in (request.prompt_ids, request.stop_token_ids, *request.prior):
+        bad = next((token for token in ids if not 0 <= token < limits.vocab_size), None)
+        if bad is not None:
+            raise RequestError(
+                "INVALID_TOKEN_ID", f"token id {bad} is not in the vocabulary of {limits.vocab_size}"
+            )
+
+
+def _validate_choices(request: Request) -> None:
+    if not 1 <= request.n <= MAX_CHOICES:
+        raise _invalid(f"n must be between 1 and {MAX_CHOICES}, not {request.n}")
+    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
+        raise _invalid(f"logprobs must be between 0 and {MAX_LOGPROBS}, not {request.logprobs}")
+    for name, values in (("prior", request.prior), ("finished", request.finished)):
+        if values and len(values) != request.n:
+            raise _invalid(f"{name} has {len(values)} entries for {request.n} choices")
+
+
+def _validate_sampling(sampling: SamplingParams) -> None:
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise _invalid(f"temperature must be at least 0, not {sampling.temperature}")
+    if not 0 <= sampling.top_k < 2**31:
+        raise _invalid(f"top_k must be at least 0 and below 2**31, not {sampling.top_k}")
+    if not 0 < sampling.top_p <= 1:
+        raise _invalid(f"top_p must be above 0 and at most 1, not {sampling.top_p}")
+    if not 0 <= sampling.min_p <= 1:
+        raise _invalid(f"min_p must be between 0 and 1, not {sampling.min_p}")
+    if not 0 <= sampling.seed < 2**64:
+        raise _invalid(f"seed must be at least 0 and below 2**64, not {sampling.seed}")
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError("INVALID_ARGUMENT", message)
