@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import invalid_model, read_header, read_json, weight_files
 from engine.errors import ModelError
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+BLOCK_SIZE = 16  # tokens per KV block
 DTYPES = ("float32", "bfloat16", "float16")
-_INDEX = "model.safetensors.index.json"
-_WINDOW = 64 << 10
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+_WEIGHT_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +56,13 @@ class ModelConfig:
             ModelError: INVALID_MODEL, when the directory holds no model that this engine can run.
         """
         directory = Path(model_dir)
-        raw = _read_json(directory / "config.json")
+        raw = read_json(directory / "config.json")
         if raw is None:
-            raise _invalid(f"{directory} has no config.json")
+            raise invalid_model(f"{directory} has no config.json")
         try:
-            return _parse(raw, _read_json(directory / "generation_config.json") or {})
+            return _parse(raw, read_json(directory / "generation_config.json") or {})
         except (KeyError, TypeError, ValueError) as error:
-            raise _invalid(f"{directory / 'config.json'} cannot be read: {error!r}") from error
+            raise invalid_model(f"{directory / 'config.json'} cannot be read: {error!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +78,6 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str = ""
     max_model_len: int = 0
-    block_size: int = 16  # tokens per KV block
     max_batch_tokens: int = 512  # tokens per step, over all sequences
     max_running: int = 64  # sequences that hold KV blocks at once
     kv_bytes: int = 0  # KV memory of one rank: 1 GiB on a CPU, most of what is left on a GPU
@@ -111,95 +107,63 @@ def check_layout(config: ModelConfig, tp: int, pp: int) -> None:
         raise _layout(f"PP {pp} is more than the {config.num_layers} layers")
 
 
-def weight_files(model_dir: str | Path) -> tuple[Path, ...]:
-    """The safetensors files of a model: those of the index, else the single file.
-
-    Raises:
-        ModelError: INVALID_MODEL, when there are none or some of the index are missing.
-    """
-    directory = Path(model_dir)
-    if not directory.is_dir():
-        raise _invalid(f"{directory} is not a directory")
-    index = _read_json(directory / _INDEX)
-    if index is None:
-        single = directory / "model.safetensors"
-        if not single.is_file():
-            raise _invalid(f"{directory} has no weights: neither model.safetensors nor {_INDEX}")
-        return (single,)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise _invalid(f"{directory / _INDEX} has no weight_map")
-    names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise _invalid(f"{directory} lacks {', '.join(missing)}, which {_INDEX} names")
-    return tuple(directory / name for name in names)
-
-
 def check_weights(model_dir: str | Path) -> None:
-    """See that the weights are there and whole, by the headers alone.
+    """See that every tensor is there, whole and of the right shape, by the files' headers alone.
 
     Raises:
-        ModelError: INVALID_MODEL.
+        ModelError: INVALID_MODEL, naming the file or tensor.
     """
-    for path in weight_files(model_dir):
-        read_header(path)
+    config = ModelConfig.load(model_dir)
+    found = {
+        name: (path, entry) for path in weight_files(model_dir) for name, entry in read_header(path).items()
+    }
+    for name, shape in tensor_shapes(config).items():
+        if name not in found:
+            raise invalid_model(f"{model_dir} has no tensor {name}")
+        path, entry = found[name]
+        if tuple(entry["shape"]) != shape:
+            raise invalid_model(f"{name} in {path} has the shape {entry['shape']}, expected {list(shape)}")
+        if entry["dtype"] not in _WEIGHT_DTYPES:
+            raise invalid_model(f"{name} in {path} has the dtype {entry['dtype']}, which is not supported")
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file: name to dtype, shape and data_offsets.
-
-    Raises:
-        ModelError: INVALID_MODEL, when the file is cut short or is no safetensors file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise _invalid(f"{path} is cut short or is not a safetensors file")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError as error:
-            raise _invalid(f"{path} is not a safetensors file") from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < 8 + length + end:
-        raise _invalid(f"{path} is cut short: {size} bytes of {8 + length + end}")
-    return header
-
-
-def model_hash(model_dir: str | Path) -> str:
-    """The identity of a model: its configuration, tokeniser files, and a sample of its weights.
-
-    Of each weights file the header and three windows are read, so that it is cheap and still tells a
-    retrained model of the same shape apart.
-    """
-    directory = Path(model_dir)
-    digest = hashlib.sha256()
-    for name in ("config.json", "generation_config.json", *_TOKENIZER_FILES):
-        path = directory / name
-        digest.update(f"{name}\0".encode())
-        digest.update(path.read_bytes() if path.is_file() else b"-")
-    for path in weight_files(directory):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        digest.update(json.dumps(read_header(path), sort_keys=True).encode())
-        with path.open("rb") as file:
-            for offset in (0, size // 2, max(0, size - _WINDOW)):
-                file.seek(offset)
-                digest.update(file.read(_WINDOW))
-    return digest.hexdigest()[:32]
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model by its name in the files; matrices are [out, in]."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    mlps = {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{norm}.weight"] = (hidden,)
+        for part, matrices, bias in (
+            ("self_attn", attention, config.attention_bias),
+            ("mlp", mlps, config.mlp_bias),
+        ):
+            for name, shape in matrices.items():
+                shapes[f"{prefix}{part}.{name}.weight"] = shape
+                if bias:
+                    shapes[f"{prefix}{part}.{name}.bias"] = shape[:1]
+    return shapes
 
 
 def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
     architecture = (raw.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
-        raise _invalid(f"architecture {architecture} is not supported; known: {', '.join(ARCHITECTURES)}")
+        raise invalid_model(
+            f"architecture {architecture} is not supported; known: {', '.join(ARCHITECTURES)}"
+        )
     if raw.get("quantization_config"):
-        raise _invalid("quantised weights are not supported")
+        raise invalid_model("quantised weights are not supported")
     if raw.get("hidden_act", "silu") != "silu":
-        raise _invalid(f"activation {raw['hidden_act']} is not supported; known: silu")
+        raise invalid_model(f"activation {raw['hidden_act']} is not supported; known: silu")
     heads = int(raw["num_attention_heads"])
     hidden = int(raw["hidden_size"])
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
@@ -227,7 +191,7 @@ def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
     kind = values.get("rope_type", values.get("type", "default"))
     theta = float(values.get("rope_theta", raw.get("rope_theta", 10000.0)))
     if not math.isfinite(theta) or theta <= 0:
-        raise _invalid(f"rope_theta {theta} is not a positive number")
+        raise invalid_model(f"rope_theta {theta} is not a positive number")
     match kind:
         case "default":
             return RopeConfig(theta)
@@ -242,23 +206,7 @@ def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
                 float(values["high_freq_factor"]),
                 int(values["original_max_position_embeddings"]),
             )
-    raise _invalid(f"rope type {kind} is not supported; known: default, linear, llama3")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _invalid(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise _invalid(f"{path} is not a JSON object")
-    return value
-
-
-def _invalid(message: str) -> ModelError:
-    return ModelError("INVALID_MODEL", message)
+    raise invalid_model(f"rope type {kind} is not supported; known: default, linear, llama3")
 
 
 def _layout(message: str) -> ModelError:

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig, model_hash
+from engine.checkpoint import model_hash
+from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError
 from engine.link import Link, LinkClosedError, die_with_parent
 from engine.rank import Member, join

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig, ModelConfig, check_layout, check_weights
+from engine.config import BLOCK_SIZE, DTYPES, EngineConfig, ModelConfig, check_layout, check_weights
 from engine.errors import ModelError
 from engine.request import Request, SamplingParams
 
@@ -67,6 +67,8 @@ def join(
     config = ModelConfig.load(engine.model)
     check_layout(config, engine.tp, engine.pp)
     check_weights(engine.model)
+    if engine.dtype_name not in DTYPES:
+        raise ModelError("INVALID_LAYOUT", f"dtype {engine.dtype} is not one of {', '.join(DTYPES)}")
     prepare_process(engine)
 
     import torch
@@ -95,11 +97,11 @@ def join(
         len(Grid(engine.tp, engine.pp, rank).layers(config.num_layers)) for rank in range(grid.world)
     )
     kv_heads = max(1, config.num_kv_heads // engine.tp)
-    block_bytes = 2 * layers * kv_heads * config.head_dim * dtype.itemsize * engine.block_size
+    block_bytes = 2 * layers * kv_heads * config.head_dim * dtype.itemsize * BLOCK_SIZE
     blocks, max_model_len = _size_cache(
         engine, config, parallel.agree_on_least(_kv_bytes(engine) // block_bytes)
     )
-    cache = KVCache(len(weights.layers), kv_heads, config.head_dim, blocks, engine.block_size, dtype, device)
+    cache = KVCache(len(weights.layers), kv_heads, config.head_dim, blocks, BLOCK_SIZE, dtype, device)
     runner = Runner(engine, config, weights, parallel, cache, max_model_len)
     if grid.rank != 0:
         assert store is not None
@@ -138,14 +140,14 @@ def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[i
         raise ModelError(
             "INVALID_LAYOUT", f"max_model_len {longest} exceeds the model's {config.max_position} positions"
         )
-    if most * engine.block_size < longest:
+    if most * BLOCK_SIZE < longest:
         if engine.max_model_len or most == 0:
             raise ModelError(
                 "INVALID_LAYOUT",
-                f"the KV memory holds {most * engine.block_size} tokens, fewer than max_model_len {longest}",
+                f"the KV memory holds {most * BLOCK_SIZE} tokens, fewer than max_model_len {longest}",
             )
-        longest = most * engine.block_size
-    per_sequence = -(-longest // engine.block_size)
+        longest = most * BLOCK_SIZE
+    per_sequence = -(-longest // BLOCK_SIZE)
     return min(most, per_sequence * engine.max_running), longest
 
 
@@ -168,7 +170,7 @@ def _core(
         max_model_len,
         config.eos_token_ids,
         blocks,
-        engine.block_size,
+        BLOCK_SIZE,
         engine.max_batch_tokens,
         engine.max_running,
     )

@@ -9,7 +9,7 @@ import torch
 
 from engine.attention import KVCache
 from engine.batch import Batcher
-from engine.config import EngineConfig, ModelConfig
+from engine.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from engine.errors import EngineError
 from engine.model import Llama
 from engine.parallel import Parallel
@@ -37,7 +37,7 @@ class Runner:
         self._dtype = cache.keys_NKPE.dtype
         self._device = cache.keys_NKPE.device
         heads, kv_heads = config.num_heads // parallel.grid.tp, cache.keys_NKPE.shape[1]
-        self._batcher = Batcher(engine.block_size, heads // kv_heads, cache.padding_place, self._device)
+        self._batcher = Batcher(BLOCK_SIZE, heads // kv_heads, cache.padding_place, self._device)
         self._model = Llama(config, weights, parallel, cache, max_model_len)
 
     @torch.inference_mode()

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from engine.config import ModelConfig, read_header, weight_files
-from engine.errors import ModelError
+from engine.checkpoint import read_header, weight_files
+from engine.config import ModelConfig
 from engine.parallel import Grid
 
 # Pages of a mapped file count as this process's memory until the file is closed.
@@ -81,21 +81,16 @@ def load_weights(
     device: torch.device,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> StageWeights:
-    """Load what `grid.rank` needs. `progress` is told the fraction done, 0 to 1.
+    """Load what `grid.rank` needs of weights that `check_weights` has passed.
 
-    Raises:
-        ModelError: INVALID_MODEL, naming the tensor that is missing or has another shape.
+    `progress` is told the fraction done, 0 to 1.
     """
     reads: list[_Read] = []
     stage = _Builder(config, grid, dtype, device, reads).stage()
-    located = {
-        name: (path, entry) for path in weight_files(model_dir) for name, entry in read_header(path).items()
-    }
-    for read in reads:
-        _check(read, located, model_dir)
+    paths = {name: path for path in weight_files(model_dir) for name in read_header(path)}
     total = sum(read.bytes for read in reads)
     done = 0
-    for path, batch in _by_file(reads, {name: path for name, (path, _) in located.items()}):
+    for path, batch in _by_file(reads, paths):
         with safe_open(path, framework="pt") as file:
             for read in batch:
                 _copy(file.get_slice(read.name), read)
@@ -198,19 +193,6 @@ class _Builder:
         for start in range(0, max(1, len(rows)), step):
             part = slice(start, start + step)
             self._reads.append(_Read(name, shape, rows[part], columns, into[part]))
-
-
-def _check(read: _Read, located: dict[str, tuple[Path, dict[str, Any]]], model_dir: str) -> None:
-    if read.name not in located:
-        raise ModelError("INVALID_MODEL", f"{model_dir} has no tensor {read.name}")
-    path, entry = located[read.name]
-    if tuple(entry["shape"]) != read.shape:
-        raise ModelError(
-            "INVALID_MODEL",
-            f"{read.name} in {path} has the shape {entry['shape']}, expected {list(read.shape)}",
-        )
-    if entry["dtype"] not in ("F32", "F16", "BF16"):
-        raise ModelError("INVALID_MODEL", f"{read.name} in {path} has the dtype {entry['dtype']}")
 
 
 def _by_file(reads: list[_Read], paths: dict[str, Path]) -> Iterator[tuple[Path, list[_Read]]]:

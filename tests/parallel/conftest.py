@@ -1,0 +1,3 @@
+from tests.engine.conftest import make_model, model_dir
+
+__all__ = ["make_model", "model_dir"]
