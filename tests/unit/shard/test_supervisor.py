@@ -175,6 +175,7 @@ class World(RuleBasedStateMachine):
         self.epoch = 1
         self.place: Assigned | None = None
         self.kinds: dict[int, str] = {}
+        self.models: dict[int, str] = {}
         self.running: set[int] = set()  # spawned, not yet exited
         self.killed: set[int] = set()
         self.ready: set[int] = set()
@@ -193,7 +194,8 @@ class World(RuleBasedStateMachine):
                 assert self.place is not None
                 assert start.epoch == self.place.epoch
                 self.spawn(child, "engine")
-            case SpawnText(child):
+            case SpawnText(child, start):
+                self.models[child] = start.model
                 assert not self.current("text"), "a second text process"
                 self.spawn(child, "text")
             case Kill(child):
@@ -208,6 +210,8 @@ class World(RuleBasedStateMachine):
             case BeginServing(_, epoch, engine, text):
                 assert self.serving is None
                 assert {engine, text} <= self.ready & self.current()
+                assert self.place is not None
+                assert self.models[text] == self.place.model
                 self.serving = epoch
             case EndServing(epoch):
                 assert self.serving == epoch
@@ -284,6 +288,12 @@ class World(RuleBasedStateMachine):
             self.ready.add(child)
         self.feed(Received(child, message))
 
+    @rule(text_first=st.booleans())
+    def everybody_gets_ready(self, text_first: bool) -> None:
+        for child in sorted(self.current(), reverse=text_first):
+            self.ready.add(child)
+            self.feed(Received(child, READY if self.kinds[child] == "engine" else TextReady()))
+
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def exit(self, data: st.DataObject) -> None:
@@ -323,4 +333,4 @@ class World(RuleBasedStateMachine):
 
 
 TestWorld = World.TestCase
-TestWorld.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestWorld.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
