@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import sysconfig
@@ -22,7 +23,8 @@ END = "<|end|>"
 _CHARS_PER_S = 40_000  # two cores read less than this in training, so nothing is seen often
 _TOKENIZER_CHARS = 1_000_000
 _SAVE_S = 1.5  # kept back from the time box for writing
-_SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "ensurepip", "turtledemo", "pydoc_data"}
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
+_MOST_DIGITS = 0.1  # files with a larger share of digits are tables, not code
 _PARTIAL = ".partial"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -64,6 +66,8 @@ def make(out: Path, deadline: float, seed: int, report: Callable[[Progress], Non
 
     Returns the last loss in nats per token and the number of parameters.
     """
+    # Threads that spin at barriers bring training to a stop where the cores are busy otherwise.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     from phalanx.cli.training import Shape, train
@@ -90,7 +94,9 @@ def corpus(seed: int) -> Iterator[str]:
     paths = sorted(p for p in library.rglob("*.py") if not _SKIPPED & set(p.relative_to(library).parts))
     random.Random(seed).shuffle(paths)
     for path in paths:
-        yield path.read_text(encoding="utf-8", errors="ignore")
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if sum(map(text.count, "0123456789")) < _MOST_DIGITS * len(text):
+            yield text
 
 
 def _tokenizer(texts: list[str], vocab: int) -> Any:

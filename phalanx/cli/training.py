@@ -207,7 +207,7 @@ def _orthogonal(x: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-BATCH, TOKENS = 8, 256
+BATCH, TOKENS = 4, 256
 _MUON_LR, _ADAM_LR = 0.02, 4e-3
 
 

@@ -102,8 +102,8 @@ _MODULES = {
 
 def environment(spec: LocalSpec, base: Mapping[str, str], cores: int) -> dict[str, str]:
     """What every program inherits: workers on CPUs share the cores instead of fighting for them."""
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // max(1, spec.workers)))} if spec.device == "cpu" else {}
-    return {**threads, **base, "PYTHONUNBUFFERED": "1", MARK: spec.state_dir}
+    shared = {"OMP_NUM_THREADS": str(max(1, cores // spec.workers)), "OMP_WAIT_POLICY": "passive"}
+    return {**(shared if spec.device == "cpu" else {}), **base, "PYTHONUNBUFFERED": "1", MARK: spec.state_dir}
 
 
 MARK = "PHALANX_LOCAL_CLUSTER"
