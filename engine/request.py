@@ -34,7 +34,7 @@ class Request:
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
-    max_tokens: int = 16
+    max_tokens: int = 16  # 0 is as many as fit
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1

@@ -13,7 +13,7 @@ and recomputation after a preemption are the same thing. A sequence is in at mos
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.blocks import BlockPool, blocks_for
 from engine.errors import EngineError, RequestError
@@ -97,6 +97,8 @@ class Scheduler:
         validate(request, self._limits)
         if request.id in self._live:
             raise RequestError("DUPLICATE_REQUEST", f"request {request.id} is live already")
+        if request.max_tokens == 0:
+            request = replace(request, max_tokens=self._limits.max_model_len - len(request.prompt_ids))
         deltas = []
         for choice in range(request.n):
             if request.finished and request.finished[choice]:

@@ -46,8 +46,8 @@ def validate(request: Request, limits: Limits) -> None:
             "PROMPT_TOO_LONG",
             f"the prompt has {length} tokens; prompt and output together have at most {limits.max_model_len}",
         )
-    if request.max_tokens < 1:
-        raise _invalid(f"max_tokens must be at least 1, not {request.max_tokens}")
+    if request.max_tokens < 0:
+        raise _invalid(f"max_tokens must be at least 1, or 0 for as many as fit, not {request.max_tokens}")
     if length + request.max_tokens > limits.max_model_len:
         raise RequestError(
             "MAX_TOKENS_TOO_LARGE",
