@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-PHALANX = [sys.executable, "-c", "from phalanx.cli.main import main; main()"]
+PHALANX = [sys.executable, "-m", "phalanx.cli"]
 UP_WITHIN_S = 100.0
 
 
