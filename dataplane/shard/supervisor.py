@@ -171,18 +171,19 @@ class Supervisor:
         return []
 
     def _received(self, child: int, message: Message) -> list[Instruction]:
-        if self._engine and self._engine.id == child:
-            match message:
-                case Rendezvous(address):
-                    return self._publish(rendezvous=address)
-                case EngineReady():
-                    self._engine.ready, self._limits = True, message
-                    return self._begin()
-                case EngineFailed(reason, text, permanent):
-                    return self._fail(f"{reason}: {text}", permanent)
-        elif self._text and self._text.id == child and isinstance(message, TextReady):
-            self._text.ready = True
-            return self._begin()
+        engine = self._engine if self._engine and self._engine.id == child else None
+        text = self._text if self._text and self._text.id == child else None
+        match message:
+            case Rendezvous(address) if engine:
+                return self._publish(rendezvous=address)
+            case EngineReady() if engine:
+                engine.ready, self._limits = True, message
+                return self._begin()
+            case TextReady() if text:
+                text.ready = True
+                return self._begin()
+            case EngineFailed(reason, explanation, permanent) if engine or text:
+                return self._fail(f"{reason}: {explanation}", permanent)
         return []
 
     def _exited(self, child: int, status: str) -> list[Instruction]:

@@ -135,22 +135,24 @@ class Cluster:
     async def dissolve(self, replica: str = "d-0") -> None:
         await self.store.txn([], [Delete(self.keys.assignment(replica))])
 
-    async def until(self, condition: Callable[[Snapshot], bool]) -> Snapshot:
-        async with asyncio.timeout(DEADLINE_S):
+    async def until(self, condition: Callable[[Snapshot], bool], deadline_s: float = DEADLINE_S) -> Snapshot:
+        async with asyncio.timeout(deadline_s):
             async for change in self.store.watch(self.keys.root):
                 snapshot = Snapshot.of(change.listing, self.keys)
                 if condition(snapshot):
                     return snapshot
         raise AssertionError("a watch ended")
 
-    async def until_state(self, state: ShardState, rank: int = 0, replica: str = "d-0") -> ShardRecord:
+    async def until_state(
+        self, state: ShardState, rank: int = 0, replica: str = "d-0", deadline_s: float = DEADLINE_S
+    ) -> ShardRecord:
         """The shard's record once it is in this state in the current epoch."""
 
         def reached(snapshot: Snapshot) -> bool:
             shard = snapshot.shard(replica, rank)
             return shard is not None and shard.state is state
 
-        shard = (await self.until(reached)).shard(replica, rank)
+        shard = (await self.until(reached, deadline_s)).shard(replica, rank)
         assert shard is not None
         return shard
 

@@ -116,6 +116,13 @@ def test_the_first_failure_of_an_epoch_is_kept() -> None:
     assert (core.record.reason, core.record.permanent) == ("OUT_OF_MEMORY: no room", True)
 
 
+def test_the_last_words_of_the_text_process_are_a_failure_too() -> None:
+    core = supervisor()
+    feed(core, LEADER, Received(2, EngineFailed("INVALID_MODEL", "no tokeniser", permanent=True)))
+    assert core.record is not None
+    assert (core.record.state, core.record.permanent) == (ShardState.FAILED, True)
+
+
 def test_the_failure_of_another_shard_ends_the_epoch_here() -> None:
     todo = feed(serving_leader(), PeerFailed(10, 1, "the engine was killed by SIGKILL", permanent=False))
     assert Kill(1) in todo
@@ -278,12 +285,9 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data())
     def speak(self, data: st.DataObject) -> None:
         child = data.draw(st.sampled_from(sorted(self.running)))
-        if self.kinds[child] == "text":
-            message = TextReady()
-        else:
-            message = data.draw(
-                st.sampled_from([READY, Rendezvous("127.0.0.1:1"), EngineFailed("X", "y", permanent=True)])
-            )
+        failed = EngineFailed("X", "y", permanent=True)
+        said = {"text": [TextReady(), failed], "engine": [READY, Rendezvous("127.0.0.1:1"), failed]}
+        message = data.draw(st.sampled_from(said[self.kinds[child]]))
         if isinstance(message, EngineReady | TextReady):
             self.ready.add(child)
         self.feed(Received(child, message))
