@@ -6,8 +6,8 @@ B sequences of a group, Q queries per sequence, M = Q * G rows, L keys.
 A query's result depends on its own sequence alone, to the last bit: not on the sequences beside it, nor
 on how its prompt was cut into chunks, nor on whether it is a decode step or a recomputed prefill. Keys
 are taken in tiles of `TILE`, in order, with an online softmax (Milakov & Gimelshein 2018); a tile that
-lies wholly behind the query changes nothing; and a matrix product has `MIN_ROWS` rows or more, since
-BLAS libraries sum in another order for fewer.
+lies wholly behind the query changes nothing; and the batch gives matrix products enough rows, since
+BLAS libraries sum in another order for few.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy
 import torch
 
 TILE = 128
-MIN_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from engine.attention import KVCache
-from engine.batch import Batcher
+from engine.batch import Batcher, min_rows
 from engine.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from engine.errors import EngineError
 from engine.model import Llama
@@ -37,7 +37,8 @@ class Runner:
         self._dtype = cache.keys_NKPE.dtype
         self._device = cache.keys_NKPE.device
         heads, kv_heads = config.num_heads // parallel.grid.tp, cache.keys_NKPE.shape[1]
-        self._batcher = Batcher(BLOCK_SIZE, heads // kv_heads, cache.padding_place, self._device)
+        rows = min_rows(self._dtype, self._device)
+        self._batcher = Batcher(BLOCK_SIZE, heads // kv_heads, cache.padding_place, rows, self._device)
         self._model = Llama(config, weights, parallel, cache, max_model_len)
 
     @torch.inference_mode()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# What engine processes set before torch first computes.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 VOCABULARY = 320
 END = "<|end|>"
