@@ -18,8 +18,8 @@ def record(ended: Ended, replica: str, epoch: int) -> None:
     first_token = min(timing.first_token for timing in ended.timings)
     finished = max(timing.finished for timing in ended.timings)
     attributes: dict[str, str | int | float | bool] = {
-        "phalanx.request_id": ended.request_id,
-        "phalanx.attempt": ended.attempt,
+        "request.id": ended.request_id,
+        "attempt": ended.attempt,
         "phalanx.replica": replica,
         "phalanx.epoch": epoch,
         "gen_ai.usage.input_tokens": ended.prompt_tokens,
