@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import assert_never
 
@@ -146,10 +146,12 @@ class Keeper:
 
     async def _watch(self, program: Program, child: asyncio.subprocess.Process, reader: int) -> None:
         """Report that a child serves, then that it is gone."""
-        with os.fdopen(reader, "rb") as pipe:
-            addresses = await (
-                _healthy(self._known[ETCD]["grpc"], child) if program.role == "etcd" else _line(pipe)
-            )
+        async with _reading(reader) as pipe:
+            if program.role == "etcd":
+                addresses = await _healthy(self._known[ETCD]["grpc"], child)
+            else:
+                line = await pipe.readline()
+                addresses = json.loads(line) if line else None
         if addresses is not None:
             self._known.setdefault(program.name, addresses)
             self._events.put_nowait(Served(program.name))
@@ -191,9 +193,8 @@ class Keeper:
             self._progress_fd = None
 
     async def _hold(self, tether_fd: int) -> None:
-        with os.fdopen(tether_fd, "rb") as pipe:
-            reader = await _reader(pipe)
-            if not await reader.read(1):
+        async with _reading(tether_fd) as pipe:
+            if not await pipe.read(1):
                 self._events.put_nowait(StopAsked())
 
     def _command(self, program: Program, ready_fd: int) -> list[str]:
@@ -213,16 +214,22 @@ def _detail(event: Exited | Served) -> dict[str, str]:
     return {"reason": event.reason} if isinstance(event, Exited) else {}
 
 
-async def _reader(pipe: object) -> asyncio.StreamReader:
+@contextlib.asynccontextmanager
+async def _reading(fd: int) -> AsyncIterator[asyncio.StreamReader]:
+    """Read from a pipe, which is closed afterwards.
+
+    By its transport: a descriptor closed under a transport stays watched, and when its number is given
+    out again the transport takes the new pipe's events.
+    """
     reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-    return reader
-
-
-async def _line(pipe: object) -> dict[str, str] | None:
-    """The addresses that a child announces, or None when it ends without."""
-    line = await (await _reader(pipe)).readline()
-    return json.loads(line) if line else None
+    pipe = os.fdopen(fd, "rb", buffering=0)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    try:
+        yield reader
+    finally:
+        transport.close()
 
 
 async def _healthy(address: str, child: asyncio.subprocess.Process) -> dict[str, str] | None:
