@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 _TAIL_BYTES = 16_384
+_BAD = {"error", "critical", "fatal", "panic"}
 
 
 def exit_reason(name: str, code: int, path: Path) -> str:
@@ -17,7 +18,7 @@ def exit_reason(name: str, code: int, path: Path) -> str:
 
 
 def last_words(path: Path) -> str:
-    """The last line of a log; of a structured one the exception, or else the event."""
+    """The last line of a log; of a structured one its error, since other events tell no cause."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -32,4 +33,6 @@ def last_words(path: Path) -> str:
     if not isinstance(entry, dict):
         return line
     exception = str(entry.get("exception", "")).strip().splitlines()
-    return exception[-1] if exception else str(entry.get("event", entry.get("msg", line)))
+    if exception:
+        return exception[-1]
+    return str(entry.get("event", entry.get("msg", ""))) if entry.get("level") in _BAD else ""

@@ -118,8 +118,9 @@ def test_stop_ends_what_ignores_sigterm(tmp_path: Path, monkeypatch: pytest.Monk
             1,
             "exited with code 1: OSError: in use",
         ),
-        ('{"event": "no such device"}', 3, "exited with code 3: no such device"),
+        ('{"level": "error", "event": "no such device"}', 3, "exited with code 3: no such device"),
         ("Segmentation fault", -11, "was killed by SIGSEGV: Segmentation fault"),
+        ('{"level": "info", "event": "serving"}', -9, "was killed by SIGKILL"),
         ("", -9, "was killed by SIGKILL"),
     ],
 )
