@@ -55,12 +55,12 @@ def demo(model: Path) -> None:
         _phalanx("demo-model", str(model))
     with tempfile.TemporaryDirectory(prefix="phalanx-demo-") as folder:
         _heading("Starting etcd, a controller, two replicas and a gateway")
-        with _cluster(model, Path(folder)) as running:
+        with two_replicas(model, Path(folder)) as running:
             before = sse.counter(running.http, FAILOVERS)
             _heading("The undisturbed run")
-            undisturbed = _undisturbed(running.http, model.name)
+            undisturbed = undisturbed_run(running.http, model.name)
             _heading("The same request again, and SIGKILL for the engine that serves it")
-            killed = _killed(running.http, model.name, Path(folder))
+            killed = killed_run(running.http, model.name, Path(folder))
             failovers = sse.counter(running.http, FAILOVERS) - before
     _report(undisturbed, killed, failovers)
 
@@ -74,7 +74,8 @@ class Killed:
     gap_s: float
 
 
-def _undisturbed(url: str, model: str) -> sse.Completion:
+def undisturbed_run(url: str, model: str) -> sse.Completion:
+    """Stream the demo's request and print its text."""
     completion = sse.Completion()
     for completion, text in sse.stream(url, REQUEST | {"model": model}):  # noqa: B007  # used after the loop
         click.echo(text, nl=False)
@@ -82,7 +83,7 @@ def _undisturbed(url: str, model: str) -> sse.Completion:
     return completion
 
 
-def _killed(url: str, model: str, state_dir: Path) -> Killed:
+def killed_run(url: str, model: str, state_dir: Path) -> Killed:
     """Stream, and kill in the middle. The longest gap after the kill is the failover's."""
     workers = json.loads(
         _phalanx("get", "workers", "-o", "json", "--state-dir", str(state_dir), capture=True)
@@ -98,13 +99,14 @@ def _killed(url: str, model: str, state_dir: Path) -> Killed:
             note = f" [SIGKILL: engine {engines[completion.replica]} of {completion.replica}] "
             click.echo(click.style(note, fg="red", bold=True), nl=False)
     click.echo()
-    gaps = _gaps(completion)[events - 1 :]
+    gaps = gaps_of(completion)[events - 1 :]
     if not at or not gaps:
         raise Failure("the stream had ended before its engine could be killed: nothing was shown")
     return Killed(completion, at, max(gaps))
 
 
-def _gaps(completion: sse.Completion) -> list[float]:
+def gaps_of(completion: sse.Completion) -> list[float]:
+    """Seconds between one event with tokens and the next."""
     return [later - earlier for earlier, later in pairwise(completion.arrivals)]
 
 
@@ -114,7 +116,7 @@ def _report(undisturbed: sse.Completion, killed: Killed, failovers: float) -> No
     again = killed.completion
     equal = sum(a == b for a, b in zip(undisturbed.token_ids, again.token_ids, strict=False))
     click.echo(f"killed after        {killed.at} of {len(again.token_ids)} tokens, on {again.replica}")
-    usual = statistics.mean(_gaps(undisturbed)) * 1000
+    usual = statistics.mean(gaps_of(undisturbed)) * 1000
     click.echo(
         f"failover gap        {killed.gap_s * 1000:.0f} ms ({usual:.1f} ms between events undisturbed)"
     )
@@ -130,7 +132,7 @@ def _report(undisturbed: sse.Completion, killed: Killed, failovers: float) -> No
 
 
 @contextlib.contextmanager
-def _cluster(model: Path, state_dir: Path) -> Iterator[cluster.Cluster]:
+def two_replicas(model: Path, state_dir: Path) -> Iterator[cluster.Cluster]:
     """Two replicas, stopped on exit whatever happens."""
     place = ["--state-dir", str(state_dir)]
     try:
