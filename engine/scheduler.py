@@ -133,7 +133,7 @@ class Scheduler:
         joins: list[Join] = []
         rows: list[Row] = []
         planned: list[Sequence] = []
-        short_of_blocks = False
+        may_admit = True
 
         def plan(sequence: Sequence, count: int) -> None:
             nonlocal budget
@@ -151,6 +151,7 @@ class Scheduler:
         ready = [sequence for sequence in self._running if not sequence.in_flight]
         for sequence in sorted(ready, key=lambda sequence: sequence.remaining > 1):
             if budget == 0 or len(rows) == share:
+                may_admit = False
                 break
             if sequence.handle is None:  # preempted by an older one in this loop
                 continue
@@ -158,10 +159,10 @@ class Scheduler:
             if self._make_room(sequence, sequence.computed + count):
                 plan(sequence, count)
             else:
-                short_of_blocks = True
+                may_admit = False
 
-        # Nobody is admitted past a running sequence that lacks blocks, or it might lack them for ever.
-        while self._waiting and self._handles and budget > 0 and not short_of_blocks:
+        # Nobody is admitted past a running sequence that may lack blocks, or it might lack them for ever.
+        while self._waiting and self._handles and budget > 0 and may_admit:
             sequence = self._waiting[0]
             if blocks_for(sequence.length, self._limits.block_size) > self._pool.free:
                 break

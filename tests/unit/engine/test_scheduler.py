@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.errors import RequestError
+from engine.plan import StepPlan
+from engine.request import Delta, Load, Request, SamplingParams
+from engine.scheduler import Scheduler
+from engine.validation import Limits
+from tests.unit.engine.fake_model import EOS, VOCABULARY, FakeRank, expected, next_token
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def limits(**overrides: int) -> Limits:
+    shape = {"kv_blocks": 8, "block_size": 4, "max_model_len": 32, "max_batch_tokens": 16, "max_running": 8}
+    return Limits(VOCABULARY, eos_token_ids=(EOS,), **{**shape, **overrides})
+
+
+def request(name: str, prompt: int = 4, max_tokens: int = 4, **fields: object) -> Request:
+    return Request(
+        name,
+        tuple(i % (VOCABULARY - 1) + 1 for i in range(prompt)),
+        GREEDY,
+        max_tokens,
+        ignore_eos=True,
+        **fields,
+    )  # type: ignore[arg-type]
+
+
+def run(scheduler: Scheduler, rank: FakeRank, steps: int = 10_000) -> list[Delta]:
+    """Step until nothing is left or `steps` have run."""
+    deltas: list[Delta] = []
+    for _ in range(steps):
+        plan = scheduler.schedule(1.0)
+        if plan is None:
+            break
+        deltas.extend(scheduler.apply(rank.run(plan), 2.0))
+    return deltas
+
+
+def stream(deltas: list[Delta], name: str, choice: int = 0) -> list[int]:
+    return [token for d in deltas if (d.id, d.choice) == (name, choice) for token in d.token_ids]
+
+
+class Arrivals(RuleBasedStateMachine):
+    """Requests come, are cancelled and step along in any order, with too few blocks for all of them."""
+
+    @initialize(
+        depth=st.integers(1, 3),
+        budget=st.integers(1, 12),
+        blocks=st.integers(6, 14),
+        running=st.integers(1, 5),
+    )
+    def start(self, depth: int, budget: int, blocks: int, running: int) -> None:
+        self.limits = limits(
+            kv_blocks=blocks, block_size=4, max_model_len=24, max_batch_tokens=budget, max_running=running
+        )
+        self.scheduler = Scheduler(self.limits, depth=depth)
+        self.rank = FakeRank(4)
+        self.flying: deque[StepPlan] = deque()
+        self.requests: dict[str, Request] = {}
+        self.streams: dict[tuple[str, int], list[int]] = {}
+        self.finishes: dict[tuple[str, int], str] = {}
+        self.cancelled: set[tuple[str, int]] = set()
+
+    @rule(
+        prompt=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=14),
+        max_tokens=st.integers(1, 10),
+        n=st.integers(1, 3),
+        ignore_eos=st.booleans(),
+        delivered=st.integers(0, 4),
+    )
+    def submit(self, prompt: list[int], max_tokens: int, n: int, ignore_eos: bool, delivered: int) -> None:
+        name = f"r{len(self.requests)}"
+        output, _ = expected(prompt, max_tokens, ignore_eos)
+        prior = tuple(tuple(output[: delivered + choice]) for choice in range(n)) if delivered else ()
+        asked = Request(name, tuple(prompt), GREEDY, max_tokens, (), ignore_eos, n, prior=prior)
+        for choice in range(n):
+            self.streams[name, choice] = list(prior[choice]) if prior else []
+        self.requests[name] = asked
+        self.note(self.scheduler.submit(asked, 0.0))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), whole=st.booleans())
+    def cancel(self, data: st.DataObject, whole: bool) -> None:
+        name, choice = data.draw(st.sampled_from(sorted(self.streams)))
+        self.scheduler.cancel(name, None if whole else choice)
+        gone = range(self.requests[name].n) if whole else [choice]
+        self.cancelled |= {(name, c) for c in gone if (name, c) not in self.finishes}
+
+    @rule()
+    def launch(self) -> None:
+        plan = self.scheduler.schedule(1.0)
+        if plan is not None:
+            assert 0 < plan.tokens <= self.limits.max_batch_tokens
+            self.flying.append(plan)
+
+    @precondition(lambda self: self.flying)
+    @rule()
+    def complete(self) -> None:
+        self.note(self.scheduler.apply(self.rank.run(self.flying.popleft()), 2.0))
+
+    def note(self, deltas: tuple[Delta, ...]) -> None:
+        for delta in deltas:
+            key = (delta.id, delta.choice)
+            assert key not in self.cancelled, "a cancelled choice speaks"
+            assert key not in self.finishes, "a finished choice speaks"
+            assert delta.index == len(self.streams[key])
+            self.streams[key].extend(delta.token_ids)
+            if delta.finish:
+                self.finishes[key] = delta.finish
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        left = sum(len(r.prompt_ids) + r.max_tokens for r in self.requests.values()) * 3
+        for _ in range(60 * (left + 1)):
+            if not self.scheduler.has_work:
+                break
+            self.launch()
+            if self.flying:
+                self.complete()
+        assert not self.scheduler.has_work, "a sequence starves"
+        assert self.scheduler.load == Load(0, 0, self.limits.kv_blocks, self.limits.kv_blocks)
+        for (name, choice), tokens in self.streams.items():
+            asked = self.requests[name]
+            output, finish = expected(asked.prompt_ids, asked.max_tokens, asked.ignore_eos)
+            if (name, choice) in self.cancelled:
+                assert tokens == output[: len(tokens)]
+            else:
+                assert (tokens, self.finishes[name, choice]) == (output, finish)
+
+
+TestArrivals = Arrivals.TestCase
+TestArrivals.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def test_sequences_are_preempted_when_blocks_run_out_and_lose_no_token() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    for name in ("a", "b", "c"):
+        scheduler.submit(request(name, prompt=4, max_tokens=20), 0.0)
+    preempted = False
+    deltas: list[Delta] = []
+    while scheduler.has_work:
+        running = scheduler.load.running
+        deltas.extend(run(scheduler, rank, steps=1))
+        preempted |= scheduler.load.running < running and scheduler.load.waiting > 0
+    assert preempted
+    for name in ("a", "b", "c"):
+        assert stream(deltas, name) == expected(range(1, 5), 20, True)[0]
+
+
+def test_a_long_prompt_is_chunked_beside_decodes_that_go_on() -> None:
+    scheduler, rank = Scheduler(limits(kv_blocks=32, max_model_len=100)), FakeRank(4)
+    scheduler.submit(request("short", max_tokens=20), 0.0)
+    run(scheduler, rank, steps=1)
+    scheduler.submit(request("long", prompt=60), 0.0)
+    for _ in range(4):
+        plan = scheduler.schedule(1.0)
+        assert plan is not None
+        assert [len(row.token_ids) for row in plan.rows] == [1, 15]
+        scheduler.apply(rank.run(plan), 2.0)
+
+
+def test_nobody_overtakes_a_request_that_waits_for_blocks() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("first", prompt=20, max_tokens=8), 0.0)
+    run(scheduler, rank, steps=2)
+    scheduler.submit(request("big", prompt=16), 0.0)
+    scheduler.submit(request("small", prompt=1), 0.0)
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    assert not plan.joins
+    assert scheduler.load.waiting == 2
+
+
+def test_nobody_is_admitted_past_a_running_sequence_that_lacks_blocks() -> None:
+    scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
+    scheduler.submit(request("older", prompt=28), 0.0)
+    first = scheduler.schedule(1.0)
+    scheduler.submit(request("younger", prompt=11), 0.0)
+    second = scheduler.schedule(1.0)
+    assert first is not None
+    assert second is not None
+    scheduler.apply(rank.run(first), 2.0)
+    scheduler.apply(rank.run(second), 2.0)
+    scheduler.submit(request("newcomer", prompt=1), 0.0)
+    decode = scheduler.schedule(1.0)
+    assert decode is not None
+    assert [len(row.token_ids) for row in decode.rows] == [1]
+    assert scheduler.load.kv_blocks_free == 1
+    assert scheduler.schedule(1.0) is None
+
+
+def test_the_younger_gives_way_when_neither_has_blocks_to_go_on() -> None:
+    scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
+    scheduler.submit(request("older", prompt=28), 0.0)
+    first = scheduler.schedule(1.0)
+    scheduler.submit(request("younger", prompt=12, max_tokens=20), 0.0)
+    second = scheduler.schedule(1.0)
+    assert first is not None
+    assert second is not None
+    deltas = [*scheduler.apply(rank.run(first), 2.0), *scheduler.apply(rank.run(second), 2.0)]
+    deltas += run(scheduler, rank)
+    assert [delta.id for delta in deltas if delta.finish] == ["older", "younger"]
+    assert stream(deltas, "younger") == expected(range(1, 13), 20, True)[0]
+
+
+def test_a_budget_of_0_is_as_many_tokens_as_fit() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a", prompt=4, max_tokens=0), 0.0)
+    deltas = run(scheduler, rank)
+    assert len(stream(deltas, "a")) == 28
+    assert deltas[-1].finish == "length"
+
+
+def test_plans_in_flight_share_the_sequences_so_that_stages_overlap() -> None:
+    scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
+    for name in "abcd":
+        scheduler.submit(request(name, prompt=2), 0.0)
+    run(scheduler, rank, steps=1)
+    first, second = scheduler.schedule(1.0), scheduler.schedule(1.0)
+    assert first is not None
+    assert second is not None
+    assert (len(first.rows), len(second.rows)) == (2, 2)
+    assert scheduler.schedule(1.0) is None
+
+
+def test_a_cancelled_request_frees_its_blocks_at_once_even_in_flight() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a"), 0.0)
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    scheduler.cancel("a")
+    assert scheduler.load == Load(0, 0, 8, 8)
+    assert scheduler.apply(rank.run(plan), 2.0) == ()
+    assert not scheduler.has_work
+
+
+def test_cancelling_one_choice_leaves_the_others() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a", n=2), 0.0)
+    scheduler.cancel("a", 0)
+    deltas = run(scheduler, rank)
+    assert stream(deltas, "a", 0) == []
+    assert len(stream(deltas, "a", 1)) == 4
+
+
+def test_output_goes_on_after_prior_output() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    whole = expected(range(1, 5), 4, True)[0]
+    scheduler.submit(request("a", prior=(tuple(whole[:2]),)), 0.0)
+    deltas = run(scheduler, rank)
+    assert [(d.index, d.token_ids) for d in deltas] == [(2, (whole[2],)), (3, (whole[3],))]
+
+
+@pytest.mark.parametrize(
+    ("fields", "finish"),
+    [
+        ({"prior": ((1, 2, 3, 4),)}, "length"),
+        ({"prior": ((9,),), "stop_token_ids": (9,)}, "stop"),
+    ],
+)
+def test_a_choice_whose_prior_output_has_ended_finishes_at_once(
+    fields: dict[str, object], finish: str
+) -> None:
+    scheduler = Scheduler(limits())
+    (delta,) = scheduler.submit(request("a", **fields), 0.0)
+    assert (delta.index, delta.token_ids, delta.finish) == (len(fields["prior"][0]), (), finish)  # type: ignore[index]
+    assert not scheduler.has_work
+
+
+def test_a_choice_marked_finished_is_left_alone() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    assert scheduler.submit(request("a", n=2, prior=((1,), ()), finished=(True, False)), 0.0) == ()
+    assert {delta.choice for delta in run(scheduler, rank)} == {1}
+
+
+def test_a_stop_id_ends_a_choice_with_that_token() -> None:
+    token = next_token(range(1, 5))
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a", stop_token_ids=(token,)), 0.0)
+    (delta,) = run(scheduler, rank)
+    assert (delta.token_ids, delta.finish) == ((token,), "stop")
+
+
+def test_timing_has_the_milestones_of_the_choice() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a"), 0.5)
+    timing = run(scheduler, rank)[-1].timing
+    assert timing is not None
+    assert (timing.queued, timing.scheduled, timing.first_token, timing.finished) == (0.5, 1.0, 2.0, 2.0)
+
+
+def test_a_live_id_cannot_be_used_twice() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit(request("a"), 0.0)
+    with pytest.raises(RequestError) as caught:
+        scheduler.submit(request("a"), 0.0)
+    assert caught.value.reason == "DUPLICATE_REQUEST"
+    assert scheduler.load.waiting == 1

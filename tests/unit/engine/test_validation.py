@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engine.errors import RequestError
+from engine.request import Request, SamplingParams
+from engine.validation import Limits, validate
+
+LIMITS = Limits(vocab_size=100, max_model_len=32, kv_blocks=2, block_size=16)
+GOOD = Request("a", (1, 2, 3), SamplingParams(), max_tokens=4)
+
+
+def sampling(**fields: Any) -> dict[str, Any]:
+    return {"sampling": SamplingParams(**fields)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"prompt_ids": ()}, "EMPTY_PROMPT"),
+        ({"prompt_ids": (1,) * 32}, "PROMPT_TOO_LONG"),
+        ({"max_tokens": 30}, "MAX_TOKENS_TOO_LARGE"),
+        ({"max_tokens": -1}, "INVALID_ARGUMENT"),
+        ({"prompt_ids": (1, 100)}, "INVALID_TOKEN_ID"),
+        ({"prompt_ids": (-1,)}, "INVALID_TOKEN_ID"),
+        ({"stop_token_ids": (100,)}, "INVALID_TOKEN_ID"),
+        ({"prior": ((100,),)}, "INVALID_TOKEN_ID"),
+        ({"n": 0}, "INVALID_ARGUMENT"),
+        ({"n": 129}, "INVALID_ARGUMENT"),
+        ({"n": 2, "prior": ((1,),)}, "INVALID_ARGUMENT"),
+        ({"finished": (True, False)}, "INVALID_ARGUMENT"),
+        ({"logprobs": 21}, "INVALID_ARGUMENT"),
+        ({"logprobs": -1}, "INVALID_ARGUMENT"),
+        (sampling(temperature=-0.1), "INVALID_ARGUMENT"),
+        (sampling(temperature=math.nan), "INVALID_ARGUMENT"),
+        (sampling(temperature=math.inf), "INVALID_ARGUMENT"),
+        (sampling(top_k=-1), "INVALID_ARGUMENT"),
+        (sampling(top_k=2**31), "INVALID_ARGUMENT"),
+        (sampling(top_p=0.0), "INVALID_ARGUMENT"),
+        (sampling(top_p=1.1), "INVALID_ARGUMENT"),
+        (sampling(top_p=math.nan), "INVALID_ARGUMENT"),
+        (sampling(min_p=-0.1), "INVALID_ARGUMENT"),
+        (sampling(min_p=1.1), "INVALID_ARGUMENT"),
+        (sampling(seed=-1), "INVALID_ARGUMENT"),
+        (sampling(seed=2**64), "INVALID_ARGUMENT"),
+    ],
+)
+def test_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        validate(replace(GOOD, **fields), LIMITS)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"prompt_ids": (1,) * 28},
+        {"prompt_ids": (0, 99)},
+        {"n": 128, "logprobs": 20},
+        sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=2**64 - 1),
+        sampling(top_p=1e-9, min_p=1.0),
+    ],
+)
+def test_passed(fields: dict[str, Any]) -> None:
+    validate(replace(GOOD, **fields), LIMITS)
+
+
+def test_limits_hold_a_sequence_of_the_greatest_length() -> None:
+    with pytest.raises(ValueError, match="cannot hold"):
+        Limits(vocab_size=100, max_model_len=33, kv_blocks=2, block_size=16)
