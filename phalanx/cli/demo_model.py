@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import sysconfig
@@ -66,8 +65,6 @@ def make(out: Path, deadline: float, seed: int, report: Callable[[Progress], Non
 
     Returns the last loss in nats per token and the number of parameters.
     """
-    # Threads that spin at barriers bring training to a stop where the cores are busy otherwise.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     from phalanx.cli.training import Shape, train

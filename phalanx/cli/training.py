@@ -7,9 +7,12 @@ reaches on this scale in a minute what AdamW does not reach in three.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -171,29 +174,32 @@ class Llama(nn.Module):
 class Muon:
     """Muon: SGD with momentum whose update of each matrix is replaced by the nearest orthogonal one.
 
-    Matrices of one shape are updated together.
+    Matrices of one shape are updated together, and shapes beside each other in `pool`.
     """
 
     MOMENTUM = 0.95
 
-    def __init__(self, weights: list[nn.Parameter], lr: float) -> None:
+    def __init__(self, weights: list[nn.Parameter], lr: float, pool: Executor) -> None:
         shapes = sorted({tuple(weight.shape) for weight in weights})
         self._groups = [[w for w in weights if tuple(w.shape) == shape] for shape in shapes]
         self._momenta = [torch.zeros(len(g), *g[0].shape) for g in self._groups]
         self._lr = lr
+        self._pool = pool
 
-    @torch.no_grad()
     def step(self, scale: float) -> None:
         """Update every weight from its gradient with the learning rate times `scale`."""
-        for group, momentum in zip(self._groups, self._momenta, strict=True):
-            gradient = torch.stack([w.grad for w in group if w.grad is not None])
-            momentum.lerp_(gradient, 1 - self.MOMENTUM)
-            update = _orthogonal(gradient.lerp_(momentum, self.MOMENTUM))
-            rows, columns = update.shape[-2:]
-            update *= -self._lr * scale * math.sqrt(max(1.0, rows / columns))
-            for weight, change in zip(group, update, strict=True):
-                weight.add_(change)
-                weight.grad = None
+        update = functools.partial(self._update, self._lr * scale)
+        list(self._pool.map(update, self._groups, self._momenta))
+
+    @torch.no_grad()
+    def _update(self, lr: float, group: list[nn.Parameter], momentum: Tensor) -> None:
+        gradient = torch.stack([weight.grad for weight in group if weight.grad is not None])
+        momentum.lerp_(gradient, 1 - self.MOMENTUM)
+        update = _orthogonal(gradient.lerp_(momentum, self.MOMENTUM))
+        rows, columns = update.shape[-2:]
+        update *= -lr * math.sqrt(max(1.0, rows / columns))
+        for weight, change in zip(group, update, strict=True):
+            weight.add_(change)
 
 
 def _orthogonal(x: Tensor) -> Tensor:
@@ -207,7 +213,7 @@ def _orthogonal(x: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-BATCH, TOKENS = 4, 256
+BATCH, TOKENS = 8, 192
 _MUON_LR, _ADAM_LR = 0.02, 4e-3
 
 
@@ -216,33 +222,50 @@ def train(
 ) -> tuple[Llama, float]:
     """Train on a row of token ids until `deadline`, on time.monotonic's clock.
 
-    Returns the model and the mean loss of the last steps in nats per token. The learning rate falls
-    with the time that is left, so that a slow machine gets a finished model too.
+    Each core takes its part of the batch: operations of this size are too small to be split over cores.
+    The learning rate falls with the time that is left, so that a slow machine gets a finished model too.
+
+    Returns the model and the mean loss of the last steps in nats per token.
     """
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    cores = min(BATCH, len(os.sched_getaffinity(0)))
     model = Llama(shape)
-    inner = [w for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name]
-    outer = [w for name, w in model.named_parameters() if not (w.ndim == 2 and ".layers." in name)]
-    muon, adam = Muon(inner, _MUON_LR), torch.optim.AdamW(outer, lr=_ADAM_LR, betas=(0.9, 0.95), fused=True)
+    weights = dict(model.named_parameters())
+    inner = [w for name, w in weights.items() if w.ndim == 2 and ".layers." in name]
+    outer = [w for name, w in weights.items() if not (w.ndim == 2 and ".layers." in name)]
+    adam = torch.optim.AdamW(outer, lr=_ADAM_LR, betas=(0.9, 0.95), fused=True)
     window = torch.arange(TOKENS + 1)
+    gradients = functools.partial(_gradients, model, tuple(weights.values()), _fast_bfloat16())
     start, steps, mean = time.monotonic(), 0, math.log(shape.vocab)
-    while (now := time.monotonic()) < deadline:
-        fraction = (now - start) / (deadline - start)
-        scale = min(1.0, (steps + 1) / 10) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * fraction)))
-        batch = data[torch.randint(len(data) - TOKENS, (BATCH, 1)) + window]
-        with torch.autocast("cpu", torch.bfloat16, enabled=_fast_bfloat16()):
-            logits = model(batch[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        muon.step(scale)
-        for group in adam.param_groups:
-            group["lr"] = _ADAM_LR * scale
-        adam.step()
-        adam.zero_grad()
-        steps += 1
-        mean += (loss.item() - mean) / min(steps, 20)
-        report(Progress(fraction, mean, steps * BATCH * TOKENS / (time.monotonic() - start)))
+    with ThreadPoolExecutor(cores) as pool:
+        muon = Muon(inner, _MUON_LR, pool)
+        while (now := time.monotonic()) < deadline:
+            fraction = (now - start) / (deadline - start)
+            scale = min(1.0, (steps + 1) / 10) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * fraction)))
+            batch = data[torch.randint(len(data) - TOKENS, (BATCH, 1)) + window]
+            losses, parts = zip(*pool.map(gradients, batch.chunk(cores)), strict=True)
+            for weight, *part in zip(weights.values(), *parts, strict=True):
+                weight.grad = sum(part[1:], part[0])
+            muon.step(scale)
+            for group in adam.param_groups:
+                group["lr"] = _ADAM_LR * scale
+            adam.step()
+            steps += 1
+            mean += (sum(losses) - mean) / min(steps, 20)
+            report(Progress(fraction, mean, steps * BATCH * TOKENS / (time.monotonic() - start)))
     return model, mean
+
+
+def _gradients(
+    model: Llama, weights: tuple[Tensor, ...], bfloat16: bool, windows: Tensor
+) -> tuple[float, tuple[Tensor, ...]]:
+    """A part's share of the batch's mean loss, and its gradients. `windows` is [part, TOKENS + 1]."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        logits = model(windows[:, :-1])
+    total = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+    loss = total / (BATCH * TOKENS)
+    return loss.item(), torch.autograd.grad(loss, weights)
 
 
 def _fast_bfloat16() -> bool:
