@@ -52,7 +52,7 @@ $(ENV): pyproject.toml hatch_build.py
 		|| { echo "Phalanx needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Building $(VENV): a minute or two'
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(STUBS)
 
 $(STUBS): $(ENV) $(wildcard protos/phalanx/v1/*.proto)
