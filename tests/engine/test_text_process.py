@@ -1,0 +1,137 @@
+"""The text process over a real socket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.request import Delta, Load, PositionLogprobs, TokenLogprob
+from engine.wire import (
+    Encode,
+    Encoded,
+    EngineFailed,
+    Forget,
+    NotEncoded,
+    StartText,
+    Step,
+    TextReady,
+    Track,
+)
+from tests.engine.child import Child, child
+from tests.engine.conftest import END
+
+
+@pytest.fixture(scope="module")
+def text(model_dir: Path) -> Iterator[Child]:
+    with child("engine.text") as process:
+        process.send(StartText(str(model_dir)))
+        process.expect(TextReady)
+        yield process
+
+
+def encode(text: Child, words: str) -> tuple[int, ...]:
+    text.send(Encode("e", text=words))
+    return text.expect(Encoded).token_ids
+
+
+def feed(text: Child, *deltas: Delta) -> tuple[Delta, ...]:
+    text.send(Step(4, Load(1, 2, 3, 4), accepted=("x",), deltas=deltas))
+    step = text.expect(Step)
+    assert (step.step, step.load, step.accepted) == (4, Load(1, 2, 3, 4), ("x",))
+    return step.deltas
+
+
+def test_pieces_make_up_the_text_even_across_characters(text: Child) -> None:
+    words = "the shield 🙂 ждёт falls"
+    ids = encode(text, words)
+    text.send(Track("a", 1))
+    pieces = [feed(text, Delta("a", 0, i, (token,)))[0].pieces for i, token in enumerate(ids)]
+    assert all(len(piece) == 1 for piece in pieces)
+    assert "".join(piece for (piece,) in pieces) == words
+    text.send(Forget("a"))
+
+
+def test_a_conversation_goes_through_the_chat_template(text: Child) -> None:
+    text.send(Encode("c", messages=(("user", "when"), ("assistant", "again"))))
+    chat = text.expect(Encoded)
+    assert chat.token_ids == encode(text, "user: when\nassistant: again\nassistant:")
+
+
+def test_a_stop_text_cuts_the_delta_and_finishes(text: Child) -> None:
+    ids = encode(text, "the wall stands again")
+    text.send(Track("a", 2, stop=("wall st",)))
+    (cut,) = feed(text, Delta("a", 1, 0, ids))
+    assert cut.finish == "stop"
+    assert "".join(cut.pieces) == "the "
+    assert cut.token_ids == ids[: len(cut.pieces)]
+    (dropped,) = feed(text, Delta("a", 1, len(ids), (3, 4), finish="length"))
+    assert (dropped.token_ids, dropped.pieces, dropped.finish) == ((), (), None)
+    (other,) = feed(text, Delta("a", 0, 0, ids[:1]))
+    assert other.finish is None
+    text.send(Forget("a"))
+
+
+def test_a_stop_text_is_found_across_a_replay(text: Child) -> None:
+    ids = encode(text, "the wall stands again")
+    text.send(Track("whole", 1, stop=("stands a",)))
+    (whole,) = feed(text, Delta("whole", 0, 0, ids))
+    for at in range(len(whole.token_ids)):
+        text.send(Track("again", 1, prior=(ids[:at],), stop=("stands a",)))
+        (rest,) = feed(text, Delta("again", 0, at, ids[at:]))
+        assert rest.pieces == whole.pieces[at:]
+        assert rest.finish == "stop"
+        text.send(Forget("again"))
+    text.send(Forget("whole"))
+
+
+def test_held_back_text_comes_with_the_last_token(text: Child) -> None:
+    ids = encode(text, "the wall")
+    text.send(Track("a", 1, stop=("wall!",)))
+    (delta,) = feed(text, Delta("a", 0, 0, ids, finish="length"))
+    assert "".join(delta.pieces) == "the wall"
+    assert delta.finish == "length"
+    text.send(Forget("a"))
+
+
+def test_special_tokens_are_no_text(text: Child) -> None:
+    (end,) = encode(text, END)
+    text.send(Track("a", 1))
+    (delta,) = feed(text, Delta("a", 0, 0, (*encode(text, "falls"), end), finish="stop"))
+    assert "".join(delta.pieces) == "falls"
+    text.send(Forget("a"))
+
+
+def test_logprobs_get_their_texts(text: Child) -> None:
+    (end,) = encode(text, END)
+    token = encode(text, "x")[0]
+    logprobs = PositionLogprobs(TokenLogprob(token, -1.0), (TokenLogprob(end, -2.0),))
+    text.send(Track("a", 1))
+    (delta,) = feed(text, Delta("a", 0, 0, (token,), logprobs=(logprobs,)))
+    assert delta.logprobs[0].chosen == TokenLogprob(token, -1.0, "x")
+    assert delta.logprobs[0].top == (TokenLogprob(end, -2.0, END),)
+    text.send(Forget("a"))
+
+
+def test_deltas_of_untracked_requests_pass_through(text: Child) -> None:
+    delta = Delta("unknown", 0, 0, (1, 2))
+    assert feed(text, delta) == (delta,)
+
+
+def test_a_model_without_chat_template_refuses_conversations(model_dir: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+    with child("engine.text") as process:
+        process.send(StartText(str(tmp_path)), Encode("c", messages=(("user", "when"),)))
+        refusal = process.expect(NotEncoded).refusal
+        assert (refusal.id, refusal.reason) == ("c", "NO_CHAT_TEMPLATE")
+        process.link.close()
+        assert process.process.wait(20) == 0
+
+
+def test_a_directory_without_tokeniser_is_a_permanent_failure(tmp_path: Path) -> None:
+    with child("engine.text") as process:
+        process.send(StartText(str(tmp_path)))
+        failed = process.expect(EngineFailed)
+        assert (failed.reason, failed.permanent) == ("INVALID_MODEL", True)
