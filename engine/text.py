@@ -157,15 +157,19 @@ def load_tokenizer(model_dir: str) -> Any:
         ) from error
 
 
+def forgo_torch() -> None:
+    """Keep transformers from importing torch, which tokenisers do not need: half of the start-up time."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 def main() -> None:
     """Answer until the socket closes."""
     parser = argparse.ArgumentParser(description="The text process beside an engine.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket")
     link = Link.inherited(parser.parse_args().fd)
     die_with_parent()
-    # Transformers would import torch, which tokenisers do not need: half of the start-up time.
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    forgo_torch()
     try:
         _run(link)
     except LinkClosedError:

@@ -10,16 +10,17 @@ from transformers import AutoModelForCausalLM
 
 from engine import Engine
 from engine.request import SamplingParams
+from tests.engine.conftest import MakeModel
 
 PROMPTS = [[(7 * i + 3 * n) % 319 + 1 for i in range(n)] for n in (1, 5, 17, 29, 40, 64, 90, 130)]
 TOKENS = 64
 
 
-def reference(directory: Path) -> list[list[int]]:
+def reference(directory: Path, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
     """What transformers generates, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     outputs = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -44,3 +45,10 @@ def test_layouts_generate_what_transformers_generates(
     with Engine(str(model_dir), tp=tp, pp=pp, threads=1) as engine:
         done = engine.generate(PROMPTS, SamplingParams(temperature=0), max_tokens=TOKENS, ignore_eos=True)
     assert [completion.token_ids for completion in done] == expected
+
+
+def test_kv_heads_are_replicated_when_ranks_are_more(make_model: MakeModel) -> None:
+    model = make_model(num_key_value_heads=1, vocab_size=321, num_hidden_layers=2)
+    with Engine(str(model), tp=2, threads=1) as engine:
+        done = engine.generate(PROMPTS[:3], SamplingParams(temperature=0), max_tokens=TOKENS, ignore_eos=True)
+    assert [completion.token_ids for completion in done] == reference(model, PROMPTS[:3])

@@ -1,0 +1,79 @@
+"""Where a rank stands, and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.config import ModelConfig
+from engine.parallel import Grid
+from engine.weights import load_weights
+from tests.engine.conftest import MakeModel
+
+CPU = torch.device("cpu")
+
+
+def test_ranks_count_along_rows() -> None:
+    places = [(Grid(3, 2, rank).pp_rank, Grid(3, 2, rank).tp_rank) for rank in range(6)]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert [Grid(3, 2, rank).is_last_stage for rank in range(6)] == [False] * 3 + [True] * 3
+    assert Grid(3, 2, 0).sampler == 3
+
+
+@pytest.mark.parametrize(("layers", "pp"), [(4, 1), (4, 2), (5, 3), (7, 7)])
+def test_stages_split_the_layers_evenly(layers: int, pp: int) -> None:
+    parts = [list(Grid(1, pp, rank).layers(layers)) for rank in range(pp)]
+    assert [layer for part in parts for layer in part] == list(range(layers))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_ranks_of_a_row_hold_each_weight_once(model_dir: Path, tp: int) -> None:
+    """8 query heads over 4 KV heads: with 8 ranks, two hold each KV head."""
+    config = ModelConfig.load(model_dir)
+    files = load_file(model_dir / "model.safetensors")
+    stages = [load_weights(str(model_dir), config, Grid(tp, 1, r), torch.float32, CPU) for r in range(tp)]
+    layer = "model.layers.2."
+    q, kv = config.num_heads // tp * config.head_dim, max(1, config.num_kv_heads // tp) * config.head_dim
+    parts = [stage.layers[2].qkv.weight.split([q, kv, kv]) for stage in stages]
+    ranks_per_kv_head = max(1, tp // config.num_kv_heads)
+    assert torch.equal(torch.cat([part[0] for part in parts]), files[f"{layer}self_attn.q_proj.weight"])
+    for i, name in ((1, "k_proj"), (2, "v_proj")):
+        held = torch.cat([part[i] for part in parts[::ranks_per_kv_head]])
+        assert torch.equal(held, files[f"{layer}self_attn.{name}.weight"])
+        assert all(torch.equal(part[i], parts[r - r % ranks_per_kv_head][i]) for r, part in enumerate(parts))
+    out = torch.cat([stage.layers[2].out.weight for stage in stages], dim=1)
+    assert torch.equal(out, files[f"{layer}self_attn.o_proj.weight"])
+    halves = [stage.layers[2].gate_up.weight.chunk(2) for stage in stages]
+    assert torch.equal(torch.cat([gate for gate, _ in halves]), files[f"{layer}mlp.gate_proj.weight"])
+    assert torch.equal(torch.cat([up for _, up in halves]), files[f"{layer}mlp.up_proj.weight"])
+    head = torch.cat([stage.head for stage in stages if stage.head is not None])
+    assert torch.equal(head[: config.vocab_size], files["lm_head.weight"])
+
+
+def test_only_the_ends_of_the_pipeline_hold_the_vocabulary(model_dir: Path) -> None:
+    config = ModelConfig.load(model_dir)
+    stages = [load_weights(str(model_dir), config, Grid(1, 3, r), torch.float32, CPU) for r in range(3)]
+    held = [
+        {f.name for f in fields(s) if f.name != "layers" and getattr(s, f.name) is not None} for s in stages
+    ]
+    assert held == [{"embedding"}, set(), {"final_norm", "head"}]
+    assert [len(stage.layers) for stage in stages] == [2, 1, 1]
+
+
+def test_a_vocabulary_that_does_not_divide_is_filled_up_with_zeros(make_model: MakeModel) -> None:
+    model = make_model(vocab_size=321, num_hidden_layers=1)
+    stage = load_weights(str(model), ModelConfig.load(model), Grid(2, 1, 1), torch.float32, CPU)
+    assert stage.head is not None
+    assert stage.head.shape[0] == 161
+    assert not stage.head[160].any()
+
+
+def test_tied_embeddings_are_held_once(make_model: MakeModel) -> None:
+    model = make_model(tie_word_embeddings=True, num_hidden_layers=1)
+    stage = load_weights(str(model), ModelConfig.load(model), Grid(1, 1, 0), torch.float32, CPU)
+    assert stage.head is stage.embedding
