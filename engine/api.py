@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ModelConfig, check_layout
 from engine.core import EngineCore
 from engine.errors import EngineError
 from engine.link import Link, LinkClosedError
@@ -54,6 +54,7 @@ class Engine:
 
     def __init__(self, model: str, *, tp: int = 1, pp: int = 1, device: str = "cpu", **options: Any) -> None:
         config = EngineConfig(str(model), tp=tp, pp=pp, device=_device(device, 0), **options)
+        check_layout(ModelConfig.load(config.model), tp, pp)  # before any rank is started for nothing
         self._model = config.model
         self._ids = itertools.count()
         self._children: list[tuple[subprocess.Popen[bytes], Link]] = []
