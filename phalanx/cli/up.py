@@ -44,6 +44,9 @@ PORT = click.IntRange(0, 65535)
 @click.option("--grpc-port", type=PORT, default=8001, show_default=True, help="0 picks a free one.")
 @click.option("--etcd", metavar="HOST:PORT,...", help="Use this etcd instead of starting one.")
 @click.option(
+    "--cluster", "name_in_etcd", default="default", show_default=True, help="Its name within the etcd."
+)
+@click.option(
     "--timeout", type=float, default=300.0, show_default=True, help="Seconds until every replica is ready."
 )
 @click.option("--detach", is_flag=True, help="Return once every replica is ready; `phalanx down` stops it.")
@@ -60,6 +63,7 @@ def up(
     http_port: int,
     grpc_port: int,
     etcd: str | None,
+    name_in_etcd: str,
     timeout: float,
     detach: bool,
     state_dir: Path,
@@ -88,6 +92,7 @@ def up(
         http_port=http_port,
         grpc_port=grpc_port,
         etcd=tuple(etcd.split(",")) if etcd else (),
+        cluster=name_in_etcd,
     )
     _run(spec, deployment, timeout, detach)
 

@@ -138,3 +138,12 @@ def test_a_cluster_in_the_foreground_ends_with_its_command(
         up.stderr.read()
     assert up.returncode == (0 if signum is signal.SIGINT else -signum)
     until_sync(lambda: not processes.pids(tmp_path))
+
+
+def test_two_clusters_share_an_etcd_under_two_names(demo_model: Path, tmp_path: Path) -> None:
+    with Cluster.start(demo_model, tmp_path / "one") as one:
+        shared = ("--etcd", one.info()["etcd"][0], "--cluster", "second")
+        with Cluster.start(demo_model, tmp_path / "two", arguments=shared) as two:
+            assert complete(one) == complete(two)
+            assert "etcd" not in {process["role"] for process in two.info()["processes"]}
+        assert complete(one)

@@ -25,6 +25,7 @@ class LocalSpec:
     http_port: int = 0
     grpc_port: int = 0
     etcd: tuple[str, ...] = ()
+    cluster: str = "default"
 
     def to_json(self) -> str:
         """The spec as one command line argument."""
@@ -72,16 +73,8 @@ def command(spec: LocalSpec, program: Program, known: Mapping[str, Addresses], r
     """
     own = known.get(program.name, {})
     etcd = spec.etcd or (known[ETCD]["grpc"],)
-    line = [
-        sys.executable,
-        "-P",
-        "-m",
-        _MODULES[program.role],
-        "--etcd",
-        ",".join(etcd),
-        "--name",
-        program.name,
-    ]
+    line = [sys.executable, "-P", "-m", _MODULES[program.role]]
+    line += ["--etcd", ",".join(etcd), "--cluster", spec.cluster, "--name", program.name]
     if program.role == "gateway":
         line += ["--grpc", own.get("grpc", f"127.0.0.1:{spec.grpc_port}")]
         line += ["--http", own.get("http", f"127.0.0.1:{spec.http_port}").removeprefix("http://")]
