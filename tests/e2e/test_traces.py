@@ -17,7 +17,6 @@ from phalanx.client import Client
 from tests.cluster import Cluster
 from tests.until import until_sync
 
-
 TOKENS, KILL_AT = 300, 10
 
 
