@@ -73,3 +73,16 @@ def test_little_kv_memory_shortens_the_longest_sequence(model_dir: Path) -> None
         assert engine.max_model_len == 48
         (done,) = engine.generate([[1] * 40], GREEDY, max_tokens=8, ignore_eos=True)
         assert len(done.token_ids) == 8
+
+
+def test_recomputed_sequences_continue_to_the_last_bit(engine: Engine, model_dir: Path) -> None:
+    """With KV memory for 6 blocks, 6 sequences that grow to 5 blocks each keep pushing each other out."""
+    prompts = [[i + 1] * (11 + i) for i in range(6)]
+    sampling = SamplingParams(seed=9)
+    with Engine(
+        str(model_dir), kv_bytes=6 * 16_384, max_model_len=96, max_batch_tokens=24, threads=1
+    ) as tight:
+        squeezed = tight.generate(prompts, sampling, max_tokens=60, ignore_eos=True, logprobs=1)
+    roomy = engine.generate(prompts, sampling, max_tokens=60, ignore_eos=True, logprobs=1)
+    assert [c.token_ids for c in squeezed] == [c.token_ids for c in roomy]
+    assert [c.logprobs for c in squeezed] == [c.logprobs for c in roomy]

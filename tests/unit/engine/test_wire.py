@@ -11,7 +11,7 @@ from engine.request import Load
 from engine.wire import MAX_FRAME, FrameBuffer, Message, Step, TextReady, decode, encode
 
 KINDS = typing.get_args(Message)
-messages = st.one_of(*(st.from_type(kind) for kind in KINDS)).filter(lambda message: message == message)
+messages = st.one_of(*(st.from_type(kind) for kind in KINDS))
 
 
 @given(st.lists(messages, max_size=4), st.integers(1, 40))
@@ -20,7 +20,7 @@ def test_messages_survive_a_byte_stream_cut_anywhere(sent: list[Message], size: 
     data = b"".join(map(encode, sent))
     buffer = FrameBuffer()
     received = [m for at in range(0, len(data), size) for m in buffer.feed(data[at : at + size])]
-    assert received == sent
+    assert repr(received) == repr(sent)  # NaN is not equal to itself
 
 
 @pytest.mark.parametrize(
