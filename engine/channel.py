@@ -18,6 +18,7 @@ from engine.plan import Sampled, StepPlan, decode_plan, decode_sampled, encode_p
 _LENGTH = struct.Struct("<I")
 _HELLO = struct.Struct("<qI")  # epoch, rank
 _ACCEPT_TIMEOUT_S = 600.0
+_HELLO_TIMEOUT_S = 5.0
 
 
 class HasFileno(Protocol):
@@ -47,11 +48,17 @@ class PlanHub:
         """Wait until every rank has connected."""
         while len(self._ranks) < self._world - 1:
             connection, _ = self._listener.accept()
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            epoch, rank = _HELLO.unpack(_receive(connection))
+            connection.settimeout(_HELLO_TIMEOUT_S)
+            try:
+                epoch, rank = _HELLO.unpack(_receive_exactly(connection, _HELLO.size))
+            except EngineError:  # whoever it was has gone, or says nothing
+                connection.close()
+                continue
             if epoch != self._epoch or not 0 < rank < self._world or rank in self._ranks:
                 connection.close()  # a leftover of another epoch
                 continue
+            connection.settimeout(None)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._ranks[rank] = connection
         self._listener.close()
 
@@ -90,7 +97,7 @@ class PlanLink:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _send(self._socket, _HELLO.pack(epoch, rank))
+        self._socket.sendall(_HELLO.pack(epoch, rank))
 
     def receive(self, beside: Iterable[HasFileno] = ()) -> StepPlan | None:
         """The next plan, or None when one of `beside` can be read first."""
@@ -102,6 +109,10 @@ class PlanLink:
     def send(self, sampled: Sampled) -> None:
         """Tell the leader what was drawn."""
         _send(self._socket, encode_sampled(sampled))
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._socket.close()
 
 
 def _send(connection: socket.socket, data: bytes) -> None:

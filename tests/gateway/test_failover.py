@@ -96,7 +96,8 @@ async def test_cancel_by_id_ends_a_request_from_outside(rig: Rig) -> None:
             break
     assert rig.gateway.cancel("mine")
     with pytest.raises(PhalanxError) as caught:
-        await anext(stream)
+        async for _ in stream:
+            pass
     assert caught.value.reason == "CANCELLED"
     await until(lambda: leader.cancels)
 

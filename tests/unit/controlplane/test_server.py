@@ -18,6 +18,7 @@ from controlplane.server import SERVICE, ControlService
 from controlplane.state import Keys, LeaderRecord, WorkerRecord, encode
 from controlplane.store import Listing, Put, StoreUnavailableError
 from controlplane.view import View
+from engine.config import ModelConfig, tensor_shapes
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import control_pb2, control_pb2_grpc
@@ -139,7 +140,13 @@ def model_dir(path: Path, *, weights: bool) -> str:
     }
     (path / "config.json").write_text(json.dumps(config))
     if weights:
-        (path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+        # The header alone is read here, so its tensors need no bytes.
+        tensors = {
+            name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+            for name, shape in tensor_shapes(ModelConfig.load(path)).items()
+        }
+        header = json.dumps(tensors).encode()
+        (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     return str(path)
 
 
