@@ -25,11 +25,11 @@ class Shape:
     """The sizes of a Llama. Eight heads on four KV heads and an even layer count allow TP4 and PP2."""
 
     vocab: int = 768
-    hidden: int = 128
+    hidden: int = 192
     layers: int = 4
     heads: int = 8
     kv_heads: int = 4
-    mlp: int = 384
+    mlp: int = 512
     positions: int = 1024
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
