@@ -97,6 +97,7 @@ class Dispatcher:
     router: Router = field(default_factory=Router)
     counters: Counters = field(default_factory=Counters)
     _live: dict[str, _Live] = field(default_factory=dict)
+    _attempts: int = 0  # begun by this gateway, over all requests
 
     @property
     def live(self) -> int:
@@ -128,13 +129,18 @@ class Dispatcher:
         self.router.add(target, leader)
         return self._place_waiting(now)
 
-    def stream_down(self, target: Target, reason: str, now: float) -> list[Instruction]:
-        """A replica's stream has broken or was closed: its attempts are lost, their requests are not."""
+    def stream_down(
+        self, target: Target, reason: str, now: float, *, blame: bool = True
+    ) -> list[Instruction]:
+        """A replica's stream has broken or was closed: its attempts are lost, their requests are not.
+
+        `blame`: a request on it may have been the cause; false when the topology wanted the end.
+        """
         self.router.remove(target)
         lost = [live for live in self._live.values() if live.target == target]
         out: list[Instruction] = []
         for live in lost:
-            out += self._lose(live, reason, now)
+            out += self._lose(live, reason, now, blame=blame)
         return out + self._place_waiting(now)
 
     def frame(self, target: Target, frame: shard_pb2.StepFrame, now: float) -> list[Instruction]:
@@ -162,7 +168,7 @@ class Dispatcher:
         for failed in frame.failed:
             if live := self._current(target, failed.request_id, failed.attempt):
                 error = from_message(failed.error)
-                out += self._lose(live, error.reason, now, error)
+                out += self._lose(live, error.reason, now, error=error)
         return out + self._place_waiting(now) if frame.failed else out
 
     # Time
@@ -210,11 +216,12 @@ class Dispatcher:
 
     def _place(self, live: _Live, now: float) -> list[Instruction]:
         journal = live.journal
-        route = self.router.pick(journal.model, journal.model_hash)
+        route = self.router.pick(journal.model, journal.model_hash, journal.length)
         if route is None:
             return []
         live.target = route.target
-        message = journal.begin(route.target.replica, route.target.epoch, route.leader)
+        self._attempts += 1
+        message = journal.begin(self._attempts, route.target.replica, route.leader)
         if live.deadline is not None:
             message.deadline_ms = max(1, int((live.deadline - now) * 1000))
         self.router.sent(route.target.replica, len(journal.choices))
@@ -224,14 +231,21 @@ class Dispatcher:
         return [Submit(route.target, journal, message, live.after)]
 
     def _lose(
-        self, live: _Live, reason: str, now: float, error: PhalanxError | None = None
+        self,
+        live: _Live,
+        reason: str,
+        now: float,
+        *,
+        error: PhalanxError | None = None,
+        blame: bool = True,
     ) -> list[Instruction]:
         """An attempt has died, or its replica refused it with `error`."""
         journal = live.journal
         ended = self._leave(live, reason)
-        if error is not None and not error.retryable:
+        # A deadline may be worth a new request, never a new attempt.
+        if error is not None and (not error.retryable or error.reason == "DEADLINE_EXCEEDED"):
             return ended + self._close(live, error)
-        journal.lose()
+        journal.lose(blame=blame)
         if journal.finished:
             return ended + self._close(live, None)
         if journal.fruitless >= MAX_FRUITLESS_ATTEMPTS:
@@ -252,8 +266,10 @@ class Dispatcher:
         journal = live.journal
         out: list[Instruction] = []
         if live.target is not None:
-            if error is not None:
-                cancel = shard_pb2.CancelAttempt(request_id=journal.request_id, attempt=journal.attempts)
+            if journal.attempt is not None:
+                cancel = shard_pb2.CancelAttempt(
+                    request_id=journal.request_id, attempt=journal.attempt.number
+                )
                 out.append(CancelAttempt(live.target, cancel))
             out += self._leave(live, "" if error is None else error.reason)
         if error is None:
@@ -265,7 +281,7 @@ class Dispatcher:
         return [*out, Wake(journal)]
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when the books do not balance; run by tests and when idle."""
+        """Raise AssertionError when the books do not balance."""
         sent = _count(
             (live.target.replica, len(live.journal.choices)) for live in self._live.values() if live.target
         )

@@ -85,10 +85,12 @@ class Gateway:
         self.dispatcher = Dispatcher()
         self.metrics = Metrics(self.dispatcher)
         self.snapshot = Snapshot()
+        self.informed = asyncio.Event()  # the store has been read once
         self._name, self._incarnation = name, incarnation
         self._store, self._keys = store, keys
         self._streams: dict[Target, ReplicaStream] = {}
         self._keepers: dict[Target, asyncio.Task[None]] = {}
+        self._ending: dict[Target, asyncio.Task[None]] = {}  # cancelled keepers that have not ended
         self._lives: dict[str, Live] = {}
 
     # Clients
@@ -102,8 +104,12 @@ class Gateway:
         `parent` is the client's W3C traceparent. Raises PhalanxError at once where the request cannot
         be taken.
         """
+        if not self.informed.is_set():
+            raise PhalanxError("STORE_UNAVAILABLE", "this gateway has not seen the cluster's state yet")
         if journal.model not in self.snapshot.deployments:
             raise PhalanxError("UNKNOWN_MODEL", f"model {journal.model!r} is not served here", param="model")
+        if journal.request_id in self._lives:  # ended, perhaps, but its client still reads
+            raise PhalanxError("DUPLICATE_REQUEST", f"request {journal.request_id!r} is live already")
         live = Live(journal, opened=time.monotonic())
         opened = self.dispatcher.open(journal, live.opened, timeout_s)
         self._lives[journal.request_id] = live
@@ -112,8 +118,8 @@ class Gateway:
             parent=parent,
             attributes={"request.id": journal.request_id, "gen_ai.request.model": journal.model},
         )
-        self._do(opened)
         try:
+            self._do(opened)
             yield live
         finally:
             self.cancel(journal.request_id)
@@ -135,39 +141,57 @@ class Gateway:
             group.create_task(self._tick())
             async for change in self._store.watch(self._keys.root):
                 self.snapshot = Snapshot.of(change.listing, self._keys)
+                self.informed.set()
                 wanted = set(targets(self.snapshot, self.dispatcher.router.connected).values())
                 for target in self._keepers.keys() - wanted:
-                    self._keepers.pop(target).cancel()
+                    keeper = self._ending[target] = self._keepers.pop(target)
+                    keeper.add_done_callback(self._forget_keeper)
+                    keeper.cancel()
                 for target in wanted - self._keepers.keys():
-                    self._keepers[target] = group.create_task(self._keep_stream(target))
+                    before = self._ending.get(target)
+                    self._keepers[target] = group.create_task(self._keep_stream(target, before))
+
+    def _forget_keeper(self, done: asyncio.Task[None]) -> None:
+        self._ending = {target: keeper for target, keeper in self._ending.items() if keeper is not done}
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
             self._do(self.dispatcher.tick(time.monotonic()))
 
-    async def _keep_stream(self, target: Target) -> None:
-        """Open the stream again whenever it breaks, as long as the topology wants it."""
+    async def _keep_stream(self, target: Target, before: asyncio.Task[None] | None) -> None:
+        """Open the stream again whenever it breaks, as long as the topology wants it.
+
+        One keeper at a time: a stream that comes back opens only when `before`, its last one, has ended.
+        """
+        if before is not None:
+            await asyncio.wait([before])
         pause = _RECONNECT_S[0]
         while True:
             hello = shard_pb2.GatewayHello(
                 gateway=self._name, incarnation=self._incarnation, replica=target.replica, epoch=target.epoch
             )
             stream = self._streams[target] = ReplicaStream(target, hello)
-            reason = PhalanxError("UNREACHABLE", "the replica has left the topology")
+            reason, blame = PhalanxError("UNREACHABLE", "the replica has left the topology"), False
             opened = time.monotonic()
             try:
                 reason = await stream.run(
                     lambda leader: self._do(self.dispatcher.stream_up(target, leader, time.monotonic())),
                     lambda frame: self._do(self.dispatcher.frame(target, frame, time.monotonic())),
                 )
+                blame = True
+            except Exception:
+                # A bug met on one stream must not end the others.
+                log.exception("stream failed", extra={"replica": target.replica})
+                reason, blame = PhalanxError("INTERNAL", "the gateway failed on a frame"), True
             finally:
                 del self._streams[target]
                 log.info(
                     "stream ended",
                     extra={"replica": target.replica, "epoch": target.epoch, "reason": reason.message},
                 )
-                self._do(self.dispatcher.stream_down(target, reason.message, time.monotonic()))
+                down = self.dispatcher.stream_down(target, reason.message, time.monotonic(), blame=blame)
+                self._do(down)
             pause = _RECONNECT_S[0] if time.monotonic() - opened > _RECONNECT_S[1] else pause * 2
             await asyncio.sleep(random.uniform(0, min(pause, _RECONNECT_S[1])))
 
@@ -199,7 +223,7 @@ class Gateway:
                 "request failed over",
                 extra={
                     "request": journal.request_id,
-                    "attempt": message.attempt,
+                    "attempt": journal.attempts,
                     "replica": submit.target.replica,
                     "reason": submit.after,
                     "from_token": journal.tokens,
@@ -216,7 +240,7 @@ class Gateway:
                 link_attributes=failover,
                 attributes={
                     "request.id": journal.request_id,
-                    "attempt": message.attempt,
+                    "attempt": journal.attempts,
                     "phalanx.replica": submit.target.replica,
                     "phalanx.epoch": submit.target.epoch,
                     **failover,

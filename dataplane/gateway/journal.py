@@ -60,8 +60,7 @@ class Attempt:
 
     number: int
     replica: str
-    epoch: int
-    model_hash: str
+    leader: shard_pb2.LeaderHello
     began_at: int  # tokens journalled when it began
 
 
@@ -83,8 +82,8 @@ class Journal:
         self.fruitless = 0  # attempts lost in a row without a token
         self.error: PhalanxError | None = None
         self.duplicates = 0
+        self._budget = 0  # output tokens per choice, known at acceptance
         self._eos: Sequence[int] = ()
-        self._max_model_len = 0
 
     @property
     def request_id(self) -> str:
@@ -95,6 +94,11 @@ class Journal:
     def accepted(self) -> bool:
         """Whether a replica has tokenised and queued the request."""
         return self.prompt_ids is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens that a replica must be able to hold for it; 0 before a replica has tokenised it."""
+        return len(self.prompt_ids or ()) + self._budget
 
     @property
     def finished(self) -> bool:
@@ -123,19 +127,23 @@ class Journal:
 
     # Attempts
 
-    def begin(self, replica: str, epoch: int, leader: shard_pb2.LeaderHello) -> shard_pb2.Submit:
-        """Start the next attempt on a replica; earlier ones may no longer append."""
+    def begin(self, number: int, replica: str, leader: shard_pb2.LeaderHello) -> shard_pb2.Submit:
+        """Start the next attempt on a replica; earlier ones may no longer append.
+
+        `number` must be new to this gateway: a leader remembers the attempts that were cancelled, also
+        when a client uses a request's id again.
+        """
         assert not self.closed
         assert self.attempt is None
         self.attempts += 1
-        self.attempt = Attempt(self.attempts, replica, epoch, leader.model_hash, self.tokens)
-        self._eos, self._max_model_len = leader.eos_token_ids, leader.max_model_len
+        self.attempt = Attempt(number, replica, leader, self.tokens)
         submit = shard_pb2.Submit()
         submit.CopyFrom(self.template)
-        submit.attempt = self.attempts
+        submit.attempt = number
         submit.model_hash = self.model_hash
         if self.prompt_ids is not None:
             submit.token_ids.ids[:] = self.prompt_ids
+            submit.stopping.max_tokens = self._budget
             for choice in self.choices:
                 submit.prior.add(token_ids=choice.token_ids, finished=choice.finish != UNFINISHED)
         return submit
@@ -149,8 +157,11 @@ class Journal:
         assert self.attempt is not None
         self.replica = self.attempt.replica
         if self.prompt_ids is None:
+            leader = self.attempt.leader
             self.prompt_ids = tuple(prompt_ids)
-            self.model_hash = self.attempt.model_hash
+            self.model_hash = leader.model_hash
+            self._eos = leader.eos_token_ids
+            self._budget = self.template.stopping.max_tokens or leader.max_model_len - len(prompt_ids)
 
     def append(self, delta: shard_pb2.Delta) -> bool:
         """Journal a delta of the current attempt. Positions that are known already are dropped.
@@ -175,10 +186,16 @@ class Journal:
             self.attempt = None
         return True
 
-    def lose(self) -> None:
-        """The current attempt has died. Choices that need no further token end here."""
+    def lose(self, *, blame: bool = True) -> None:
+        """The current attempt is lost. Choices that need no further token end here.
+
+        `blame`: the request may have been the cause, so an attempt without a token counts against it.
+        """
         assert self.attempt is not None
-        self.fruitless = self.fruitless + 1 if self.tokens == self.attempt.began_at else 0
+        if self.tokens > self.attempt.began_at:
+            self.fruitless = 0
+        elif blame:
+            self.fruitless += 1
         self.attempt = None
         for choice in self.choices:
             if choice.finish == UNFINISHED:
@@ -196,8 +213,7 @@ class Journal:
         stops = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else set(self._eos))
         if choice.token_ids and choice.token_ids[-1] in stops:
             return types_pb2.FINISH_REASON_STOP
-        fits = self._max_model_len - len(self.prompt_ids or ())
-        if self.accepted and len(choice.token_ids) >= (stopping.max_tokens or fits):
+        if self.accepted and len(choice.token_ids) >= self._budget:
             return types_pb2.FINISH_REASON_LENGTH
         return UNFINISHED
 

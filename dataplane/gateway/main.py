@@ -53,21 +53,31 @@ async def serve(
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(gateway.run()), group.create_task(registration.run())]
+            serving = group.create_task(gateway.run())
+            registering = group.create_task(registration.run())
+            informed = group.create_task(_serve_when_informed(gateway, health))
             await server.start()
-            await rpc.set_serving(health, ["", SERVICE])
             ready.announce(ready_fd, {"grpc": grpc_bound, "http": http_url})
             log.info("serving", extra={"grpc": grpc_bound, "http": http_url})
             await stop.wait()
             log.info("stopping")
+            # First the task that would register again, then the registration.
+            registering.cancel()
+            await asyncio.wait([registering])
             await registration.close()
             await server.stop(_GRACE_S)
             await runner.cleanup()
-            for task in tasks:
-                task.cancel()
+            informed.cancel()
+            serving.cancel()
     finally:
         await store.close()
         telemetry.shutdown()
+
+
+async def _serve_when_informed(gateway: Gateway, health: rpc.Health) -> None:
+    """Say that requests are served from when the cluster's state is known."""
+    await gateway.informed.wait()
+    await rpc.set_serving(health, ["", SERVICE])
 
 
 @click.command()

@@ -56,7 +56,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     user: str | None = None
@@ -71,7 +71,7 @@ class CompletionRequest(_Common, forbid_unknown_fields=True, kw_only=True):
 
     prompt: str | list[int | str | list[int]]
     logprobs: int | None = None
-    echo: bool = False
+    echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
 
@@ -81,7 +81,7 @@ class ChatRequest(_Common, forbid_unknown_fields=True, kw_only=True):
 
     messages: list[Message]
     max_completion_tokens: int | None = None
-    logprobs: bool = False
+    logprobs: bool | None = None
     top_logprobs: int | None = None
 
 

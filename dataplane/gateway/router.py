@@ -83,12 +83,17 @@ class Router:
         if route := self.routes.get(replica):
             route.load = load.running + load.waiting
 
-    def pick(self, deployment: str, model_hash: str) -> Route | None:
-        """The best replica of a deployment, of the very model `model_hash` where it is not empty."""
+    def pick(self, deployment: str, model_hash: str, length: int) -> Route | None:
+        """The best replica of a deployment that holds sequences of `length` tokens.
+
+        Of the very model `model_hash`, where that is not empty.
+        """
         routes = [
             route
             for route in self.routes.values()
-            if route.target.deployment == deployment and model_hash in ("", route.leader.model_hash)
+            if route.target.deployment == deployment
+            and model_hash in ("", route.leader.model_hash)
+            and length <= route.leader.max_model_len
         ]
         return min(routes, key=lambda route: (route.busy, route.picks, route.target.replica), default=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -20,6 +21,7 @@ from phalanx.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
+log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -59,7 +61,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     async for event in events:
                         response = inference_pb2.ConverseResponse(request_id=request.request_id, event=event)
                         await outbox.put(response)
-            except PhalanxError as error:
+            except Exception as error:
+                # Exactly one answer, and nothing to the other requests of the call.
+                if not isinstance(error, PhalanxError):
+                    log.exception("request failed", extra={"request": request.request_id})
+                    error = PhalanxError("INTERNAL", "the gateway failed on this request; its log says more")
                 failed = inference_pb2.ConverseResponse(
                     request_id=request.request_id, error=rpc.to_message(error)
                 )

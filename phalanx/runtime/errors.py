@@ -37,9 +37,13 @@ _KINDS: dict[str, tuple[grpc.StatusCode, int, bool]] = {
 class PhalanxError(Exception):
     """One failure with its `reason` (a key of the table above) and a message for people."""
 
-    def __init__(self, reason: str, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, reason: str, message: str, *, param: str | None = None, retryable: bool | None = None
+    ) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.param = param
         self.code, self.http_status, self.retryable = _KINDS.get(reason, _KINDS["INTERNAL"])
+        if retryable is not None:
+            self.retryable = retryable  # a peer's own word, for a reason that may be newer than this table

@@ -17,6 +17,15 @@ from phalanx.v1 import types_pb2
 MAX_MESSAGE_BYTES = 32 << 20
 _DETAILS = "grpc-status-details-bin"
 _RETRY_AFTER_S = 1
+# What a status means that gRPC itself gave, without our details.
+_BARE = {
+    grpc.StatusCode.CANCELLED: "CANCELLED",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "DEADLINE_EXCEEDED",
+    grpc.StatusCode.INVALID_ARGUMENT: "INVALID_ARGUMENT",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "OVERLOADED",
+    grpc.StatusCode.UNAVAILABLE: "UNREACHABLE",
+    grpc.StatusCode.UNIMPLEMENTED: "UNSUPPORTED",
+}
 
 _MESSAGES = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -98,7 +107,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: PhalanxError
 
 
 def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:
-    """The failure that a peer reported by `abort`, or INTERNAL / NO_REPLICA for a bare status."""
+    """The failure that a peer reported by `abort`, or the nearest to a bare status."""
     metadata: Any = error.trailing_metadata() or ()
     for key, value in metadata:
         if key == _DETAILS:
@@ -106,8 +115,7 @@ def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:
                 info = error_details_pb2.ErrorInfo()
                 if detail.Unpack(info) and info.domain == DOMAIN:
                     return PhalanxError(info.reason, error.details() or "")
-    reason = "UNREACHABLE" if error.code() is grpc.StatusCode.UNAVAILABLE else "INTERNAL"
-    return PhalanxError(reason, error.details() or error.code().name)
+    return PhalanxError(_BARE.get(error.code(), "INTERNAL"), error.details() or error.code().name)
 
 
 def to_message(error: PhalanxError) -> types_pb2.Error:
@@ -119,7 +127,7 @@ def to_message(error: PhalanxError) -> types_pb2.Error:
 
 def from_message(message: types_pb2.Error) -> PhalanxError:
     """The error that a frame carries."""
-    return PhalanxError(message.reason, message.message)
+    return PhalanxError(message.reason, message.message, retryable=message.retryable)
 
 
 async def set_serving(health: Health, services: Sequence[str], serving: bool = True) -> None:

@@ -84,7 +84,7 @@ async def test_a_deadline_ends_a_request_with_a_typed_error(rig: Rig) -> None:
     with pytest.raises(PhalanxError) as caught:
         async for _ in rig.client.generate("demo", PROMPT, max_tokens=10, timeout_s=0.3):
             pass
-    assert caught.value.reason in ("DEADLINE_EXCEEDED", "INTERNAL")  # gRPC's own clock may be first
+    assert caught.value.reason == "DEADLINE_EXCEEDED"
 
 
 async def test_cancel_by_id_ends_a_request_from_outside(rig: Rig) -> None:

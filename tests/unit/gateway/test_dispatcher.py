@@ -283,7 +283,7 @@ def test_a_delta_of_an_attempt_that_was_given_up_is_dropped() -> None:
     dispatcher.stream_up(UP, LEADER, 0.0)
     dispatcher.open(request, 0.0)
     refused = shard_pb2.StepFrame(replica="demo-0", epoch=1)
-    refused.failed.add(request_id="r", attempt=1, error=types_pb2.Error(reason="INTERNAL"))
+    refused.failed.add(request_id="r", attempt=1, error=types_pb2.Error(reason="INTERNAL", retryable=True))
     dispatcher.frame(UP, refused, 0.0)
     late = shard_pb2.StepFrame(replica="demo-0", epoch=1)
     late.deltas.add(request_id="r", attempt=1, index=0, token_ids=[9], pieces=["x"])
@@ -291,3 +291,51 @@ def test_a_delta_of_an_attempt_that_was_given_up_is_dropped() -> None:
     assert request.attempts == 2
     assert request.tokens == 0
     assert dispatcher.counters.stale_frames_dropped == 1
+
+
+def test_a_replay_goes_only_where_its_tokens_fit() -> None:
+    dispatcher, request = Dispatcher(), journal("r", max_tokens=600)
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.open(request, 0.0)
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    frame.accepted.add(request_id="r", attempt=1, prompt_ids=[1])
+    dispatcher.frame(UP, frame, 0.0)
+    small = shard_pb2.LeaderHello(model_hash="m", max_model_len=512)
+    dispatcher.stream_up(Target("demo-1", 1, "demo", "a:2"), small, 0.0)
+    assert not any(
+        isinstance(todo, instructions.Submit) for todo in dispatcher.stream_down(UP, "killed", 0.0)
+    )
+
+
+def test_a_deadline_that_the_replica_saw_first_is_no_failover() -> None:
+    dispatcher, request = Dispatcher(), journal("r")
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.open(request, 0.0, timeout_s=1.0)
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    late = types_pb2.Error(reason="DEADLINE_EXCEEDED", message="late", retryable=True)
+    frame.failed.add(request_id="r", attempt=1, error=late)
+    dispatcher.frame(UP, frame, 0.99)
+    assert request.error is not None
+    assert request.error.reason == "DEADLINE_EXCEEDED"
+    assert dispatcher.counters.failovers == 0
+
+
+def test_an_id_used_again_is_another_attempt() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    (first,) = dispatcher.open(journal("r"), 0.0)
+    dispatcher.cancel("r")
+    (second,) = dispatcher.open(journal("r"), 0.0)
+    assert isinstance(first, instructions.Submit)
+    assert isinstance(second, instructions.Submit)
+    assert second.message.attempt != first.message.attempt
+
+
+def test_rolling_replicas_never_use_up_the_attempts_of_a_request_that_waits() -> None:
+    dispatcher, request = Dispatcher(), journal("r")
+    dispatcher.open(request, 0.0)
+    for epoch in range(1, 3 * MAX_FRUITLESS_ATTEMPTS):
+        target = Target("demo-0", epoch, "demo", "a:1")
+        dispatcher.stream_up(target, LEADER, 0.0)
+        dispatcher.stream_down(target, "the replica has left the topology", 0.0, blame=False)
+    assert request.error is None

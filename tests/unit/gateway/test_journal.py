@@ -18,7 +18,7 @@ def new(n: int = 1, max_tokens: int = 8, **stopping: object) -> Journal:
 
 def begun(**options: object) -> Journal:
     journal = new(**options)
-    journal.begin("demo-0", 1, LEADER)
+    journal.begin(1, "demo-0", LEADER)
     journal.accept([7, 8, 9])
     return journal
 
@@ -65,7 +65,7 @@ def test_a_replay_carries_prompt_ids_and_prior_output_apart() -> None:
     journal.append(delta(0, 10, 11))
     journal.append(delta(0, 20, choice=1, finish=STOP))
     journal.lose()
-    submit = journal.begin("demo-1", 5, LEADER)
+    submit = journal.begin(2, "demo-1", LEADER)
     assert list(submit.token_ids.ids) == [7, 8, 9]
     assert [list(prior.token_ids) for prior in submit.prior] == [[10, 11], [20]]
     assert [prior.finished for prior in submit.prior] == [False, True]
@@ -75,9 +75,9 @@ def test_a_replay_carries_prompt_ids_and_prior_output_apart() -> None:
 
 def test_a_replay_before_acceptance_sends_the_prompt_as_the_client_gave_it() -> None:
     journal = new()
-    journal.begin("demo-0", 1, LEADER)
+    journal.begin(1, "demo-0", LEADER)
     journal.lose()
-    submit = journal.begin("demo-1", 1, LEADER)
+    submit = journal.begin(2, "demo-1", LEADER)
     assert submit.text == "hello"
     assert not submit.prior
     assert submit.model_hash == ""
@@ -116,7 +116,7 @@ def test_usage_counts_a_replayed_token_once() -> None:
     journal = begun(max_tokens=3)
     journal.append(delta(0, 10, 11))
     journal.lose()
-    journal.begin("demo-1", 2, LEADER)
+    journal.begin(3, "demo-1", LEADER)
     journal.append(delta(0, 10, 11, 12, finish=LENGTH))
     assert (journal.usage.prompt_tokens, journal.usage.completion_tokens) == (3, 3)
 
@@ -124,10 +124,10 @@ def test_usage_counts_a_replayed_token_once() -> None:
 def test_attempts_without_a_token_are_counted_until_one_makes_progress() -> None:
     journal = begun()
     journal.lose()
-    journal.begin("demo-1", 1, LEADER)
+    journal.begin(2, "demo-1", LEADER)
     journal.lose()
     assert journal.fruitless == 2
-    journal.begin("demo-1", 2, LEADER)
+    journal.begin(3, "demo-1", LEADER)
     journal.append(delta(0, 10))
     journal.lose()
     assert journal.fruitless == 0
@@ -182,3 +182,19 @@ def test_any_cut_of_reads_delivers_every_position_exactly_once(data: st.DataObje
                 cursor = chunk.cursor
     assert seen == ids
     assert finishes == 2
+
+
+def test_a_budget_left_open_is_pinned_at_acceptance() -> None:
+    journal = begun(max_tokens=0)
+    journal.append(delta(0, *range(100, 130)))
+    journal.lose()
+    smaller = shard_pb2.LeaderHello(model_hash="m", max_model_len=32)
+    assert not journal.finished
+    assert journal.begin(2, "demo-1", smaller).stopping.max_tokens == 61
+    assert journal.length == 64
+
+
+def test_an_attempt_that_the_topology_ended_is_not_held_against_the_request() -> None:
+    journal = begun()
+    journal.lose(blame=False)
+    assert journal.fruitless == 0
