@@ -89,7 +89,7 @@ class EtcdStore:
         """See `Store.list`."""
         request = rpc.RangeRequest(key=prefix.encode(), range_end=prefix_range_end(prefix.encode()))
         response = await self._in_turn(lambda: self._unary(rpc.KVStub, "Range", request))
-        entries = {kv.key.decode(): _entry(kv) for kv in response.kvs}
+        entries = {_key(kv): _entry(kv) for kv in response.kvs}
         return Listing(response.header.revision, MappingProxyType(entries))
 
     async def txn(self, when: Sequence[Condition], then: Sequence[Operation]) -> int | None:
@@ -224,6 +224,11 @@ def difference(before: Mapping[str, Entry], after: Mapping[str, Entry]) -> Mappi
     return MappingProxyType(changed)
 
 
+def _key(kv: Any) -> str:
+    """The key as text. One that somebody wrote in other bytes than UTF-8 must not end a listing."""
+    return str(kv.key.decode(errors="backslashreplace"))
+
+
 def _events(response: Any, after: int) -> tuple[Mapping[str, Entry | None], int]:
     """What a response changed since revision `after`, and the revision that it leads to.
 
@@ -234,7 +239,7 @@ def _events(response: Any, after: int) -> tuple[Mapping[str, Entry | None], int]
     for event in response.events:
         if event.kv.mod_revision > after:
             deleted = event.type == event.DELETE
-            changed[event.kv.key.decode()] = None if deleted else _entry(event.kv)
+            changed[_key(event.kv)] = None if deleted else _entry(event.kv)
             revision = max(revision, event.kv.mod_revision)
     return MappingProxyType(changed), revision
 

@@ -13,6 +13,8 @@ The rules:
   it serves other replicas when they need it, and then it is removed.
 - A replica of an outdated shape is formed again at once when it is not serving, else one at a time,
   and only when it can be placed and every replica of the new shape is ready.
+- An assignment that cannot be read is written anew, or removed when nobody wants it. The replicas of a
+  deployment that cannot be read stay as they are.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from controlplane.replicas import (
     Health,
     ReplicaState,
     health,
+    on_hold,
     same_shape,
     split_name,
+    unreadable,
     wanted,
     was_ready,
 )
@@ -128,6 +132,8 @@ class _Round:
     wanted: dict[str, DeploymentRecord] = field(init=False)
     health: dict[str, Health] = field(init=False)
     needs: dict[str, _Need] = field(init=False)
+    epochs: dict[str, int] = field(init=False)
+    held: list[str] = field(init=False)
     free: dict[str, WorkerRecord] = field(init=False)
     formed: dict[str, Form] = field(default_factory=dict)
     shortages: dict[str, str] = field(default_factory=dict)
@@ -137,12 +143,11 @@ class _Round:
         self.wanted = wanted(self.snapshot)
         self.health = {name: health(self.snapshot, name) for name in self.snapshot.replicas}
         self.needs = {name: self._need(name) for name in self.wanted}
-        reserved = {
-            member
-            for name, need in self.needs.items()
-            if need is not _Need.FORM
-            for member in self._members(name)
-        }
+        self.epochs = {name: assigned.epoch for name, assigned in self.snapshot.replicas.items()}
+        self.epochs |= unreadable(self.snapshot)
+        self.held = on_hold(self.snapshot)
+        kept = [name for name, need in self.needs.items() if need is not _Need.FORM]
+        reserved = {member for name in kept + self.held for member in self._members(name)}
         self.free = {name: worker for name, worker in self.snapshot.workers.items() if name not in reserved}
 
     def decide(self) -> Decision:
@@ -151,7 +156,7 @@ class _Round:
             pass
         removed = self._removed()
         actions: tuple[Action, ...] = (
-            *(Remove(name, self.snapshot.replicas[name].epoch) for name in removed),
+            *(Remove(name, self.epochs[name]) for name in removed),
             *self.formed.values(),
             *self._marks(),
             *self._prunes(removed),
@@ -211,9 +216,8 @@ class _Round:
         self.shortages.pop(name, None)
         taken = {member.worker for member in members}
         self.free = {worker: record for worker, record in candidates.items() if worker not in taken}
-        assigned = self.snapshot.replicas.get(name)
         assignment = AssignmentRecord(name, self.wanted[name], members, self._failures(name), self.now)
-        self.formed[name] = Form(assignment, assigned.epoch if assigned else 0)
+        self.formed[name] = Form(assignment, self.epochs.get(name, 0))
         return True
 
     def _failures(self, name: str) -> int:
@@ -226,7 +230,7 @@ class _Round:
 
     def _removed(self) -> list[str]:
         """Replicas that nobody wants, the highest index first, and those whose workers were taken."""
-        unwanted = [name for name in self.snapshot.replicas if name not in self.wanted]
+        unwanted = [name for name in self.epochs if name not in self.wanted and name not in self.held]
         unwanted.sort(key=lambda name: (split_name(name)[0], -split_name(name)[1]))
         taken = {member.worker for form in self.formed.values() for member in form.assignment.members}
         displaced = [

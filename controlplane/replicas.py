@@ -34,9 +34,9 @@ def replica_name(deployment: str, index: int) -> str:
 
 
 def split_name(replica: str) -> tuple[str, int]:
-    """The deployment and the index in a replica's name."""
+    """The deployment and the index in a replica's name; the whole name and -1 where it has no index."""
     deployment, _, index = replica.rpartition("-")
-    return deployment, int(index)
+    return (deployment, int(index)) if deployment and index.isdecimal() else (replica, -1)
 
 
 def wanted(snapshot: Snapshot) -> dict[str, DeploymentRecord]:
@@ -50,6 +50,21 @@ def wanted(snapshot: Snapshot) -> dict[str, DeploymentRecord]:
     return {replica_name(name, index): deployment for index, name, deployment in indexed}
 
 
+def on_hold(snapshot: Snapshot) -> list[str]:
+    """Replicas whose deployment is there and cannot be read: nobody can say that they are not wanted."""
+    return [name for name in snapshot.replicas if f"deployments/{split_name(name)[0]}" in snapshot.unreadable]
+
+
+def unreadable(snapshot: Snapshot) -> dict[str, int]:
+    """The epochs of the replicas whose assignment cannot be read, not even by their workers."""
+    paths = {path: path.split("/") for path in snapshot.unreadable}
+    return {
+        parts[1]: snapshot.unreadable[path]
+        for path, parts in paths.items()
+        if parts[0] == "replicas" and parts[2:] == ["assignment"]
+    }
+
+
 def same_shape(one: DeploymentRecord, other: DeploymentRecord) -> bool:
     """Whether a replica formed for one revision serves the other: only their scale may differ."""
     return replace(other, replicas=one.replicas, revision=one.revision, created_at=one.created_at) == one
@@ -58,6 +73,8 @@ def same_shape(one: DeploymentRecord, other: DeploymentRecord) -> bool:
 def health(snapshot: Snapshot, replica: str) -> Health:
     """How the current epoch of a replica that has an assignment is doing."""
     assignment = snapshot.replicas[replica].assignment
+    if not assignment.members:
+        return Health(ReplicaState.FAILED, "its assignment names no worker")
     lost = lost_members(snapshot, assignment)
     if lost:
         return Health(ReplicaState.FAILED, f"lost worker{'s' * (len(lost) > 1)} {', '.join(lost)}")

@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from controlplane.state import DeploymentRecord, Keys, decode, encode
 from controlplane.status import Views, views
-from controlplane.store import Delete, Listing, Modified, Put, Store, StoreUnavailableError
+from controlplane.store import Delete, Entry, Listing, Modified, Put, Store, StoreUnavailableError
 from controlplane.validation import check_model, check_spec
 from controlplane.view import View
 from phalanx.runtime import rpc
@@ -130,7 +131,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         key = self._keys.deployment(spec.name)
         while True:
             entry = await self._store.get(key)
-            old = decode(DeploymentRecord, entry.value) if entry else None
+            old = _readable(entry)
             new = _record(spec, old, self._clock())
             if new == old:
                 return False
@@ -139,6 +140,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             if revision is not None:
                 await self._view.reached(revision)
                 return True
+
+
+def _readable(entry: Entry | None) -> DeploymentRecord | None:
+    """The deployment in the store; one that cannot be read is replaced as if it were not there."""
+    try:
+        return decode(DeploymentRecord, entry.value) if entry else None
+    except (ValueError, DecodeError):
+        return None
 
 
 def _record(spec: control_pb2.DeploymentSpec, old: DeploymentRecord | None, now: float) -> DeploymentRecord:

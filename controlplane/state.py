@@ -8,13 +8,19 @@ Does not own: decisions (`reconcile`), I/O (`etcd`, `memory`), what each record 
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from google.protobuf.message import DecodeError
+
 from controlplane.store import Listing
 from phalanx.v1 import state_pb2
+
+log = logging.getLogger(__name__)
+SHAPE_LIMIT = 1024  # the most replicas, and the largest tp and pp, that a deployment may have
 
 
 class ShardState(enum.IntEnum):
@@ -143,6 +149,7 @@ _NESTED: dict[tuple[type[Any], str], type[Any]] = {
     (AssignmentRecord, "members"): MemberRecord,
     (ShardRecord, "state"): ShardState,
 }
+_SHARD_STATES = frozenset(ShardState)
 
 
 def encode(record: Record) -> bytes:
@@ -151,8 +158,34 @@ def encode(record: Record) -> bytes:
 
 
 def decode(cls: type[R], value: bytes) -> R:
-    """The record in `value`. Raises google.protobuf.message.DecodeError when it holds none."""
-    return _from_message(cls, getattr(state_pb2, cls.__name__).FromString(value))
+    """The record in `value`.
+
+    A shard's state that is not known here, as one of a newer worker, is STARTING: nothing routes to it.
+
+    Raises:
+        google.protobuf.message.DecodeError: the bytes hold no such record.
+        ValueError: they hold one that cannot be, such as a deployment without a shape.
+    """
+    record = _from_message(cls, getattr(state_pb2, cls.__name__).FromString(value))
+    if isinstance(record, DeploymentRecord):
+        _check_shape(record)
+    elif isinstance(record, AssignmentRecord):
+        _check_shape(record.deployment)
+        if len(record.members) not in (0, record.deployment.shards):
+            raise ValueError("an assignment has one member per rank, or none")
+    return record
+
+
+def _check_shape(deployment: DeploymentRecord) -> None:
+    if not all(1 <= size <= SHAPE_LIMIT for size in (deployment.replicas, deployment.tp, deployment.pp)):
+        raise ValueError(f"replicas, tp and pp are from 1 to {SHAPE_LIMIT}")
+
+
+def _rank(text: str) -> int:
+    rank = int(text)
+    if rank < 0 or str(rank) != text:
+        raise ValueError("a rank is a plain number")
+    return rank
 
 
 def _to_message(record: Any) -> Any:
@@ -171,7 +204,7 @@ def _from_message(cls: type[R], message: Any) -> R:
         value = getattr(message, name)
         nested = _NESTED.get((cls, name))
         if nested is ShardState:
-            value = ShardState(value)
+            value = ShardState(value) if value in _SHARD_STATES else ShardState.STARTING
         elif nested is not None:
             value = (
                 _from_message(nested, value)
@@ -233,7 +266,10 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The whole cluster at one revision. Mappings are by name; shards by (replica, rank)."""
+    """The whole cluster at one revision. Mappings are by name; shards by (replica, rank).
+
+    `unreadable`: the mod_revision of each record that was passed over, by its key without the root.
+    """
 
     revision: int = 0
     deployments: Mapping[str, DeploymentRecord] = field(default_factory=dict)
@@ -243,10 +279,14 @@ class Snapshot:
     shards: Mapping[tuple[str, int], ShardRecord] = field(default_factory=dict)
     leader: LeaderRecord | None = None
     ready: Mapping[str, ReadyRecord] = field(default_factory=dict)
+    unreadable: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
     def of(listing: Listing, keys: Keys) -> Snapshot:
-        """Read a listing of the cluster's root. Keys of other kinds are passed over."""
+        """Read a listing of the cluster's root. Keys of other kinds are passed over.
+
+        So are malformed records: one of them must not take down whoever reads the cluster.
+        """
         deployments: dict[str, DeploymentRecord] = {}
         workers: dict[str, WorkerRecord] = {}
         gateways: dict[str, GatewayRecord] = {}
@@ -254,22 +294,29 @@ class Snapshot:
         shards: dict[tuple[str, int], ShardRecord] = {}
         leader: LeaderRecord | None = None
         ready: dict[str, ReadyRecord] = {}
+        unreadable: dict[str, int] = {}
         for key, entry in listing.entries.items():
-            match key.removeprefix(keys.root).split("/"):
-                case ["deployments", name]:
-                    deployments[name] = decode(DeploymentRecord, entry.value)
-                case ["workers", name]:
-                    workers[name] = decode(WorkerRecord, entry.value)
-                case ["gateways", name]:
-                    gateways[name] = decode(GatewayRecord, entry.value)
-                case ["replicas", name, "assignment"]:
-                    replicas[name] = Assigned(entry.mod_revision, decode(AssignmentRecord, entry.value))
-                case ["replicas", name, "ready"]:
-                    ready[name] = decode(ReadyRecord, entry.value)
-                case ["replicas", name, "shards", rank]:
-                    shards[name, int(rank)] = decode(ShardRecord, entry.value)
-                case ["controller", "leader"]:
-                    leader = decode(LeaderRecord, entry.value)
+            path = key.removeprefix(keys.root)
+            try:
+                match path.split("/"):
+                    case ["deployments", name]:
+                        deployments[name] = decode(DeploymentRecord, entry.value)
+                    case ["workers", name]:
+                        workers[name] = decode(WorkerRecord, entry.value)
+                    case ["gateways", name]:
+                        gateways[name] = decode(GatewayRecord, entry.value)
+                    case ["replicas", name, "assignment"]:
+                        replicas[name] = Assigned(entry.mod_revision, decode(AssignmentRecord, entry.value))
+                    case ["replicas", name, "ready"]:
+                        ready[name] = decode(ReadyRecord, entry.value)
+                    case ["replicas", name, "shards", rank]:
+                        shards[name, _rank(rank)] = decode(ShardRecord, entry.value)
+                    case ["controller", "leader"]:
+                        leader = decode(LeaderRecord, entry.value)
+            except (ValueError, DecodeError):
+                unreadable[path] = entry.mod_revision
+        if unreadable:
+            log.warning("unreadable records passed over", extra={"keys": sorted(unreadable)})
         return Snapshot(
             listing.revision,
             MappingProxyType(deployments),
@@ -279,6 +326,7 @@ class Snapshot:
             MappingProxyType(shards),
             leader,
             MappingProxyType(ready),
+            MappingProxyType(unreadable),
         )
 
     def shard(self, replica: str, rank: int) -> ShardRecord | None:

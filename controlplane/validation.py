@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from controlplane.state import SHAPE_LIMIT
 from engine.errors import ModelError
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import control_pb2
@@ -27,6 +28,8 @@ def check_spec(spec: control_pb2.DeploymentSpec) -> None:
     for field in ("replicas", "tp", "pp"):
         if spec.HasField(field) and getattr(spec, field) < 1:
             raise PhalanxError("INVALID_ARGUMENT", f"{field} must be at least 1", param=field)
+        if getattr(spec, field) > SHAPE_LIMIT:
+            raise PhalanxError("INVALID_ARGUMENT", f"{field} must be at most {SHAPE_LIMIT}", param=field)
     if spec.dtype not in _DTYPES:
         choices = ", ".join(_DTYPES[1:])
         raise PhalanxError("INVALID_ARGUMENT", f"dtype must be one of {choices}, or empty", param="dtype")
@@ -44,7 +47,7 @@ def check_model(model: str, tp: int, pp: int) -> None:
 
     try:
         config = ModelConfig.load(path)
-        check_weights(path)
         check_layout(config, tp, pp)
+        check_weights(path)
     except ModelError as error:
         raise PhalanxError(error.reason, error.message, param="model") from error

@@ -142,6 +142,18 @@ async def test_the_next_endpoint_answers_when_the_first_is_dead(etcd: Etcd) -> N
     await store.close()
 
 
+async def test_a_key_that_is_not_utf8_ends_neither_a_listing_nor_a_watch(
+    etcd: Etcd, store: EtcdStore
+) -> None:
+    async with aclosing(store.watch("a/")) as changes:
+        await anext(changes)
+        async with grpc.aio.insecure_channel(etcd.endpoint) as channel:
+            await rpc.KVStub(channel).Put(rpc.PutRequest(key=b"a/\xff", value=b"1"), timeout=5)
+        seen = await until(changes, lambda change: bool(change.changed))
+    assert list(seen[-1].changed) == ["a/\\xff"]
+    assert list((await store.list("a/")).entries) == ["a/\\xff"]
+
+
 async def test_a_txn_is_never_tried_twice(etcd: Etcd) -> None:
     """It may have happened: the caller looks, and the next call goes to the next endpoint."""
     store = EtcdStore([f"127.0.0.1:{free_port()}", etcd.endpoint])

@@ -115,6 +115,9 @@ async def test_concurrent_changes_are_all_made(controller: Controller) -> None:
         ({"replicas": 0}, "replicas must be at least 1"),
         ({"tp": 0}, "tp must be at least 1"),
         ({"pp": 0}, "pp must be at least 1"),
+        ({"replicas": 1025}, "replicas must be at most 1024"),
+        ({"tp": 1025}, "tp must be at most 1024"),
+        ({"pp": 2**32 - 1}, "pp must be at most 1024"),
         ({"dtype": "int4"}, "float32, bfloat16, float16"),
     ],
 )
@@ -163,6 +166,19 @@ async def test_tp_that_does_not_divide_the_heads_is_refused(controller: Controll
     assert error.reason == "INVALID_LAYOUT"
     assert error.message == "TP 3 does not divide the 4 attention heads"
     assert (await controller.apply(model=model, tp=2, pp=2)).changed
+
+
+async def test_the_layout_is_refused_before_the_weights_are_looked_at(
+    controller: Controller, tmp_path: Path
+) -> None:
+    error = await controller.refused(model=model_dir(tmp_path, weights=False), tp=3)
+    assert error.reason == "INVALID_LAYOUT"
+
+
+async def test_applying_over_a_deployment_that_cannot_be_read_replaces_it(controller: Controller) -> None:
+    await controller.store.txn([], [Put(KEYS.deployment("a"), b"\xff")])
+    assert (await controller.apply()).changed
+    assert not controller.view.snapshot.unreadable
 
 
 async def test_a_model_that_this_host_cannot_see_is_left_to_the_workers(controller: Controller) -> None:
