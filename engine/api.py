@@ -17,10 +17,12 @@ from typing import Any, Self
 
 from engine.config import EngineConfig, ModelConfig, check_layout
 from engine.core import EngineCore
-from engine.errors import EngineError
+from engine.detokenizer import ChoiceText, Detokenizer
+from engine.errors import EngineError, ModelError
 from engine.link import Link, LinkClosedError
 from engine.rank import join
 from engine.request import FinishReason, PositionLogprobs, Request, SamplingParams
+from engine.text import Tokenizer
 from engine.wire import EngineFailed, Rendezvous, StartEngine
 
 Prompt = str | Sequence[int]
@@ -50,6 +52,7 @@ class Engine:
 
     Raises:
         ModelError: the model or the layout cannot be served.
+        EngineError: another rank has ended while starting.
     """
 
     def __init__(self, model: str, *, tp: int = 1, pp: int = 1, device: str = "cpu", **options: Any) -> None:
@@ -57,18 +60,20 @@ class Engine:
         check_layout(ModelConfig.load(config.model), tp, pp)  # before any rank is started for nothing
         self._model = config.model
         self._ids = itertools.count()
+        self._tokenizer: Tokenizer | None = None
         self._children: list[tuple[subprocess.Popen[bytes], Link]] = []
         self._core: EngineCore | None = None
         try:
             for rank in range(1, tp * pp):
                 self._spawn(config, rank, _device(device, rank))
-            member = join(config, self._announce, lambda: "", lambda fraction: None)
+            member = join(config, self._announce, lambda: "", lambda fraction: None, self._check)
         except BaseException as error:
             cause = self._first_failure()
             self.close()
-            if cause is not None and isinstance(error, EngineError):
-                raise EngineError(cause.reason, cause.message) from error
-            raise
+            own = isinstance(error, EngineError) and error.reason != "RANK_LOST"
+            if cause is None or own or not isinstance(error, Exception):
+                raise
+            raise cause from error  # which knows better than rank 0 why it has gone
         self._core = member.core
         self.max_model_len = member.max_model_len
 
@@ -90,7 +95,9 @@ class Engine:
             RequestError: a prompt cannot be served; nothing has been generated.
         """
         core = self._running()
-        tokenizer = self._tokenizer() if any(isinstance(prompt, str) for prompt in prompts) else None
+        tokenizer = None
+        if any(isinstance(prompt, str) for prompt in prompts):
+            tokenizer = self._tokenizer = self._tokenizer or Tokenizer(self._model)
         sampling = sampling or SamplingParams()
         completions: dict[tuple[str, int], Completion] = {}
         ids = [f"request-{next(self._ids)}" for _ in prompts]
@@ -116,7 +123,7 @@ class Engine:
                 core.cancel(request_id)
         if tokenizer:
             for completion in completions.values():
-                completion.text = tokenizer.decode(completion.token_ids)
+                completion.text = _text(tokenizer, completion.token_ids)
         return list(completions.values())
 
     def close(self) -> None:
@@ -139,7 +146,8 @@ class Engine:
     def _spawn(self, config: EngineConfig, rank: int, device: str) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "engine.process", "--fd", str(theirs.fileno())]
+            command = [sys.executable, "-m", "engine.process", "--survive-thread"]
+            command += ["--fd", str(theirs.fileno())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         link = Link(ours)
         self._children.append((process, link))
@@ -154,6 +162,9 @@ class Engine:
                 device,
                 config.dtype,
                 config.max_model_len,
+                config.max_running,
+                config.kv_bytes,
+                config.threads,
             )
         )
 
@@ -161,25 +172,27 @@ class Engine:
         for _, link in self._children:
             link.send(Rendezvous(address))
 
-    def _first_failure(self) -> EngineFailed | None:
-        for _, link in self._children:
+    def _check(self) -> None:
+        failure = self._first_failure()
+        if failure is not None:
+            raise failure
+
+    def _first_failure(self) -> EngineError | None:
+        for rank, (_, link) in enumerate(self._children, start=1):
             try:
-                failed = [message for message in link.receive(0) if isinstance(message, EngineFailed)]
+                messages = link.receive(0)
             except LinkClosedError:
-                continue
-            if failed:
-                return failed[0]
+                return EngineError("RANK_LOST", f"rank {rank} has ended while starting")
+            for message in messages:
+                if isinstance(message, EngineFailed):
+                    kind = ModelError if message.permanent else EngineError
+                    return kind(message.reason, message.message)
         return None
 
     def _running(self) -> EngineCore:
         if self._core is None:
             raise EngineError("CLOSED", "the engine is closed")
         return self._core
-
-    def _tokenizer(self) -> Any:
-        from engine.text import load_tokenizer
-
-        return load_tokenizer(self._model)
 
     def _run(self, core: EngineCore, completions: dict[tuple[str, int], Completion], progress: bool) -> None:
         with _bar(len(completions), progress) as advance:
@@ -193,6 +206,12 @@ class Engine:
                     completion.finish = delta.finish
                     if delta.finish:
                         advance()
+
+
+def _text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """Text of a completion, as the text process would deliver it piece by piece."""
+    text = ChoiceText(Detokenizer(tokenizer.decode, tokenizer.context), ())
+    return "".join(map(text.push, token_ids)) + text.flush()
 
 
 def _device(device: str, rank: int) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from engine.errors import EngineError
@@ -19,6 +20,7 @@ _LENGTH = struct.Struct("<I")
 _HELLO = struct.Struct("<qI")  # epoch, rank
 _ACCEPT_TIMEOUT_S = 600.0
 _HELLO_TIMEOUT_S = 5.0
+_CHECK_INTERVAL_S = 0.2
 
 
 class HasFileno(Protocol):
@@ -44,9 +46,15 @@ class PlanHub:
         host, port = self._listener.getsockname()[:2]
         return f"{host}:{port}"
 
-    def gather(self) -> None:
-        """Wait until every rank has connected."""
+    def gather(self, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until every rank has connected; `check` is called meanwhile and raises if one never will."""
+        deadline = time.monotonic() + _ACCEPT_TIMEOUT_S
         while len(self._ranks) < self._world - 1:
+            check()
+            if not select.select([self._listener], [], [], _CHECK_INTERVAL_S)[0]:
+                if time.monotonic() > deadline:
+                    raise EngineError("RANK_LOST", "another rank of the replica has not come in time")
+                continue
             connection, _ = self._listener.accept()
             connection.settimeout(_HELLO_TIMEOUT_S)
             try:

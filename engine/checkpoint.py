@@ -53,14 +53,26 @@ def read_header(path: Path) -> dict[str, Any]:
         if length > size - 8:
             raise invalid_model(f"{path} is cut short or is not a safetensors file")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
+            header = json.loads(file.read(length))
         except ValueError as error:
             raise invalid_model(f"{path} is not a safetensors file") from error
+    if not isinstance(header, dict):
+        raise invalid_model(f"{path} is not a safetensors file")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_tensor(entry):
+            raise invalid_model(f"{path} is not a safetensors file: {name} has no dtype, shape or offsets")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < 8 + length + end:
         raise invalid_model(f"{path} is cut short: {size} bytes of {8 + length + end}")
     return header
+
+
+def _is_tensor(entry: object) -> bool:
+    match entry:
+        case {"dtype": str(), "shape": [*_], "data_offsets": [int(), int()]}:
+            return True
+    return False
 
 
 def model_hash(model_dir: str | Path) -> str:

@@ -61,7 +61,7 @@ class ModelConfig:
             raise invalid_model(f"{directory} has no config.json")
         try:
             return _parse(raw, read_json(directory / "generation_config.json") or {})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise invalid_model(f"{directory / 'config.json'} cannot be read: {error!r}") from error
 
 
@@ -80,7 +80,9 @@ class EngineConfig:
     max_model_len: int = 0
     max_batch_tokens: int = 512  # tokens per step, over all sequences
     max_running: int = 64  # sequences that hold KV blocks at once
-    kv_bytes: int = 0  # KV memory of one rank: 1 GiB on a CPU, most of what is left on a GPU
+    # KV memory of one rank: 1 GiB on a CPU, most of what is left on a GPU, divided among the replica's
+    # ranks on it. Replicas that share a GPU know nothing of each other and must be given theirs.
+    kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
 
     @property
@@ -167,7 +169,7 @@ def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig
     heads = int(raw["num_attention_heads"])
     hidden = int(raw["hidden_size"])
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=int(raw["vocab_size"]),
         hidden_size=hidden,
         num_layers=int(raw["num_hidden_layers"]),
@@ -181,8 +183,15 @@ def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=bool(raw.get("attention_bias", False)),
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        eos_token_ids=() if eos is None else tuple(map(int, eos)) if isinstance(eos, list) else (int(eos),),
     )
+    for name in (
+        "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+        "intermediate_size", "max_position",
+    ):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise invalid_model(f"{name} {getattr(config, name)} must be at least 1")
+    return config
 
 
 def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:

@@ -70,8 +70,11 @@ class Parallel:
     Owns: its process groups. Does not own: the order of calls, which every rank takes from the plans.
     """
 
-    def __init__(self, grid: Grid, world: Any = None, row: Any = None, *, on_host: bool = False) -> None:
+    def __init__(
+        self, grid: Grid, world: Any = None, row: Any = None, *, on_host: bool = False, sharers: int = 1
+    ) -> None:
         self.grid = grid
+        self.sharers = sharers  # ranks on this rank's device, itself included
         self._world = world  # all ranks, for stage to stage; None when alone
         self._row = row  # this stage's tensor parallel ranks; None when tp == 1
         self._on_host = on_host  # gloo moves CPU memory
@@ -156,19 +159,20 @@ def connect(grid: Grid, store: Store | None, host: str, device: torch.device) ->
     """Form the groups: NCCL when every rank has its own GPU, gloo on `host` otherwise."""
     if grid.world == 1 or store is None:
         return Parallel(grid)
-    nccl = _own_gpus(grid, store, device)
+    devices = _devices(grid, store, device)
+    nccl = "cpu" not in devices and len(set(devices)) == grid.world
     world = _group(store, "world", grid.rank, grid.world, host, nccl)
     row = None
     if grid.tp > 1:
         row = _group(store, f"row{grid.pp_rank}", grid.tp_rank, grid.tp, host, nccl)
-    return Parallel(grid, world, row, on_host=not nccl)
+    return Parallel(grid, world, row, on_host=not nccl, sharers=devices.count(devices[grid.rank]))
 
 
-def _own_gpus(grid: Grid, store: Store, device: torch.device) -> bool:
+def _devices(grid: Grid, store: Store, device: torch.device) -> list[str]:
+    """Every rank's device: the UUID of a GPU, or "cpu"."""
     uuid = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else "cpu"
     store.set(f"gpu/{grid.rank}", str(uuid))
-    uuids = [store.get(f"gpu/{rank}").decode() for rank in range(grid.world)]
-    return len(set(uuids)) == grid.world and "cpu" not in uuids
+    return [store.get(f"gpu/{rank}").decode() for rank in range(grid.world)]
 
 
 def _group(store: Store, name: str, rank: int, size: int, host: str, nccl: bool) -> Any:

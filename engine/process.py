@@ -40,8 +40,15 @@ def main() -> None:
     """Run a rank until its socket closes."""
     parser = argparse.ArgumentParser(description="One rank of an engine.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket")
-    link = Link.inherited(parser.parse_args().fd)
-    die_with_parent()
+    parser.add_argument(
+        "--survive-thread",
+        action="store_true",
+        help="outlive the thread that started this process: only the closed socket ends it",
+    )
+    arguments = parser.parse_args()
+    link = Link.inherited(arguments.fd)
+    if not arguments.survive_thread:
+        die_with_parent()
     code = 0
     try:
         _run(link)
@@ -70,6 +77,9 @@ def _run(link: Link) -> None:
         device=start.device,
         dtype=start.dtype,
         max_model_len=start.max_model_len,
+        max_running=start.max_running,
+        kv_bytes=start.kv_bytes,
+        threads=start.threads,
     )
     member = join(
         engine,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,11 +55,13 @@ def join(
     announce: Callable[[str], None],
     meet: Callable[[], str],
     progress: Callable[[float], None],
+    check: Callable[[], None] = lambda: None,
 ) -> Member:
     """Load this rank and join the group; on rank 0, run a first step through all of it.
 
     Rank 0 calls `announce` with the address where the group meets before it loads; the others call
-    `meet` for it once they have loaded.
+    `meet` for it once they have loaded. While rank 0 waits for the others it keeps calling `check`,
+    which raises if one of them will never come.
 
     Raises:
         ModelError: the model or the layout cannot be served.
@@ -83,35 +86,38 @@ def join(
     device, dtype = torch.device(engine.device), getattr(torch, engine.dtype_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = hub = link = None
-    if grid.world > 1 and grid.rank == 0:
-        store, address = open_store(engine.host)
-        hub = PlanHub(engine.host, grid.world, engine.epoch)
-        store.set("plans", hub.address)
-        announce(address)
-    weights = load_weights(engine.model, config, grid, dtype, device, progress)
-    if grid.rank != 0:
-        store = join_store(meet())
-    parallel = connect(grid, store, engine.host, device)
-    layers = max(
-        len(Grid(engine.tp, engine.pp, rank).layers(config.num_layers)) for rank in range(grid.world)
-    )
-    kv_heads = max(1, config.num_kv_heads // engine.tp)
-    block_bytes = 2 * layers * kv_heads * config.head_dim * dtype.itemsize * BLOCK_SIZE
-    blocks, max_model_len = _size_cache(
-        engine, config, parallel.agree_on_least(_kv_bytes(engine) // block_bytes)
-    )
-    cache = KVCache(len(weights.layers), kv_heads, config.head_dim, blocks, BLOCK_SIZE, dtype, device)
-    runner = Runner(engine, config, weights, parallel, cache, max_model_len)
-    if grid.rank != 0:
-        assert store is not None
-        link = PlanLink(store.get("plans").decode(), engine.epoch, grid.rank)
-        return Member(config, max_model_len, runner, None, link)
-    if hub is not None:
-        hub.gather()
-    core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len)
-    warm(core)
-    return Member(config, max_model_len, runner, core, None)
+    with ExitStack() as undo:
+        store = hub = link = None
+        if grid.world > 1 and grid.rank == 0:
+            store, address = open_store(engine.host)
+            hub = PlanHub(engine.host, grid.world, engine.epoch)
+            undo.callback(hub.close)
+            store.set("plans", hub.address)
+            announce(address)
+        weights = load_weights(engine.model, config, grid, dtype, device, progress)
+        if grid.rank != 0:
+            store = join_store(meet())
+            link = PlanLink(store.get("plans").decode(), engine.epoch, grid.rank)
+        if hub is not None:
+            hub.gather(check)  # before any collective, which would wait for a dead rank
+        parallel = connect(grid, store, engine.host, device)
+        layers = max(
+            len(Grid(engine.tp, engine.pp, rank).layers(config.num_layers)) for rank in range(grid.world)
+        )
+        kv_heads = max(1, config.num_kv_heads // engine.tp)
+        block_bytes = 2 * layers * kv_heads * config.head_dim * dtype.itemsize * BLOCK_SIZE
+        blocks, max_model_len = _size_cache(
+            engine, config, parallel.agree_on_least(_kv_bytes(engine, parallel.sharers) // block_bytes)
+        )
+        blocks = parallel.agree_on_least(blocks)  # plans name blocks: no rank may have fewer than rank 0
+        cache = KVCache(len(weights.layers), kv_heads, config.head_dim, blocks, BLOCK_SIZE, dtype, device)
+        runner = Runner(engine, config, weights, parallel, cache, max_model_len)
+        if grid.rank != 0:
+            return Member(config, max_model_len, runner, None, link)
+        core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len)
+        warm(core)
+        undo.pop_all()
+        return Member(config, max_model_len, runner, core, None)
 
 
 def warm(core: EngineCore) -> None:
@@ -122,7 +128,8 @@ def warm(core: EngineCore) -> None:
         core.collect(time.time())
 
 
-def _kv_bytes(engine: EngineConfig) -> int:
+def _kv_bytes(engine: EngineConfig, sharers: int) -> int:
+    """KV memory of this rank, when `sharers` ranks of its group, itself included, share its GPU."""
     if engine.kv_bytes:
         return engine.kv_bytes
     if engine.device == "cpu":
@@ -130,7 +137,7 @@ def _kv_bytes(engine: EngineConfig) -> int:
     import torch
 
     free, _ = torch.cuda.mem_get_info()
-    return int(free * _GPU_FREE_SHARE)
+    return int(free * _GPU_FREE_SHARE) // sharers
 
 
 def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True, slots=True)
 class StartEngine:
-    """Load this rank of the model and join the group. `host` is the address to listen on."""
+    """Load this rank of the model and join the group; fields and defaults are those of `EngineConfig`."""
 
     model: str
     tp: int
@@ -43,6 +43,9 @@ class StartEngine:
     device: str = "cpu"
     dtype: str = ""
     max_model_len: int = 0
+    max_running: int = 64
+    kv_bytes: int = 0
+    threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)

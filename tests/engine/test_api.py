@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import Engine
+from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError
-from engine.request import SamplingParams
+from engine.rank import _kv_bytes
+from engine.request import Request, SamplingParams
+from engine.text import Tokenizer
+from engine.wire import EngineReady, Rendezvous, StartEngine, Step, SubmitRequest
+from tests.engine.child import child
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -86,3 +94,90 @@ def test_recomputed_sequences_continue_to_the_last_bit(engine: Engine, model_dir
     roomy = engine.generate(prompts, sampling, max_tokens=60, ignore_eos=True, logprobs=1)
     assert [c.token_ids for c in squeezed] == [c.token_ids for c in roomy]
     assert [c.logprobs for c in squeezed] == [c.logprobs for c in roomy]
+
+
+def test_the_end_of_sequence_is_no_part_of_the_text(engine: Engine, model_dir: Path) -> None:
+    """At this temperature nearly every token is as likely as the next, and so is the end among 320."""
+    done = engine.generate(["the shield"], SamplingParams(temperature=50.0, seed=3), max_tokens=200, n=16)
+    ended = [c for c in done if c.finish == "stop"]
+    assert ended
+    tokenizer = Tokenizer(str(model_dir))
+    for completion in ended:
+        assert completion.token_ids[-1] == 0
+        assert completion.text is not None
+        assert "<|end|>" not in completion.text
+        assert completion.text == tokenizer.decode(completion.token_ids)
+
+
+def test_the_tokeniser_is_loaded_once(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(directory: str) -> Tokenizer:
+        loaded.append(directory)
+        return Tokenizer(directory)
+
+    monkeypatch.setattr("engine.api.Tokenizer", load)
+    with Engine(str(model_dir), threads=1, max_model_len=64) as engine:
+        for _ in range(2):
+            engine.generate(["the"], GREEDY, max_tokens=2)
+    assert loaded == [str(model_dir)]
+
+
+def test_options_reach_every_rank_and_ranks_outlive_the_thread_that_made_them(model_dir: Path) -> None:
+    """The other rank's pool is as large as rank 0's, though larger than by default."""
+    made: list[Engine] = []
+
+    def make() -> None:
+        made.append(Engine(str(model_dir), tp=2, threads=1, max_model_len=16, max_running=100))
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    maker.join()
+    (engine,) = made
+    with engine:
+        assert engine._running().load.kv_blocks_total == 100
+        ((process, _),) = engine._children
+        prompts = [[i + 1, 2] for i in range(100)]
+        done = engine.generate(prompts, GREEDY, max_tokens=4, ignore_eos=True)
+        assert process.poll() is None
+    with Engine(str(model_dir), threads=1, max_model_len=16, max_running=100) as alone:
+        expected = alone.generate(prompts, GREEDY, max_tokens=4, ignore_eos=True)
+    assert [c.token_ids for c in done] == [c.token_ids for c in expected]
+
+
+def test_a_rank_that_dies_while_starting_ends_the_start(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce = Engine._announce
+
+    def announce_and_kill(engine: Engine, address: str) -> None:
+        announce(engine, address)
+        engine._children[0][0].kill()
+
+    monkeypatch.setattr(Engine, "_announce", announce_and_kill)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="rank 1 has ended") as caught:
+        Engine(str(model_dir), tp=2, threads=1)
+    assert caught.value.reason == "RANK_LOST"
+    assert time.monotonic() - began < 30
+
+
+def test_ranks_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
+    config = EngineConfig("", device="cuda:0")
+    assert [_kv_bytes(config, sharers) for sharers in (1, 2, 3)] == [900, 450, 300]
+
+
+def test_every_rank_has_the_smallest_pool(model_dir: Path) -> None:
+    """A plan of rank 0 may name any of its blocks."""
+    with child("engine.process") as leader, child("engine.process") as other:
+        for rank, (process, most) in enumerate([(leader, 8), (other, 3)]):
+            process.send(
+                StartEngine(
+                    str(model_dir), 2, 1, rank, 1, "127.0.0.1", max_model_len=32, max_running=most, threads=1
+                )
+            )
+        other.send(leader.expect(Rendezvous))
+        leader.expect(EngineReady)
+        leader.send(SubmitRequest(Request("a", (1, 2), GREEDY, max_tokens=1)))
+        assert leader.expect(Step).load.kv_blocks_total == 3 * 2

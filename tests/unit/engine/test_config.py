@@ -112,9 +112,17 @@ def test_both_spellings_of_rope_are_read(tmp_path: Path, fields: dict[str, Any],
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"hidden_size": None}, "hidden_size|NoneType"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_attention_heads": 0, "head_dim": 2}, "num_heads 0 must be at least 1"),
+        ({"num_hidden_layers": -1}, "num_layers -1 must be at least 1"),
+        ({"vocab_size": float("inf")}, "OverflowError"),
+        ({"rope_scaling": ["linear"]}, "AttributeError"),
     ],
-    ids=["architecture", "no architecture", "yarn", "incomplete rope", "activation", "quantised", "null"],
-)
+    ids=[
+        "architecture", "no architecture", "yarn", "incomplete rope", "activation", "quantised", "null",
+        "no heads", "no heads of a size", "negative", "infinite", "rope is a list",
+    ],
+)  # fmt: skip
 def test_what_cannot_be_run_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         load(tmp_path, **fields)
@@ -201,6 +209,23 @@ def test_a_file_cut_short_is_refused(whole: Path, keep: int) -> None:
     path = whole / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     assert "cut short" in refused(whole).message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": 1},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}},
+    ],
+    ids=["list", "number", "no offsets", "no shape", "texts"],
+)
+def test_a_header_that_describes_no_tensors_is_refused(whole: Path, header: object) -> None:
+    head = json.dumps(header).encode()
+    (whole / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(64))
+    assert "is not a safetensors file" in refused(whole).message
 
 
 def test_the_hash_follows_weights_and_configuration(whole: Path) -> None:
