@@ -60,8 +60,9 @@ def programs(spec: LocalSpec) -> tuple[Program, ...]:
     after = tuple(program.name for program in etcd)
     return (
         *etcd,
-        Program(CONTROLLER, "controller", after, stop_stage=2),
-        *(Program(f"worker-{i}", "worker", after, stop_stage=1) for i in range(spec.workers)),
+        # Before the workers: a leader that sees them go would form their replicas again.
+        Program(CONTROLLER, "controller", after, stop_stage=1),
+        *(Program(f"worker-{i}", "worker", after, stop_stage=2) for i in range(spec.workers)),
         Program(GATEWAY, "gateway", after, stop_stage=0),
     )
 

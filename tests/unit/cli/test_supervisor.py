@@ -98,13 +98,13 @@ def test_back_off_starts_anew_after_a_long_life():
     assert core.wake_at() == 2.0 + STABLE_AFTER_S + BACKOFF_FIRST_S
 
 
-def test_stops_gateway_then_workers_then_controller_then_etcd():
+def test_stops_gateway_then_controller_then_workers_then_etcd():
     core = started()
     assert core.handle(StopAsked(), 1.0) == [Terminate("gateway-0")]
-    assert core.handle(Exited("gateway-0", ""), 2.0) == [Terminate("worker-0"), Terminate("worker-1")]
-    assert core.handle(Exited("worker-0", ""), 3.0) == []
-    assert core.handle(Exited("worker-1", ""), 3.0) == [Terminate("controller-0")]
-    assert core.handle(Exited("controller-0", ""), 4.0) == [Terminate("etcd-0")]
+    assert core.handle(Exited("gateway-0", ""), 2.0) == [Terminate("controller-0")]
+    assert core.handle(Exited("controller-0", ""), 3.0) == [Terminate("worker-0"), Terminate("worker-1")]
+    assert core.handle(Exited("worker-0", ""), 4.0) == []
+    assert core.handle(Exited("worker-1", ""), 4.0) == [Terminate("etcd-0")]
     assert core.handle(Exited("etcd-0", ""), 5.0) == [Done()]
 
 
