@@ -12,8 +12,10 @@ _RETRY_S = 0.2
 Say = Callable[[str], None]
 
 
-async def roll_out(controller: str, gateway: str, spec: Any, say: Say) -> None:
+async def roll_out(controller: str, gateway: str, spec: Any, say: Say, applied: Callable[[], None]) -> None:
     """Apply a DeploymentSpec, then wait until every replica is ready and the gateway routes to it.
+
+    `applied` is called as soon as the controller has taken it.
 
     Raises:
         Failure: the controller refuses the deployment, or gives it up.
@@ -24,7 +26,9 @@ async def roll_out(controller: str, gateway: str, spec: Any, say: Say) -> None:
     async with rpc.channel(controller) as control, rpc.channel(gateway) as inference:
         stub: Any = control_pb2_grpc.ControlServiceStub(control)
         request = control_pb2.ApplyDeploymentRequest(spec=spec)
+        await _persist(lambda: _warn_of_others(stub, spec.name, say))
         await _persist(lambda: stub.ApplyDeployment(request, wait_for_ready=True))
+        applied()
         await _persist(lambda: _until_ready(stub, spec.name, say))
         models = inference_pb2_grpc.InferenceServiceStub(inference)
         await _persist(lambda: _until_routable(models, spec.name, spec.replicas))
@@ -46,6 +50,19 @@ async def _persist(attempt: Callable[[], Any]) -> None:
             await asyncio.sleep(_RETRY_S)
         else:
             return
+
+
+async def _warn_of_others(stub: Any, name: str, say: Say) -> None:
+    """Say what is in the cluster already: an etcd may have been used before."""
+    from phalanx.v1 import control_pb2
+
+    answer = await stub.ListDeployments(control_pb2.ListDeploymentsRequest(), wait_for_ready=True)
+    others = [item.spec.name for item in answer.deployments if item.spec.name != name]
+    if others:
+        say(
+            f"warning: this cluster already has {', '.join(others)}, which may take its workers; "
+            "`phalanx delete deployment NAME` removes one, and --cluster gives the cluster another name"
+        )
 
 
 async def _until_ready(stub: Any, name: str, say: Say) -> None:

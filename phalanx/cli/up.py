@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import signal
 from collections.abc import Coroutine
@@ -13,6 +14,7 @@ import click
 
 from phalanx.cli import cluster, options
 from phalanx.cli.failure import USAGE, Failure
+from phalanx.cli.local import retire
 from phalanx.cli.local.spec import LocalSpec, log_path
 from phalanx.cli.local.starter import Starter
 from phalanx.cli.rollout import Say, roll_out
@@ -142,7 +144,8 @@ async def _serve(
             raise ended
         running = cluster.read(Path(spec.state_dir))
         assert running is not None
-        await roll_out(running.controller, running.grpc, deployment, say)
+        applied = functools.partial(retire.note, Path(spec.state_dir), deployment.name)
+        await roll_out(running.controller, running.grpc, deployment, say, applied)
     click.echo(f"{deployment.name} is served at {running.http}/v1 (OpenAI) and {running.grpc} (gRPC)")
     if detach:
         starter.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -14,6 +15,10 @@ from typing import Any
 
 import pytest
 
+from controlplane import embedded
+from controlplane.etcd import EtcdStore
+from controlplane.state import DeploymentRecord, Keys, encode
+from controlplane.store import Operation, Put
 from phalanx.cli.local import processes
 from tests.cluster import PHALANX, Cluster
 from tests.until import until_sync
@@ -138,6 +143,52 @@ def test_a_cluster_in_the_foreground_ends_with_its_command(
         up.stderr.read()
     assert up.returncode == (0 if signum is signal.SIGINT else -signum)
     until_sync(lambda: not processes.pids(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of an etcd that is there before and after the clusters."""
+    client, peer = (f"127.0.0.1:{embedded.free_port()}" for _ in range(2))
+    line = embedded.command(tmp_path_factory.mktemp("etcd"), f"http://{client}", f"http://{peer}")
+    with subprocess.Popen(line) as process:
+        asyncio.run(embedded.wait_until_healthy(client, 20.0))
+        yield client
+        process.terminate()
+
+
+async def write(etcd: str, operation: Operation) -> None:
+    store = EtcdStore([etcd])
+    await store.txn([], [operation])
+    await store.close()
+
+
+def left_in(etcd: str) -> list[str]:
+    """The keys of every cluster."""
+
+    async def keys() -> list[str]:
+        store = EtcdStore([etcd])
+        try:
+            return sorted((await store.list("/phalanx/")).entries)
+        finally:
+            await store.close()
+
+    return asyncio.run(keys())
+
+
+def test_up_and_down_on_an_etcd_that_was_used_before(demo_model: Path, tmp_path: Path, etcd: str) -> None:
+    """`up` names what it finds, and `down` takes its own deployment along and nothing else."""
+    left = DeploymentRecord("left-over", 1, "/elsewhere/model", tp=2)
+    asyncio.run(write(etcd, Put(Keys().deployment(left.name), encode(left))))
+    cluster = Cluster(tmp_path, demo_model)
+    try:
+        ports = ["--http-port", "0", "--grpc-port", "0"]
+        up = cluster.phalanx("up", "--detach", "--model", str(demo_model), "--etcd", etcd, *ports)
+        assert up.returncode == 0, up.stderr
+        assert "warning: this cluster already has left-over" in up.stderr
+        assert len([key for key in left_in(etcd) if "/deployments/" in key]) == 2
+    finally:
+        cluster.phalanx("down")
+    assert left_in(etcd) == [Keys().deployment(left.name)]
 
 
 def test_two_clusters_share_an_etcd_under_two_names(demo_model: Path, tmp_path: Path) -> None:

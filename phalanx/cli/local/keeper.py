@@ -9,12 +9,13 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Mapping
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import assert_never
 
 from phalanx.cli import cluster
-from phalanx.cli.local import processes
+from phalanx.cli.local import processes, retire
 from phalanx.cli.local.logtail import exit_reason
 from phalanx.cli.local.spec import (
     CONTROLLER,
@@ -46,6 +47,7 @@ from phalanx.cli.local.supervisor import (
 
 log = logging.getLogger(__name__)
 _ETCD_POLL_S = 0.05
+_STARTING_S = 2.0  # of the Python that takes a deployment out
 
 
 class Keeper:
@@ -107,6 +109,8 @@ class Keeper:
         match decision:
             case Spawn(name):
                 await self._spawn(self._programs[name], group)
+            case Terminate(name) if name == CONTROLLER and self._spec.etcd:
+                group.create_task(self._retire())
             case Terminate(name):
                 self._signal(name, signal.SIGTERM)
             case Kill(name):
@@ -158,6 +162,21 @@ class Keeper:
         code = await child.wait()
         reason = exit_reason(program.name, code, log_path(self._spec, program.name))
         self._events.put_nowait(Exited(program.name, reason))
+
+    async def _retire(self) -> None:
+        """Take the deployment out of an etcd that stays, then let the controller end; never fails."""
+        deployment = retire.noted(self._state_dir)
+        if deployment is not None and CONTROLLER in self._known:
+            line = [sys.executable, "-P", "-m", "phalanx.cli.local.retire"]
+            line += [self._known[CONTROLLER]["grpc"], deployment]
+            try:
+                code = await _bounded(line, retire.WITHIN_S + _STARTING_S)
+                outcome = f"exit code {code}" if code else ""
+            except (OSError, TimeoutError) as error:
+                outcome = repr(error)
+            if outcome:
+                log.warning("deployment stays in etcd", extra={"deployment": deployment, "reason": outcome})
+        self._signal(CONTROLLER, signal.SIGTERM)
 
     def _signal(self, name: str, signum: signal.Signals) -> None:
         child = self._children.get(name)
@@ -230,6 +249,18 @@ async def _reading(fd: int) -> AsyncIterator[asyncio.StreamReader]:
         yield reader
     finally:
         transport.close()
+
+
+async def _bounded(line: Sequence[str], timeout_s: float) -> int:
+    """Run a command; returns its exit code. Raises TimeoutError once it took too long and was killed."""
+    child = await asyncio.create_subprocess_exec(*line, stdin=asyncio.subprocess.DEVNULL)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await child.wait()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
 
 
 async def _healthy(address: str, child: asyncio.subprocess.Process) -> dict[str, str] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from phalanx.cli import cluster
 from phalanx.cli.failure import Failure
-from phalanx.cli.local import lock, processes
+from phalanx.cli.local import lock, processes, retire
 from phalanx.cli.local.spec import MARK, LocalSpec, log_path
 from phalanx.cli.local.stop import stop
 
@@ -78,6 +78,7 @@ def _prepare(state_dir: Path) -> int:
         os.close(lock_fd)
         raise Failure(f"a cluster in {state_dir} has lost its supervisor; `phalanx down` stops what is left")
     cluster.remove(state_dir)  # what a crash or a reboot left behind
+    retire.forget(state_dir)
     for folder in ("etcd", "logs"):
         shutil.rmtree(state_dir / folder, ignore_errors=True)
     (state_dir / "logs").mkdir()
