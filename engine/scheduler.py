@@ -260,16 +260,21 @@ class Scheduler:
         )
 
     def _make_room(self, sequence: Sequence, end: int) -> bool:
-        """Preempt younger sequences, youngest first, until blocks for `end` tokens can be taken.
+        """Preempt the youngest sequences until blocks for `end` tokens can be taken, or none at all.
 
-        Those in flight are left alone: when only they could give way, the sequence waits for them.
+        Only the youngest gives way, or it would overtake whoever did: while it is in flight, nobody does.
+        Then results follow, so that whoever lacks blocks never waits for ever.
         """
-        lacking = blocks_for(end, self._limits.block_size) - len(sequence.blocks)
-        while lacking > self._pool.free:
-            younger = (s for s in reversed(self._running) if s.arrival > sequence.arrival)
-            victim = next((s for s in younger if not s.in_flight), None)
-            if victim is None:
+        lacking = blocks_for(end, self._limits.block_size) - len(sequence.blocks) - self._pool.free
+        victims: list[Sequence] = []
+        for youngest in reversed(self._running):
+            if lacking <= 0:
+                break
+            if youngest is sequence or youngest.in_flight:
                 return False
+            victims.append(youngest)
+            lacking -= len(youngest.blocks)
+        for victim in victims:
             self._preempt(victim)
         return True
 
@@ -279,11 +284,10 @@ class Scheduler:
         return tuple(blocks)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Give up a sequence's KV, not its tokens: it will be recomputed."""
+        """Give up the youngest running sequence's KV, not its tokens: it will be recomputed."""
         self._vacate(sequence)
         sequence.computed = 0
-        place = next((i for i, s in enumerate(self._waiting) if s.arrival > sequence.arrival), None)
-        self._waiting.insert(len(self._waiting) if place is None else place, sequence)
+        self._waiting.appendleft(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
         handle = _handle(sequence)

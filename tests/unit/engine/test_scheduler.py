@@ -219,6 +219,46 @@ def test_the_younger_gives_way_when_neither_has_blocks_to_go_on() -> None:
     assert stream(deltas, "younger") == expected(range(1, 13), 20, True)[0]
 
 
+def test_nobody_gives_way_while_a_younger_sequence_is_in_flight() -> None:
+    scheduler, rank = Scheduler(limits(max_batch_tokens=32), depth=2), FakeRank(4)
+    for name in "abcd":
+        scheduler.submit(request(name, prompt=5, max_tokens=20), 0.0)
+    run(scheduler, rank, steps=1)
+    flying = deque([scheduler.schedule(1.0), scheduler.schedule(1.0)])
+    plan = flying.popleft()
+    while plan is not None:
+        scheduler.apply(rank.run(plan), 2.0)
+        flying.append(scheduler.schedule(1.0))
+        plan = flying.popleft() if flying[-1] else None
+    (cd, _) = flying  # a and b lack their third block
+    assert scheduler.load == Load(4, 0, 0, 8)
+    scheduler.check_integrity()
+    assert cd is not None
+    scheduler.apply(rank.run(cd), 2.0)
+    assert scheduler.schedule(1.0) is not None  # a and b have taken the blocks of d
+    assert scheduler.load == Load(3, 1, 0, 8)
+    scheduler.check_integrity()
+
+
+def test_nobody_is_preempted_in_vain() -> None:
+    shape = limits(kv_blocks=7, max_model_len=28, max_batch_tokens=8)
+    scheduler, rank = Scheduler(shape, depth=2), FakeRank(4)
+    for name, prompt in (("a", 24), ("b", 4), ("c", 16)):
+        scheduler.submit(request(name, prompt), 0.0)
+    flying = deque([scheduler.schedule(1.0), scheduler.schedule(1.0)])
+    for _ in range(2):
+        plan = flying.popleft()
+        assert plan is not None
+        scheduler.apply(rank.run(plan), 2.0)
+        flying.append(scheduler.schedule(1.0))
+    a, b = flying
+    assert a is not None
+    assert b is not None
+    scheduler.apply(rank.run(a), 2.0)
+    assert scheduler.schedule(1.0) is None  # a lacks two blocks: c has one of them, b is in flight
+    assert scheduler.load == Load(3, 0, 0, 7)
+
+
 def test_a_budget_of_0_is_as_many_tokens_as_fit() -> None:
     scheduler, rank = Scheduler(limits()), FakeRank(4)
     scheduler.submit(request("a", prompt=4, max_tokens=0), 0.0)
