@@ -1,12 +1,11 @@
 """Fixed-size KV blocks, handed out and taken back.
 
-Owns: which blocks are free, and how many holders each of the others has.
+Owns: which blocks are free.
 Does not own: the tables of who holds which block, nor the memory behind a block.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 
@@ -16,7 +15,7 @@ class BlockPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._free = list(range(size - 1, -1, -1))
-        self._holders = [0] * size
+        self._is_free = [True] * size
 
     @property
     def free(self) -> int:
@@ -24,36 +23,28 @@ class BlockPool:
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """`count` blocks with one holder each. The caller has looked at `free`."""
+        """`count` blocks. The caller has looked at `free`."""
         if count > len(self._free):
             raise ValueError(f"{count} blocks wanted, {len(self._free)} free")
         blocks = [self._free.pop() for _ in range(count)]
         for block in blocks:
-            self._holders[block] = 1
+            self._is_free[block] = False
         return blocks
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """Add a holder to blocks that have one."""
-        for block in blocks:
-            if not self._holders[block]:
-                raise ValueError(f"block {block} is free and cannot be shared")
-            self._holders[block] += 1
-
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop a holder of each block; a block without holders is free."""
+        """Take back blocks that were handed out."""
         for block in reversed(blocks):
-            if not self._holders[block]:
+            if self._is_free[block]:
                 raise ValueError(f"block {block} is already free")
-            self._holders[block] -= 1
-            if not self._holders[block]:
-                self._free.append(block)
+            self._is_free[block] = True
+            self._free.append(block)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """See that the holders are exactly the tables given. Raises AssertionError."""
-        held = Counter(block for table in tables for block in table)
-        for block, holders in enumerate(self._holders):
-            assert holders == held[block], f"block {block}: {holders} holders, {held[block]} tables"
-        assert sorted(self._free) == [block for block in range(self.size) if not self._holders[block]]
+        """See that every block is either free or in one of the tables. Raises AssertionError."""
+        held = sorted(block for table in tables for block in table)
+        taken = [block for block in range(self.size) if not self._is_free[block]]
+        assert held == taken, f"blocks {held} are in tables, {taken} are taken"
+        assert sorted(self._free) == [block for block in range(self.size) if self._is_free[block]]
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

@@ -5,17 +5,6 @@ import pytest
 from engine.blocks import BlockPool, blocks_for
 
 
-def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
-    pool = BlockPool(2)
-    blocks = pool.take(1)
-    pool.share(blocks)
-    pool.check_integrity([blocks, blocks])
-    pool.release(blocks)
-    assert pool.free == 1
-    pool.release(blocks)
-    assert pool.free == 2
-
-
 def test_the_block_freed_last_is_taken_first() -> None:
     pool = BlockPool(4)
     first = pool.take(2)
@@ -23,10 +12,9 @@ def test_the_block_freed_last_is_taken_first() -> None:
     assert pool.take(2) == first
 
 
-@pytest.mark.parametrize("misuse", ["release", "share"])
-def test_a_free_block_has_no_holder_to_change(misuse: str) -> None:
-    with pytest.raises(ValueError, match="free"):
-        getattr(BlockPool(1), misuse)([0])
+def test_a_free_block_cannot_be_released() -> None:
+    with pytest.raises(ValueError, match="block 0 is already free"):
+        BlockPool(1).release([0])
 
 
 def test_more_than_the_pool_has_cannot_be_taken() -> None:
@@ -39,6 +27,14 @@ def test_a_leaked_block_fails_the_check() -> None:
     pool.take(1)
     with pytest.raises(AssertionError):
         pool.check_integrity([])
+
+
+def test_a_block_in_two_tables_fails_the_check() -> None:
+    pool = BlockPool(1)
+    blocks = pool.take(1)
+    pool.check_integrity([blocks])
+    with pytest.raises(AssertionError):
+        pool.check_integrity([blocks, blocks])
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2)])
