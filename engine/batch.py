@@ -47,7 +47,8 @@ def min_rows(dtype: torch.dtype, device: torch.device) -> int:
     """Rows that a matrix product needs for a row's bits not to depend on their number.
 
     Measured with MKL in float32: from 16 rows on they do not (nor below, in its strict reproducible
-    mode, which other processors' libraries lack). Elsewhere nothing is promised and nothing padded.
+    mode, which other libraries lack). Every CPU is given 16 in float32, whatever its library. Other
+    types and devices are not padded and promise nothing.
     """
     return 16 if device.type == "cpu" and dtype == torch.float32 else 1
 

@@ -27,7 +27,7 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Whether a sequence lives or a step is in flight."""
         return self._scheduler.has_work
 
     @property
