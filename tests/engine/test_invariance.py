@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.attention import TILE
 from tests.engine.conftest import MakeModel
 from tests.engine.harness import Harness
+
+Alone = Callable[[int], torch.Tensor]
 
 LENGTH = 300
 TOKENS = [(11 * i * i + 5) % 319 + 1 for i in range(LENGTH)]
@@ -29,12 +33,18 @@ def odd_model(make_model: MakeModel) -> Path:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def alone(odd_model: Path) -> dict[int, torch.Tensor]:
-    """Logits by number of tokens seen: one prefill of each length, nothing beside it."""
-    return {
-        end: Harness(odd_model).step({0: TOKENS[:end]})[0] for end in (1, 2, 15, 16, 17, 127, 129, 257, 300)
-    }
+def alone(odd_model: Path) -> Alone:
+    """Logits by number of tokens seen: one prefill of that length, nothing beside it."""
+    return functools.cache(lambda end: Harness(odd_model).step({0: TOKENS[:end]})[0])
 
 
 def chunks_of(sizes: Iterator[int]) -> Iterator[tuple[int, list[int]]]:
@@ -45,37 +55,43 @@ def chunks_of(sizes: Iterator[int]) -> Iterator[tuple[int, list[int]]]:
         end += size
 
 
+def ends_of(sizes: tuple[int, ...], most: int = 12) -> set[int]:
+    """At most that many of the chunks' ends, evenly spread, with the last and those beside a tile's."""
+    ends = [end for end, _ in chunks_of(itertools.cycle(sizes))]
+    beside = [end for end in ends if min(end % TILE, -end % TILE) <= 1]
+    return {*beside, *ends[:: -(-len(ends) // most)], LENGTH}
+
+
 @pytest.mark.parametrize("sizes", [(1,), (7,), (1, 31, 2, 64), (128, 1), (15, 17)], ids=str)
-def test_chunking_does_not_change_a_bit(
-    odd_model: Path, alone: dict[int, torch.Tensor], sizes: tuple[int, ...]
-) -> None:
+def test_chunking_does_not_change_a_bit(odd_model: Path, alone: Alone, sizes: tuple[int, ...]) -> None:
     harness = Harness(odd_model)
+    compared = ends_of(sizes)
+    assert len(compared) >= 5
     for end, chunk in chunks_of(itertools.cycle(sizes)):
         logits = harness.step({0: chunk})[0]
-        if end in alone:
-            assert torch.equal(logits, alone[end]), f"after {end} tokens"
+        if end in compared:
+            assert torch.equal(logits, alone(end)), f"after {end} tokens"
     assert end == LENGTH
 
 
-def test_neighbours_do_not_change_a_bit(odd_model: Path, alone: dict[int, torch.Tensor]) -> None:
+def test_neighbours_do_not_change_a_bit(odd_model: Path, alone: Alone) -> None:
     draw = random.Random(3)
     harness = Harness(odd_model)
+    harness.step({7: [draw.randrange(320) for _ in range(200)]})  # more keys than the sequence tested
     for end, chunk in chunks_of(itertools.cycle((1, 40, 5))):
         others = {n: [draw.randrange(320) for _ in range(draw.choice((1, 1, 3, 20)))] for n in range(1, 8)}
         order = list({0: chunk, **others}.items())
         draw.shuffle(order)
         logits = harness.step(dict(order))[0]
-        if end in alone:
-            assert torch.equal(logits, alone[end]), f"after {end} tokens"
-        if end > LENGTH // 2:
-            break
+        assert torch.equal(logits, alone(end)), f"after {end} tokens"
+    assert end == LENGTH
 
 
-def test_threads_do_not_change_a_bit(odd_model: Path, alone: dict[int, torch.Tensor]) -> None:
-    threads = torch.get_num_threads()
+def test_threads_do_not_change_a_bit(odd_model: Path, alone: Alone) -> None:
+    expected = alone(LENGTH)
     torch.set_num_threads(2)
     try:
         logits = Harness(odd_model).step({0: TOKENS})[0]
     finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(logits, alone[LENGTH])
+        torch.set_num_threads(1)
+    assert torch.equal(logits, expected)

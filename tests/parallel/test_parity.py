@@ -16,7 +16,7 @@ PROMPTS = [[(7 * i + 3 * n) % 319 + 1 for i in range(n)] for n in (1, 5, 17, 29,
 TOKENS = 64
 
 
-def reference(directory: Path, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+def reference(directory: Path, prompts: list[list[int]] = PROMPTS, tokens: int = TOKENS) -> list[list[int]]:
     """What transformers generates, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     outputs = []
@@ -24,7 +24,7 @@ def reference(directory: Path, prompts: list[list[int]] = PROMPTS) -> list[list[
         ids = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=TOKENS,
+            max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
@@ -52,3 +52,12 @@ def test_kv_heads_are_replicated_when_ranks_are_more(make_model: MakeModel) -> N
     with Engine(str(model), tp=2, threads=1) as engine:
         done = engine.generate(PROMPTS[:3], SamplingParams(temperature=0), max_tokens=TOKENS, ignore_eos=True)
     assert [completion.token_ids for completion in done] == reference(model, PROMPTS[:3])
+
+
+def test_uneven_stages_with_tied_embeddings_generate_what_transformers_generates(
+    make_model: MakeModel,
+) -> None:
+    model = make_model(num_hidden_layers=3, tie_word_embeddings=True, vocab_size=321)
+    with Engine(str(model), tp=2, pp=2, threads=1) as engine:
+        done = engine.generate(PROMPTS[:3], SamplingParams(temperature=0), max_tokens=16, ignore_eos=True)
+    assert [completion.token_ids for completion in done] == reference(model, PROMPTS[:3], 16)
