@@ -50,9 +50,6 @@ class Registration:
         self._renew_at = clock()
         # The statuses written and not yet removed: key and revision.
         self._written: dict[str, int] = {}
-        # Until when the cluster surely counts this process in, on the monotonic clock. One that wakes
-        # up after it must assume that it was replaced: the place for fencing itself.
-        self.valid_until = clock()
 
     def publish(self, record: ShardRecord | None) -> None:
         """Make this the shard's status in the store soon; None removes it. The latest wins."""
@@ -111,7 +108,6 @@ class Registration:
 
     def _renewed(self, sent: float, ttl_s: float) -> None:
         # Counted from when the renewal was sent: the store may have renewed at any time since.
-        self.valid_until = sent + ttl_s
         self._renew_at = sent + ttl_s / 3
 
     async def _write(self, lease: int) -> None:
