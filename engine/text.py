@@ -7,6 +7,7 @@ Does not own: tokens; deltas pass through in order. Answers in the order of ques
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typing import Any
 from engine.detokenizer import ChoiceText, Detokenizer
 from engine.errors import EngineError, ModelError, RequestError
 from engine.link import Link, LinkClosedError, die_with_parent
+from engine.prompt_length import longest_token_bytes, too_many_tokens
 from engine.request import Delta, PositionLogprobs, Refusal
 from engine.wire import (
     Encode,
@@ -31,6 +33,8 @@ from engine.wire import (
     Track,
 )
 
+_MOST_OF_ERROR = 200  # characters; a longer one is likely to quote the prompt
+
 
 class Tokenizer:
     """A model's tokeniser, by the few calls that serving needs."""
@@ -40,6 +44,11 @@ class Tokenizer:
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
         # A token before the first keeps the leading space of tokenisers that strip it.
         self.context = self._tokenizer.encode("a", add_special_tokens=False)[-1:]
+
+    def longest_token_bytes(self) -> int:
+        """An upper bound of the bytes that one token stands for, 0 where none is known."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return 0 if backend is None else longest_token_bytes(json.loads(backend.to_str()))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, with the special tokens that the model expects around it."""
@@ -100,10 +109,22 @@ class TextService:
     def _encode(self, message: Encode) -> Encoded | NotEncoded:
         try:
             if message.text is not None:
-                return Encoded(message.id, self._tokenizer.encode(message.text))
-            return Encoded(message.id, self._tokenizer.encode_chat(message.messages))
+                ids = self._tokenizer.encode(message.text)
+            else:
+                ids = self._tokenizer.encode_chat(message.messages)
         except RequestError as error:
             return NotEncoded(Refusal(message.id, error.reason, error.message))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in the tokeniser's Rust is no Exception
+            explanation = f"{type(error).__name__}: {error}"[:_MOST_OF_ERROR]
+            return NotEncoded(
+                Refusal(message.id, "INVALID_ARGUMENT", f"the prompt cannot be tokenised: {explanation}")
+            )
+        if 0 < message.max_model_len <= len(ids):
+            explanation = too_many_tokens(len(ids), message.max_model_len)
+            return NotEncoded(Refusal(message.id, "PROMPT_TOO_LONG", explanation))
+        return Encoded(message.id, ids)
 
     def _track(self, message: Track, choice: int) -> ChoiceText:
         text = ChoiceText(Detokenizer(self._tokenizer.decode, self._tokenizer.context), message.stop)
@@ -185,8 +206,9 @@ def _run(link: Link) -> None:
     start, *messages = link.receive()
     if not isinstance(start, StartText):
         raise EngineError("INTERNAL", f"expected StartText, got {type(start).__name__}")
-    service = TextService(Tokenizer(start.model))
-    link.send(TextReady())
+    tokenizer = Tokenizer(start.model)
+    service = TextService(tokenizer)
+    link.send(TextReady(tokenizer.longest_token_bytes()))
     while True:
         for message in messages:
             answer = service.handle(message)

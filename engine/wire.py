@@ -122,11 +122,15 @@ class StartText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a text, or a conversation of (role, content) pairs by the model's chat template."""
+    """Tokenise a text, or a conversation of (role, content) pairs by the model's chat template.
+
+    `max_model_len` tokens or more are refused as PROMPT_TOO_LONG; 0 is no limit.
+    """
 
     id: str
     text: str | None = None
     messages: tuple[tuple[str, str], ...] = ()
+    max_model_len: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,13 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class TextReady:
-    """The tokeniser is loaded."""
+    """The tokeniser is loaded.
+
+    `longest_token_bytes` is an upper bound of the UTF-8 bytes of text that one token stands for;
+    0 where none is known.
+    """
+
+    longest_token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

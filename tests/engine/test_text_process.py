@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.request import Delta, Load, PositionLogprobs, TokenLogprob
+from engine.text import TextService
 from engine.wire import (
     Encode,
     Encoded,
@@ -27,7 +28,8 @@ from tests.engine.conftest import END
 def text(model_dir: Path) -> Iterator[Child]:
     with child("engine.text") as process:
         process.send(StartText(str(model_dir)))
-        process.expect(TextReady)
+        ready = process.expect(TextReady)
+        assert len(END) <= ready.longest_token_bytes < 100
         yield process
 
 
@@ -95,6 +97,27 @@ def test_held_back_text_comes_with_the_last_token(text: Child) -> None:
     text.send(Forget("a"))
 
 
+def test_a_choice_that_ends_without_a_token_brings_no_text(text: Child) -> None:
+    ids = encode(text, "the wall")
+    text.send(Track("a", 1, prior=(ids,), stop=("wall!",)))
+    last = Delta("a", 0, len(ids), (), finish="length")
+    assert feed(text, last) == (last,)
+    text.send(Forget("a"))
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_not_sent_back(text: Child) -> None:
+    ids = encode(text, "the wall stands again")
+    text.send(Encode("e", text="the wall stands again", max_model_len=len(ids) + 1))
+    assert text.expect(Encoded).token_ids == ids
+    text.send(Encode("e", text="the wall stands again", max_model_len=len(ids)))
+    refusal = text.expect(NotEncoded).refusal
+    assert (refusal.id, refusal.reason) == ("e", "PROMPT_TOO_LONG")
+    limit = len(ids)
+    assert refusal.message == (
+        f"the prompt has {limit} tokens; prompt and output together have at most {limit}"
+    )
+
+
 def test_special_tokens_are_no_text(text: Child) -> None:
     (end,) = encode(text, END)
     text.send(Track("a", 1))
@@ -128,6 +151,48 @@ def test_a_model_without_chat_template_refuses_conversations(model_dir: Path, tm
         assert (refusal.id, refusal.reason) == ("c", "NO_CHAT_TEMPLATE")
         process.link.close()
         assert process.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "explanation"),
+    [
+        ("{{ messages[0].content + 1 }}", "TypeError: "),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content.nothing.at_all }}", "nothing"),
+    ],
+)
+def test_a_chat_template_that_fails_fails_one_request(
+    model_dir: Path, tmp_path: Path, template: str, explanation: str
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with child("engine.text") as process:
+        process.send(StartText(str(tmp_path)), Encode("c", messages=(("user", "a secret"),)))
+        refusal = process.expect(NotEncoded).refusal
+        assert (refusal.id, refusal.reason) == ("c", "INVALID_ARGUMENT")
+        assert explanation in refusal.message
+        assert "secret" not in refusal.message
+        process.send(Encode("next", text="the wall"))
+        assert process.expect(Encoded).id == "next"
+
+
+class Panic(BaseException):
+    """As those of extensions in Rust: no Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 5000), Panic("index out of bounds")])
+def test_a_tokeniser_that_fails_fails_one_request(error: BaseException) -> None:
+    class Failing:
+        def encode(self, text: str) -> tuple[int, ...]:
+            raise error
+
+    service = TextService(Failing())  # type: ignore[arg-type]  # all of a tokeniser that it calls
+    answer = service.handle(Encode("e", text="a secret"))
+    assert isinstance(answer, NotEncoded)
+    assert (answer.refusal.id, answer.refusal.reason) == ("e", "INVALID_ARGUMENT")
+    assert f"{type(error).__name__}: {error}"[:100] in answer.refusal.message
+    assert len(answer.refusal.message) < 300
 
 
 def test_a_directory_without_tokeniser_is_a_permanent_failure(tmp_path: Path) -> None:
