@@ -126,13 +126,14 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class BeginServing:
-    """Serve gateways as the leader of this epoch."""
+    """Serve gateways as the leader of this epoch. `longest_token_bytes` is that of `TextReady`."""
 
     replica: str
     epoch: int
     engine: int
     text: int
     ready: EngineReady
+    longest_token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 from engine import wire
 
 _CHUNK = 1 << 16
+
+log = logging.getLogger(__name__)
 
 
 class Child:
@@ -114,8 +117,14 @@ class Child:
             self._broken = f"broke the protocol: {error}"
             self.kill()
             return
-        for message in messages:
-            self._on_message(message)
+        try:
+            for message in messages:
+                self._on_message(message)
+        except Exception as error:
+            # The epoch goes, as after any fault of a child; the worker stays and forms the next.
+            log.exception("a child's message could not be handled", extra={"command": self._command[-1]})
+            self._broken = f"sent what could not be handled: {error!r}"
+            self.kill()
 
 
 class _Link(asyncio.Protocol):

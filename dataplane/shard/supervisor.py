@@ -37,12 +37,15 @@ from dataplane.shard.events import (
 )
 from engine.wire import EngineFailed, EngineReady, Message, Rendezvous, StartEngine, StartText, TextReady
 
+MAX_REASON = 1000  # characters: it travels in the store and in gRPC trailers
+
 
 @dataclass(slots=True)
 class _Child:
     id: int
     pid: int = 0
     ready: bool = False
+    longest_token_bytes: int = 0  # of a text process
 
 
 class Supervisor:
@@ -179,8 +182,8 @@ class Supervisor:
             case EngineReady() if engine:
                 engine.ready, self._limits = True, message
                 return self._begin()
-            case TextReady() if text:
-                text.ready = True
+            case TextReady(longest_token_bytes) if text:
+                text.ready, text.longest_token_bytes = True, longest_token_bytes
                 return self._begin()
             case EngineFailed(reason, explanation, permanent) if engine or text:
                 return self._fail(f"{reason}: {explanation}", permanent)
@@ -211,7 +214,7 @@ class Supervisor:
         self._serving = True
         # Serving begins first: a gateway may come as soon as the status is out.
         return [
-            BeginServing(place.replica, place.epoch, engine.id, text.id, limits),
+            BeginServing(place.replica, place.epoch, engine.id, text.id, limits, text.longest_token_bytes),
             *self._publish(
                 state=ShardState.READY, model_hash=limits.model_hash, max_model_len=limits.max_model_len
             ),
@@ -221,6 +224,7 @@ class Supervisor:
         """End the epoch on this shard; its first failure is the one that is kept."""
         if self._record is None or self._record.state is ShardState.FAILED:
             return []
+        reason = _printable(reason)
         todo = self._end(reason) + self._kill_engine()
         return todo + self._publish(
             state=ShardState.FAILED,
@@ -255,3 +259,8 @@ class Supervisor:
     def _number(self) -> int:
         self._children += 1
         return self._children
+
+
+def _printable(reason: str) -> str:
+    """A child's words as the store takes them: short, and without halves of characters of file names."""
+    return reason[:MAX_REASON].encode("utf-8", "replace").decode()

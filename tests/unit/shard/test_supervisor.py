@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from controlplane.state import ShardRecord, ShardState
+from controlplane.state import ShardRecord, ShardState, encode
 from dataplane.shard.events import (
     Assigned,
     BeginServing,
@@ -25,7 +25,7 @@ from dataplane.shard.events import (
     Unassigned,
     Withdraw,
 )
-from dataplane.shard.supervisor import Supervisor
+from dataplane.shard.supervisor import MAX_REASON, Supervisor
 from engine.wire import EngineFailed, EngineReady, Rendezvous, TextReady
 
 READY = EngineReady("hash", 128, 1000, (0,))
@@ -71,10 +71,18 @@ def test_another_rank_starts_no_text_process_and_is_ready_without_one() -> None:
 def test_a_leader_serves_only_when_engine_and_text_are_ready() -> None:
     core = supervisor()
     assert not published(feed(core, LEADER, Received(1, READY)))[1:]
-    begin, publish = feed(core, Received(2, TextReady()))
-    assert begin == BeginServing("d-0", 10, engine=1, text=2, ready=READY)
+    begin, publish = feed(core, Received(2, TextReady(longest_token_bytes=16)))
+    assert begin == BeginServing("d-0", 10, engine=1, text=2, ready=READY, longest_token_bytes=16)
     assert isinstance(publish, Publish)
     assert (publish.record.state, publish.record.model_hash) == (ShardState.READY, "hash")
+
+
+def test_a_reason_is_short_and_printable_however_a_child_said_it() -> None:
+    failed = EngineFailed("INVALID_MODEL", "\udcff" + "x" * 5000, permanent=True)
+    record = published(feed(serving_leader(), Received(1, failed)))[-1]
+    assert record.reason.startswith("INVALID_MODEL: ?x")
+    assert len(record.reason) == MAX_REASON
+    assert encode(record)
 
 
 def test_the_rendezvous_goes_from_the_leaders_engine_to_the_store() -> None:
