@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
+from dataplane.shard.admission import ServedModel
 from dataplane.shard.events import BeginServing
 from dataplane.shard.outbox import Outbox
 from dataplane.shard.requests import Ended, Instruction, RequestBook, ToEngine, ToGateway, ToText
@@ -42,7 +43,10 @@ class Leader:
             eos_token_ids=serving.ready.eos_token_ids,
         )
         self._to_engine, self._to_text, self._on_ended = to_engine, to_text, on_ended
-        self._book = RequestBook(serving.replica, serving.epoch, serving.ready.model_hash)
+        model = ServedModel(
+            serving.ready.model_hash, serving.ready.max_model_len, serving.longest_token_bytes
+        )
+        self._book = RequestBook(serving.replica, serving.epoch, model)
         self._outboxes: dict[int, Outbox] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None

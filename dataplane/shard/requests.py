@@ -16,7 +16,8 @@ import heapq
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from dataplane.shard import convert
+from dataplane.shard import admission, convert
+from dataplane.shard.admission import ServedModel
 from engine.request import Delta, Load, Timing
 from engine.wire import (
     CancelRequest,
@@ -29,6 +30,7 @@ from engine.wire import (
     SubmitRequest,
     Track,
 )
+from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import shard_pb2
 
 LOAD_EVERY_STEPS = 32
@@ -106,8 +108,8 @@ class _Attempt:
 class RequestBook:
     """The state machine."""
 
-    def __init__(self, replica: str, epoch: int, model_hash: str) -> None:
-        self._replica, self._epoch, self._model_hash = replica, epoch, model_hash
+    def __init__(self, replica: str, epoch: int, model: ServedModel) -> None:
+        self._replica, self._epoch, self._model = replica, epoch, model
         self._streams: dict[int, _Stream] = {}
         self._attempts: dict[str, _Attempt] = {}
         self._deadlines: list[tuple[float, str]] = []  # a heap; entries of ended attempts are passed over
@@ -131,15 +133,16 @@ class RequestBook:
         return [todo for attempt in left.attempts.values() for todo in self._drop(attempt, "CANCELLED")]
 
     def submit(self, stream: int, submit: shard_pb2.Submit, now: float) -> list[Instruction]:
-        """Start an attempt. One that is live already goes on; one that was cancelled stays so."""
+        """Start an attempt. One that is live already goes on; one that was cancelled is refused."""
         book, key = self._streams[stream], (submit.request_id, submit.attempt)
-        if key in book.attempts or key in book.tombstones:
+        if key in book.attempts:
             return []
-        problem = _problem(submit)
-        if problem is not None:
-            return [self._refuse(stream, submit, "INVALID_ARGUMENT", problem)]
-        if submit.model_hash not in ("", self._model_hash):
-            return [self._refuse(stream, submit, "MODEL_CHANGED", "the request began on another model")]
+        if key in book.tombstones:
+            return [self._refuse(stream, submit, "CANCELLED", "the attempt was cancelled before it came")]
+        try:
+            admission.admit(submit, self._model)
+        except PhalanxError as error:
+            return [self._refuse(stream, submit, error.reason, error.message)]
         attempt = _Attempt(
             id=f"{stream}/{submit.request_id}/{submit.attempt}",
             stream=stream,
@@ -152,14 +155,15 @@ class RequestBook:
         book.attempts[key] = self._attempts[attempt.id] = attempt
         if attempt.deadline is not None:
             heapq.heappush(self._deadlines, (attempt.deadline, attempt.id))
+        longest = self._model.max_model_len
         match submit.WhichOneof("prompt"):
             case "token_ids":
                 return self._queue(attempt, tuple(submit.token_ids.ids))
             case "chat":
                 messages = tuple((message.role, message.content) for message in submit.chat.messages)
-                return [ToText(Encode(attempt.id, messages=messages))]
+                return [ToText(Encode(attempt.id, messages=messages, max_model_len=longest))]
             case _:
-                return [ToText(Encode(attempt.id, text=submit.text))]
+                return [ToText(Encode(attempt.id, text=submit.text, max_model_len=longest))]
 
     def cancel(self, stream: int, request_id: str, attempt: int) -> list[Instruction]:
         """End an attempt, or remember that it must not start. Idempotent."""
@@ -173,11 +177,15 @@ class RequestBook:
     def expire(self, now: float) -> list[Instruction]:
         """End every attempt whose deadline has passed."""
         todo: list[Instruction] = []
+        frames: dict[int, shard_pb2.StepFrame] = {}
+        reason, message = "DEADLINE_EXCEEDED", "the request's deadline has passed"
         while self._deadlines and self._deadlines[0][0] <= now:
             attempt = self._attempts.get(heapq.heappop(self._deadlines)[1])
             if attempt is not None:
-                todo += self._fail(attempt, "DEADLINE_EXCEEDED", "the request's deadline has passed")
-        return todo
+                frame = self._frame_of(frames, attempt)
+                frame.failed.append(convert.to_failed(*attempt.key, reason, message))
+                todo += self._drop(attempt, reason)
+        return [*(ToGateway(stream, frame) for stream, frame in frames.items()), *todo]
 
     def next_deadline(self) -> float | None:
         """When `expire` should be called next."""
@@ -193,6 +201,10 @@ class RequestBook:
             return []
         if isinstance(answer, NotEncoded):
             return self._fail(attempt, answer.refusal.reason, answer.refusal.message)
+        try:
+            admission.check_length(len(answer.token_ids), self._model)
+        except PhalanxError as error:
+            return self._fail(attempt, error.reason, error.message)
         return self._queue(attempt, answer.token_ids)
 
     def generated(self, step: Step) -> list[Instruction]:
@@ -315,16 +327,3 @@ class RequestBook:
         frame = self._frame()
         frame.failed.append(convert.to_failed(submit.request_id, submit.attempt, reason, message))
         return ToGateway(stream, frame)
-
-
-def _problem(submit: shard_pb2.Submit) -> str | None:
-    """Why an attempt cannot be one, whatever the engine thinks of its values."""
-    if submit.WhichOneof("prompt") is None:
-        return "the prompt is missing"
-    if submit.n < 1:
-        return "n must be at least 1"
-    if submit.prior and len(submit.prior) != submit.n:
-        return f"prior has {len(submit.prior)} entries for {submit.n} choices"
-    if submit.prior and all(prior.finished for prior in submit.prior):
-        return "every choice has ended already"
-    return None

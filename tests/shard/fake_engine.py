@@ -2,7 +2,8 @@
 
 Each choice generates prompt[0] + choice + position. A prompt that begins with HOLD gets three tokens per
 choice and then waits to be cancelled; one that begins with REFUSE is refused. The load counts requests.
-The model "unloadable" fails for good, "mute" never gets ready, "stray" breaks the protocol.
+The model "unloadable" fails for good, "mute" never gets ready, "stray" breaks the protocol, "vast" takes
+prompts of millions of tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class FakeEngine:
         self._sock.sendall(wire.encode(message))
 
     def start(self, start: wire.StartEngine) -> None:
-        match start.model.rpartition("/")[2]:
+        name = start.model.rpartition("/")[2]
+        self._max_model_len = 1 << 22 if name == "vast" else 4096
+        match name:
             case "unloadable":
                 self.send(wire.EngineFailed("INVALID_MODEL", "no weights", permanent=True))
                 sys.exit(3)
@@ -46,7 +49,7 @@ class FakeEngine:
             self.ready()
 
     def ready(self) -> None:
-        self.send(wire.EngineReady("hash-1", 4096, 10000, (2,)))
+        self.send(wire.EngineReady("hash-1", self._max_model_len, 10000, (2,)))
 
     def step(self, **news: object) -> None:
         self._step += 1

@@ -176,7 +176,7 @@ async def test_a_gateway_that_does_not_read_loses_its_stream_and_blocks_nobody(
 ) -> None:
     monkeypatch.setattr(outbox, "MAX_FRAMES", 8)
     async with cluster.worker():
-        epoch, _ = await cluster.form()
+        epoch, _ = await cluster.form("/vast")
         async with cluster.gateway(epoch) as slow, cluster.gateway(epoch) as other:
             await slow.hello()
             await other.hello()

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from dataplane.shard.admission import MAX_SUBMIT_BYTES, ServedModel
 from dataplane.shard.requests import (
     LOAD_EVERY_STEPS,
     Ended,
@@ -15,6 +17,7 @@ from dataplane.shard.requests import (
     ToGateway,
     ToText,
 )
+from engine import wire
 from engine.request import Delta, Load, Refusal, Timing
 from engine.wire import CancelRequest, Encode, Encoded, Forget, NotEncoded, Step, SubmitRequest, Track
 from phalanx.v1 import shard_pb2, types_pb2
@@ -22,10 +25,11 @@ from phalanx.v1 import shard_pb2, types_pb2
 IDS = types_pb2.TokenIds(ids=[1, 2])
 IDLE = Load(kv_blocks_free=10, kv_blocks_total=10)
 TIMES = Timing(1.0, 2.0, 3.0, 4.0)
+MODEL = ServedModel("hash", max_model_len=8, longest_token_bytes=5)
 
 
-def book(*streams: int) -> RequestBook:
-    requests = RequestBook("d-0", 7, "hash")
+def book(*streams: int, model: ServedModel = MODEL) -> RequestBook:
+    requests = RequestBook("d-0", 7, model)
     for stream in streams:
         requests.join(stream)
     return requests
@@ -178,7 +182,10 @@ def test_a_cancel_ends_the_attempt_everywhere_and_again_does_nothing() -> None:
 def test_a_cancel_before_its_submit_is_remembered_for_that_attempt_only() -> None:
     requests = book(1)
     assert requests.cancel(1, "r", 1) == []
-    assert requests.submit(1, submit(), now=0.0) == []
+    todo = requests.submit(1, submit(), now=0.0)
+    assert reasons(todo) == ["CANCELLED"]
+    assert not engine(todo)
+    assert len(requests) == 0
     assert engine(requests.submit(1, submit(attempt=2), now=0.0))
 
 
@@ -214,9 +221,94 @@ def test_refusals_end_the_attempt_with_their_reason() -> None:
 
 def test_what_cannot_be_an_attempt_is_refused_at_once() -> None:
     done = shard_pb2.PriorOutput(finished=True)
-    for bad in (submit(n=0), submit(token_ids=None), submit(n=2, prior=[done]), submit(prior=[done])):
+    for bad in (
+        submit(n=0),
+        submit(n=2**32 - 1),
+        submit(token_ids=None),
+        submit(n=2, prior=[done]),
+        submit(prior=[done]),
+    ):
         assert reasons(book(1).submit(1, bad, now=0.0)) == ["INVALID_ARGUMENT"]
     assert reasons(book(1).submit(1, submit(model_hash="other"), now=0.0)) == ["MODEL_CHANGED"]
+
+
+def test_ids_that_leave_no_room_for_one_more_are_refused_at_once() -> None:
+    fits, long = (types_pb2.TokenIds(ids=[1] * count) for count in (7, 8))
+    assert engine(book(1).submit(1, submit(token_ids=fits), now=0.0))
+    requests = book(1)
+    todo = requests.submit(1, submit(token_ids=long), now=0.0)
+    assert reasons(todo) == ["PROMPT_TOO_LONG"]
+    assert not engine(todo)
+    assert not text(todo)
+    (frame,) = frames(todo)
+    explanation = "the prompt has 8 tokens; prompt and output together have at most 8"
+    assert frame.failed[0].error.message == explanation
+    assert len(requests) == 0
+
+
+def test_a_tokenised_prompt_that_is_too_long_goes_nowhere() -> None:
+    requests = book(1)
+    (encode,) = text(requests.submit(1, submit(text="hello", token_ids=None), now=0.0))
+    assert isinstance(encode, Encode)
+    assert encode.max_model_len == 8
+    todo = requests.encoded(Encoded(encode.id, (5,) * 8))
+    assert reasons(todo) == ["PROMPT_TOO_LONG"]
+    assert not engine(todo)
+    assert not text(todo)
+    assert len(requests) == 0
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_prompt_of_more_bytes_than_its_tokens_could_have_is_never_tokenised(kind: str) -> None:
+    def ask(said: str) -> shard_pb2.Submit:
+        half = len(said) // 2
+        chat = [{"role": "a role is no text", "content": part} for part in (said[:half], said[half:])]
+        return submit(token_ids=None, **({"text": said} if kind == "text" else {"chat": {"messages": chat}}))
+
+    fits, long = "ж" * 20, "ж" * 20 + "x"  # 40 bytes, which 8 tokens of 5 bytes hold, and one more
+    assert text(book(1).submit(1, ask(fits), now=0.0))
+    todo = book(1).submit(1, ask(long), now=0.0)
+    assert reasons(todo) == ["PROMPT_TOO_LONG"]
+    assert not text(todo)
+    assert text(book(1, model=ServedModel("hash", 8)).submit(1, ask(long), now=0.0)), "no bound is known"
+
+
+def test_what_would_break_a_frame_to_a_child_is_refused_whichever_field_it_is_in() -> None:
+    unbounded = ServedModel("hash", 1 << 30)
+    noise = "\x01" * MAX_SUBMIT_BYTES  # six bytes of JSON each
+    for large in (submit(text=noise, token_ids=None), submit(stopping=types_pb2.Stopping(stop=[noise]))):
+        assert reasons(book(1, model=unbounded).submit(1, large, now=0.0)) == ["INVALID_ARGUMENT"]
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [
+        submit(text="\x01" * 10_000, token_ids=None),
+        submit(chat=types_pb2.Chat(messages=[types_pb2.ChatMessage()] * 10_000), token_ids=None),
+        submit(token_ids=types_pb2.TokenIds(ids=[127] * 10_000)),
+        submit(stopping=types_pb2.Stopping(stop=[""] * 10_000)),
+        submit(stopping=types_pb2.Stopping(stop=["\x01"] * 10_000, stop_token_ids=[127] * 10_000)),
+        submit(n=2, prior=[shard_pb2.PriorOutput(token_ids=[127] * 10_000)] * 2),
+    ],
+)
+def test_what_is_admitted_makes_no_frame_that_is_too_large(dense: shard_pb2.Submit) -> None:
+    todo = book(1, model=ServedModel("hash", 1 << 30)).submit(1, dense, now=0.0)
+    messages = [item.message for item in todo if isinstance(item, ToText | ToEngine)]
+    assert messages
+    for message in messages:
+        assert len(wire.encode(message)) < wire.MAX_FRAME * dense.ByteSize() / MAX_SUBMIT_BYTES
+
+
+def test_a_choice_may_end_without_a_token() -> None:
+    requests = book(1)
+    id = started(requests, prior=[shard_pb2.PriorOutput(token_ids=[3, 4])])
+    last = step(1, deltas=(Delta(id, 0, 2, (), finish="length", timing=TIMES),))
+    requests.generated(last)
+    (frame,) = frames(requests.stepped(last))
+    assert frame.deltas[0].index == 2
+    assert not frame.deltas[0].pieces
+    assert frame.deltas[0].finish_reason == types_pb2.FINISH_REASON_LENGTH
+    assert len(requests) == 0
 
 
 def test_deadlines_end_attempts_in_their_order() -> None:
@@ -234,12 +326,20 @@ def test_deadlines_end_attempts_in_their_order() -> None:
     assert requests.next_deadline() is None
 
 
+def test_deadlines_that_pass_together_are_told_in_one_frame() -> None:
+    requests = book(1)
+    for request_id in ("a", "b"):
+        started(requests, request_id=request_id, deadline_ms=1000)
+    (frame,) = frames(requests.expire(1.0))
+    assert {failed.request_id for failed in frame.failed} == {"a", "b"}
+
+
 class Conversation(RuleBasedStateMachine):
     """Gateways that come, ask, cancel and go, before an engine and a text process that lag."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.book = RequestBook("d-0", 7, "hash")
+        self.book = RequestBook("d-0", 7, MODEL)
         self.now = 0.0
         self.streams: set[int] = set()
         self.opened = self.submitted = self.steps = 0

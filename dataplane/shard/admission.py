@@ -1,0 +1,76 @@
+"""What a Submit must be like before anything is spent on it: pure checks, cheap whatever its size.
+
+The engine checks the values again and more (`engine.validation`); here is what would cost the children
+time or memory, or break a frame to them, before the engine sees it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.prompt_length import too_many_bytes, too_many_tokens
+from engine.validation import MAX_CHOICES
+from engine.wire import MAX_FRAME
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import shard_pb2
+
+MAX_SUBMIT_BYTES = MAX_FRAME // 8  # a byte of protobuf becomes at most 6 of JSON; the rest is for names
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model of an epoch. Lengths are in tokens; a `longest_token_bytes` of 0 is unknown."""
+
+    hash: str
+    max_model_len: int
+    longest_token_bytes: int = 0
+
+
+def admit(submit: shard_pb2.Submit, model: ServedModel) -> None:
+    """See that an attempt can be one.
+
+    Raises:
+        PhalanxError: INVALID_ARGUMENT, MODEL_CHANGED or PROMPT_TOO_LONG.
+    """
+    problem = _problem(submit)
+    if problem is not None:
+        raise PhalanxError("INVALID_ARGUMENT", problem)
+    if submit.model_hash not in ("", model.hash):
+        raise PhalanxError("MODEL_CHANGED", "the request began on another model")
+    if submit.WhichOneof("prompt") == "token_ids":
+        check_length(len(submit.token_ids.ids), model)
+    elif model.longest_token_bytes:
+        size = _text_bytes(submit)
+        if size > model.max_model_len * model.longest_token_bytes:
+            raise PhalanxError("PROMPT_TOO_LONG", too_many_bytes(size, model.max_model_len))
+    if submit.ByteSize() > MAX_SUBMIT_BYTES:
+        raise PhalanxError(
+            "INVALID_ARGUMENT",
+            f"the request has {submit.ByteSize()} bytes; a request has at most {MAX_SUBMIT_BYTES}",
+        )
+
+
+def check_length(tokens: int, model: ServedModel) -> None:
+    """See that a prompt of this many tokens leaves room for one more. Raises PROMPT_TOO_LONG."""
+    if tokens >= model.max_model_len:
+        raise PhalanxError("PROMPT_TOO_LONG", too_many_tokens(tokens, model.max_model_len))
+
+
+def _problem(submit: shard_pb2.Submit) -> str | None:
+    """Why an attempt cannot be one, whatever the engine thinks of its values."""
+    if submit.WhichOneof("prompt") is None:
+        return "the prompt is missing"
+    if not 1 <= submit.n <= MAX_CHOICES:
+        return f"n must be between 1 and {MAX_CHOICES}, not {submit.n}"
+    if submit.prior and len(submit.prior) != submit.n:
+        return f"prior has {len(submit.prior)} entries for {submit.n} choices"
+    if submit.prior and all(prior.finished for prior in submit.prior):
+        return "every choice has ended already"
+    return None
+
+
+def _text_bytes(submit: shard_pb2.Submit) -> int:
+    """Bytes of a text, or of what was said in a conversation: roles may come to no text."""
+    if submit.WhichOneof("prompt") == "chat":
+        return sum(len(message.content.encode()) for message in submit.chat.messages)
+    return len(submit.text.encode())
