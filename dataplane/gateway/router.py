@@ -33,9 +33,10 @@ def targets(snapshot: Snapshot, connected: Mapping[str, int]) -> dict[str, Targe
     wanted = {}
     for name, assigned in snapshot.replicas.items():
         leader = snapshot.shard(name, 0)
+        assignment = assigned.assignment
         is_connected = connected.get(name) == assigned.epoch
-        if is_connected if leader is None else leader.state is ShardState.READY:
-            assignment = assigned.assignment
+        ready = is_connected if leader is None else leader.state is ShardState.READY
+        if ready and assignment.members:
             address = assignment.members[0].address
             wanted[name] = Target(name, assigned.epoch, assignment.deployment.name, address)
     return wanted
