@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from engine.errors import RequestError
+from engine.prompt_length import too_many_tokens
 from engine.request import Request, SamplingParams
 
 MAX_CHOICES = 128
@@ -44,7 +45,7 @@ def validate(request: Request, limits: Limits) -> None:
     if length >= limits.max_model_len:
         raise RequestError(
             "PROMPT_TOO_LONG",
-            f"the prompt has {length} tokens; prompt and output together have at most {limits.max_model_len}",
+            too_many_tokens(length, limits.max_model_len),
         )
     if request.max_tokens < 0:
         raise _invalid(f"max_tokens must be at least 1, or 0 for as many as fit, not {request.max_tokens}")
