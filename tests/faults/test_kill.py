@@ -21,7 +21,7 @@ from tests.cluster import Cluster
 from tests.until import until_sync
 
 STREAMS = 8
-TOKENS = 96
+TOKENS = 64
 KILL_AT = 4  # of the slowest stream; the fastest is then far from its end
 PROMPTS = [
     "def __init__(self",
