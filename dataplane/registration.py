@@ -47,7 +47,7 @@ class Registration:
         self._lease: int | None = None
         self._record: ShardRecord | None = None
         self._changed = asyncio.Event()
-        self._renew_at = clock()
+        self.renew_at = clock()  # when the lease is to be renewed, by `clock`
         # The statuses written and not yet removed: key and revision.
         self._written: dict[str, int] = {}
 
@@ -97,7 +97,7 @@ class Registration:
         assert self._lease is not None
         while True:
             try:
-                async with asyncio.timeout(self._renew_at - self._clock()):
+                async with asyncio.timeout(self.renew_at - self._clock()):
                     await self._changed.wait()
             except TimeoutError:
                 sent = self._clock()
@@ -108,7 +108,7 @@ class Registration:
 
     def _renewed(self, sent: float, ttl_s: float) -> None:
         # Counted from when the renewal was sent: the store may have renewed at any time since.
-        self._renew_at = sent + ttl_s / 3
+        self.renew_at = sent + ttl_s / 3
 
     async def _write(self, lease: int) -> None:
         """Bring the store's copy of the status up to date."""

@@ -5,7 +5,7 @@ Shapes: S rows, V vocabulary.
 Tokens are drawn by the Gumbel-max trick (Gumbel 1954): the largest of logits / temperature + noise. The
 noise of a token is a hash of (seed, choice, output position) and the token's id, computed in integers,
 so it is the same on every device and in every batch, and a replayed request draws what the lost attempt
-would have drawn. Rows keep at least as many bits of noise as the hash has, 32.
+would have drawn. It has 32 bits.
 """
 
 from __future__ import annotations

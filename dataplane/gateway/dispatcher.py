@@ -45,7 +45,6 @@ class AttemptEnded:
     """An attempt is over: with `error`, or well when that is empty."""
 
     journal: Journal
-    attempt: int
     error: str
 
 
@@ -259,7 +258,7 @@ class Dispatcher:
         assert live.target is not None
         self.router.ended(live.target.replica, live.target.epoch, len(live.journal.choices))
         live.target = None
-        return [AttemptEnded(live.journal, live.journal.attempts, error)]
+        return [AttemptEnded(live.journal, error)]
 
     def _close(self, live: _Live, error: PhalanxError | None) -> list[Instruction]:
         """End the request: well without an error. A running attempt is cancelled."""

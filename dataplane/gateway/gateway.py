@@ -205,7 +205,7 @@ class Gateway:
                 case instructions.CancelAttempt(target, message):
                     if stream := self._streams.get(target):
                         stream.send(shard_pb2.ServeRequest(cancel=message))
-                case instructions.AttemptEnded(journal, _, error):
+                case instructions.AttemptEnded(journal, error):
                     live = self._lives[journal.request_id]
                     telemetry.end_span(live.attempt, error=error or None)
                 case instructions.Wake(journal):

@@ -6,11 +6,11 @@ import math
 import secrets
 
 from dataplane.gateway.journal import Journal
+from engine.validation import MAX_LOGPROBS
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, shard_pb2
 
 MAX_CHOICES = 16
-MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_ID = 128
 DEFAULT_MAX_TOKENS = 16

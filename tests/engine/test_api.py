@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,6 +144,7 @@ def test_options_reach_every_rank_and_ranks_outlive_the_thread_that_made_them(mo
     assert [c.token_ids for c in done] == [c.token_ids for c in expected]
 
 
+@pytest.mark.timeout(90)  # without the check the groups' own time-out ends it, after 10 minutes
 def test_a_rank_that_dies_while_starting_ends_the_start(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,11 +155,9 @@ def test_a_rank_that_dies_while_starting_ends_the_start(
         engine._children[0][0].kill()
 
     monkeypatch.setattr(Engine, "_announce", announce_and_kill)
-    began = time.monotonic()
     with pytest.raises(EngineError, match="rank 1 has ended") as caught:
         Engine(str(model_dir), tp=2, threads=1)
     assert caught.value.reason == "RANK_LOST"
-    assert time.monotonic() - began < 30
 
 
 def test_ranks_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

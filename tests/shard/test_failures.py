@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grpc
@@ -59,13 +58,11 @@ async def test_the_death_of_a_child_ends_streams_and_is_published(cluster: Clust
             await gateway.hello()
             await gateway.submit(token_ids=PROMPT, stopping=LONG)
             await gateway.until(lambda frame: len(frame.deltas) > 0)
-            killed = time.monotonic()
             os.kill(getattr(shard, victim), signal.SIGKILL)
             error = await end_of(gateway)
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert rpc.to_error(error).reason == "UNREACHABLE"
             failed = await cluster.until_state(ShardState.FAILED)
-            assert time.monotonic() - killed < 1.0
             assert failed.reason.endswith("was killed by SIGKILL")
             assert (failed.epoch, failed.engine_pid, failed.permanent) == (epoch, 0, False)
 
