@@ -6,6 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the output must match, from its first token to its last.
+
+    `source` is a JSON Schema, a regular expression, or a JSON array of the texts to choose from; for
+    `json_object`, any JSON object, it is empty.
+    """
+
+    kind: GrammarKind
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +26,7 @@ class SamplingParams:
     """How the next token is drawn.
 
     Noise is keyed by (seed, choice, output position) and by nothing else, so that a replayed
-    request draws what the lost attempt would have drawn.
+    request draws what the lost attempt would have drawn. `prior` output counts as output everywhere.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -21,6 +34,13 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0  # 0 <= seed < 2**64
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens seen at all
+    presence_penalty: float = 0.0  # taken once from the logits of tokens in the output
+    frequency_penalty: float = 0.0  # taken from them once per occurrence
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    min_tokens: int = 0  # output tokens before end-of-sequence, stop ids and stop texts count
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids that the output must not contain
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +61,8 @@ class Request:
     logprobs: int | None = None
     prior: tuple[tuple[int, ...], ...] = ()
     finished: tuple[bool, ...] = ()
+    prompt_logprobs: int | None = None  # alternatives beside each prompt token, None for no such thing
+    priority: int = 0  # lower is served earlier
 
 
 @dataclass(frozen=True, slots=True)
