@@ -8,7 +8,6 @@ torch.distributed; its global default group is not used, so several engines fit 
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,52 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined] # re-exported silently
 
+from engine.grid import Grid as Grid
+
 TIMEOUT = timedelta(minutes=10)  # the slowest rank may still be loading; a dead one is noticed at once
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """One rank's place."""
-
-    tp: int
-    pp: int
-    rank: int
-
-    @property
-    def world(self) -> int:
-        """Ranks in all."""
-        return self.tp * self.pp
-
-    @property
-    def tp_rank(self) -> int:
-        """The column: which slice of each layer."""
-        return self.rank % self.tp
-
-    @property
-    def pp_rank(self) -> int:
-        """The row: which layers."""
-        return self.rank // self.tp
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Embeds tokens."""
-        return self.pp_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Computes logits."""
-        return self.pp_rank == self.pp - 1
-
-    @property
-    def sampler(self) -> int:
-        """The rank that draws tokens: the first of the last stage."""
-        return (self.pp - 1) * self.tp
-
-    def layers(self, num_layers: int) -> range:
-        """The layers of this rank's stage; the first stages take what does not divide."""
-        share, extra = divmod(num_layers, self.pp)
-        start = self.pp_rank * share + min(self.pp_rank, extra)
-        return range(start, start + share + (self.pp_rank < extra))
 
 
 class Parallel:
