@@ -8,7 +8,7 @@ STUBS := phalanx/v1/__init__.py
 MODEL := .phalanx/demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test lint fmt protos bench clean
+.PHONY: help setup demo up down test lint fmt generated bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,14 +38,14 @@ fmt: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-protos: $(ENV) ## Generate phalanx/v1 from protos/
+generated: $(ENV) ## Make phalanx/v1 from protos/ and the libraries of engine/kernels
 	$(BIN)/python hatch_build.py
 
 bench: setup ## List the measurements and how to run them
 	@awk -F '"""' 'FNR == 1 {printf "  %s %s: %s\n", "$(BIN)/python", FILENAME, $$2}' bench/*.py
 
 clean: ## Remove what the targets above made
-	rm -rf $(VENV) .phalanx phalanx/v1
+	rm -rf $(VENV) .phalanx phalanx/v1 engine/kernels/*.so
 
 $(ENV): pyproject.toml hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -55,7 +55,7 @@ $(ENV): pyproject.toml hatch_build.py
 	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(STUBS)
 
-$(STUBS): $(ENV) $(wildcard protos/phalanx/v1/*.proto)
+$(STUBS): $(ENV) $(wildcard protos/phalanx/v1/*.proto engine/kernels/*.cpp)
 	$(BIN)/python hatch_build.py > /dev/null
 
 $(MODEL): | $(ENV) $(STUBS)

@@ -1,19 +1,28 @@
-"""Generates the protobuf and gRPC modules of `protos/` into the source tree.
+"""Makes what is generated into the source tree: the protobuf modules and the engine's CPU kernels.
 
-Hatchling runs it for wheels and for editable installs; `make protos` runs it by hand.
+Hatchling runs it for wheels and for editable installs; `make generated` runs it by hand.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent
+KERNELS = "engine/kernels/cpu.cpp"
+# Instruction sets that engine/kernels/native.py chooses from, as the compiler names them.
+CPUS = {"avx512_bf16": "x86_64_v4+avx512bf16", "avx512": "x86_64_v4", "avx2": "x86_64_v3"}
+FLAGS = (
+    "-target x86_64-linux-gnu.2.17 -std=c++20 -O3 -fPIC -shared -s -nostdlib++ -fno-exceptions -fno-rtti "
+    "-ffp-contract=off -fno-sanitize=all -Wall -Wextra -Werror"
+).split()  # no contraction: every fused multiply-add is written as one
 
 
-def generate(root: Path) -> list[str]:
+def generate_protos(root: Path) -> list[str]:
     """Write `phalanx/v1/*_pb2*.py[i]` below `root`; returns the generated paths, relative to it."""
     from grpc_tools import protoc  # only there in the build environment
 
@@ -29,21 +38,50 @@ def generate(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in (root / "phalanx/v1").glob("*.py*"))
 
 
+def build_kernels(root: Path) -> list[str]:
+    """Compile the kernels for every instruction set that they may meet; returns the paths of the libraries.
+
+    The compiler is clang, from the `ziglang` wheel, so that every machine builds the same. Elsewhere than
+    on x86-64 Linux the engine does without. A library newer than its source is kept.
+    """
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        return []
+    source = root / KERNELS
+    libraries = {cpu: source.with_name(f"cpu_{name}.so") for name, cpu in CPUS.items()}
+    compiler = [sys.executable, "-m", "ziglang", "c++", *FLAGS]
+    running = []
+    for cpu, library in libraries.items():
+        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+            part = library.with_suffix(".part")
+            command = [*compiler, f"-mcpu={cpu}", str(source), "-o", str(part)]
+            running.append((subprocess.Popen(command), part, library))
+    failed = [library.name for process, _, library in running if process.wait() != 0]
+    if failed:
+        raise SystemExit(f"compiling {', '.join(failed)} failed")
+    for _, part, library in running:
+        part.replace(library)
+    return sorted(str(library.relative_to(root)) for library in libraries.values())
+
+
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 except ImportError:  # run by hand, outside a build
     pass
 else:
 
-    class ProtosBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    class GeneratedFilesHook(BuildHookInterface):  # type: ignore[type-arg]
         """The hook that hatchling looks for."""
 
         PLUGIN_NAME = "custom"
 
         def initialize(self, version: str, build_data: dict[str, object]) -> None:
             """Generate before files are collected, and collect what git ignores."""
-            build_data["artifacts"] = generate(Path(self.root))
+            libraries = build_kernels(Path(self.root))
+            build_data["artifacts"] = [*generate_protos(Path(self.root)), *libraries]
+            if libraries:
+                build_data["pure_python"] = False
+                build_data["tag"] = "py3-none-manylinux_2_17_x86_64"
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(generate(ROOT)) + "\n")
+    sys.stdout.write("\n".join([*generate_protos(ROOT), *build_kernels(ROOT)]) + "\n")

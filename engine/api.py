@@ -165,6 +165,7 @@ class Engine:
                 config.max_running,
                 config.kv_bytes,
                 config.threads,
+                config.quantization,
             )
         )
 

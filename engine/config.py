@@ -14,6 +14,7 @@ from engine.errors import ModelError
 ARCHITECTURES = ("LlamaForCausalLM",)
 BLOCK_SIZE = 16  # tokens per KV block
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("", "int8", "int4")
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")
 
 
@@ -84,6 +85,7 @@ class EngineConfig:
     # ranks on it. Replicas that share a GPU know nothing of each other and must be given theirs.
     kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
+    quantization: str = ""  # of weights: "", "int8" (a scale per row) or "int4" (per row and 64 columns)
 
     @property
     def dtype_name(self) -> str:

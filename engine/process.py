@@ -80,6 +80,7 @@ def _run(link: Link) -> None:
         max_running=start.max_running,
         kv_bytes=start.kv_bytes,
         threads=start.threads,
+        quantization=start.quantization,
     )
     member = join(
         engine,

@@ -12,7 +12,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.config import BLOCK_SIZE, DTYPES, EngineConfig, ModelConfig, check_layout, check_weights
+from engine.config import (
+    BLOCK_SIZE,
+    DTYPES,
+    QUANTIZATIONS,
+    EngineConfig,
+    ModelConfig,
+    check_layout,
+    check_weights,
+)
 from engine.errors import ModelError
 from engine.request import Request, SamplingParams
 
@@ -37,12 +45,7 @@ class Member:
 
 
 def prepare_process(engine: EngineConfig) -> None:
-    """Set what must be set before torch first computes.
-
-    MKL's strict reproducibility makes a row of a matrix product the same whatever the number of rows
-    and threads, given 16 rows or more (measured; without it, from 2 threads on, it is not).
-    """
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    """Give this rank its share of the cores."""
     import torch
 
     cores = len(os.sched_getaffinity(0))
@@ -72,12 +75,17 @@ def join(
     check_weights(engine.model)
     if engine.dtype_name not in DTYPES:
         raise ModelError("INVALID_LAYOUT", f"dtype {engine.dtype} is not one of {', '.join(DTYPES)}")
+    if engine.quantization not in QUANTIZATIONS:
+        raise ModelError(
+            "INVALID_LAYOUT",
+            f"quantization {engine.quantization} is not one of {', '.join(filter(None, QUANTIZATIONS))}",
+        )
     prepare_process(engine)
 
     import torch
 
-    from engine.attention import KVCache
     from engine.channel import PlanHub, PlanLink
+    from engine.kernels import choose
     from engine.parallel import Grid, connect, join_store, open_store
     from engine.runner import Runner
     from engine.weights import load_weights
@@ -86,6 +94,7 @@ def join(
     device, dtype = torch.device(engine.device), getattr(torch, engine.dtype_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    kernels = choose(device, dtype, engine.quantization)
     with ExitStack() as undo:
         store = hub = link = None
         if grid.world > 1 and grid.rank == 0:
@@ -94,7 +103,7 @@ def join(
             undo.callback(hub.close)
             store.set("plans", hub.address)
             announce(address)
-        weights = load_weights(engine.model, config, grid, dtype, device, progress)
+        weights = load_weights(engine.model, config, grid, kernels, progress)
         if grid.rank != 0:
             store = join_store(meet())
             link = PlanLink(store.get("plans").decode(), engine.epoch, grid.rank)
@@ -110,8 +119,8 @@ def join(
             engine, config, parallel.agree_on_least(_kv_bytes(engine, parallel.sharers) // block_bytes)
         )
         blocks = parallel.agree_on_least(blocks)  # plans name blocks: no rank may have fewer than rank 0
-        cache = KVCache(len(weights.layers), kv_heads, config.head_dim, blocks, BLOCK_SIZE, dtype, device)
-        runner = Runner(engine, config, weights, parallel, cache, max_model_len)
+        cache = kernels.cache(len(weights.layers), kv_heads, config.head_dim, blocks)
+        runner = Runner(engine, config, weights, parallel, kernels, cache, max_model_len)
         if grid.rank != 0:
             return Member(config, max_model_len, runner, None, link)
         core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from engine.attention import KVCache
-from engine.batch import Batcher, min_rows
+from engine.batch import Batcher
 from engine.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from engine.errors import EngineError
+from engine.kernels import Kernels, KVCache
 from engine.model import Llama
 from engine.parallel import Parallel
 from engine.plan import Sampled, StepPlan
@@ -27,6 +27,7 @@ class Runner:
         config: ModelConfig,
         weights: StageWeights,
         parallel: Parallel,
+        kernels: Kernels,
         cache: KVCache,
         max_model_len: int,
     ) -> None:
@@ -34,12 +35,9 @@ class Runner:
         self._step = 0
         self._parallel = parallel
         self._hidden_size = config.hidden_size
-        self._dtype = cache.keys_NKPE.dtype
-        self._device = cache.keys_NKPE.device
-        heads, kv_heads = config.num_heads // parallel.grid.tp, cache.keys_NKPE.shape[1]
-        rows = min_rows(self._dtype, self._device)
-        self._batcher = Batcher(BLOCK_SIZE, heads // kv_heads, cache.padding_place, rows, self._device)
-        self._model = Llama(config, weights, parallel, cache, max_model_len)
+        self._dtype, self._device = kernels.activation_dtype, kernels.device
+        self._batcher = Batcher(engine.max_running, -(-max_model_len // BLOCK_SIZE), kernels.device)
+        self._model = Llama(config, weights, parallel, kernels, cache, max_model_len)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:

@@ -1,4 +1,4 @@
-"""Reads this rank's slices of a Llama's weights from safetensors.
+"""Reads this rank's slices of a Llama's weights from safetensors into the matrices of its kernels.
 
 Shapes are [out, in]. Tensor parallelism cuts query, key, value, gate, up, the embedding and the LM head
 by rows and the output and down projections by columns. Query, key and value become one matrix, and so
@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from engine.checkpoint import read_header, weight_files
 from engine.config import ModelConfig
+from engine.kernels import Kernels, Matrix
 from engine.parallel import Grid
 
 # Pages of a mapped file count as this process's memory until the file is closed.
@@ -28,7 +29,7 @@ _BYTES_PER_OPEN = 32 << 20
 class Linear:
     """A matrix [out, in] and an optional bias [out]."""
 
-    weight: torch.Tensor
+    weight: Matrix
     bias: torch.Tensor | None = None
 
 
@@ -52,33 +53,42 @@ class StageWeights:
     """
 
     layers: tuple[LayerWeights, ...]
-    embedding: torch.Tensor | None
+    embedding: Matrix | None
     final_norm: torch.Tensor | None
-    head: torch.Tensor | None
+    head: Matrix | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every matrix once."""
+        layers = [
+            m.weight for layer in self.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        ]
+        ends = {id(matrix): matrix for matrix in (self.embedding, self.head) if matrix is not None}
+        return (*layers, *ends.values())
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Copy `[rows, columns]` of a tensor of a known shape into a destination."""
+    """Write `[rows, columns]` of a tensor of a known shape to `at` and following rows of a destination."""
 
     name: str
     shape: tuple[int, ...]
     rows: range
     columns: range | None
-    into: torch.Tensor
+    into: Matrix | torch.Tensor
+    at: int
 
     @property
     def bytes(self) -> int:
-        """Pages of the file that reading touches: whole rows, even where only some columns are kept."""
-        return len(self.rows) * math.prod(self.shape[1:]) * self.into.itemsize
+        """About what reading touches of the file: whole rows, even where only some columns are kept."""
+        return len(self.rows) * math.prod(self.shape[1:]) * 2
 
 
 def load_weights(
     model_dir: str,
     config: ModelConfig,
     grid: Grid,
-    dtype: torch.dtype,
-    device: torch.device,
+    kernels: Kernels,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> StageWeights:
     """Load what `grid.rank` needs of weights that `check_weights` has passed.
@@ -86,7 +96,7 @@ def load_weights(
     `progress` is told the fraction done, 0 to 1.
     """
     reads: list[_Read] = []
-    stage = _Builder(config, grid, dtype, device, reads).stage()
+    stage = _Builder(config, grid, kernels, reads).stage()
     paths = {name: path for path in weight_files(model_dir) for name in read_header(path)}
     total = sum(read.bytes for read in reads)
     done = 0
@@ -102,11 +112,8 @@ def load_weights(
 class _Builder:
     """Allocates a stage's tensors and notes what is to be read into each."""
 
-    def __init__(
-        self, config: ModelConfig, grid: Grid, dtype: torch.dtype, device: torch.device, reads: list[_Read]
-    ) -> None:
-        self._config, self._grid, self._reads = config, grid, reads
-        self._dtype, self._device = dtype, device
+    def __init__(self, config: ModelConfig, grid: Grid, kernels: Kernels, reads: list[_Read]) -> None:
+        self._config, self._grid, self._kernels, self._reads = config, grid, kernels, reads
         c, tp, rank = config, grid.tp, grid.tp_rank
         heads, kv_heads = c.num_heads // tp, max(1, c.num_kv_heads // tp)
         first_kv = rank * c.num_kv_heads // tp
@@ -142,27 +149,28 @@ class _Builder:
             self._by_rows(f"{prefix}self_attn.", qkv, c.attention_bias),
             self._by_columns(f"{prefix}self_attn.o_proj", q, self._q, c.attention_bias),
             self._vector(f"{prefix}post_attention_layernorm.weight"),
-            self._by_rows(f"{prefix}mlp.", gate_up, c.mlp_bias),
+            self._by_rows(f"{prefix}mlp.", gate_up, c.mlp_bias, gated=True),
             self._by_columns(f"{prefix}mlp.down_proj", c.intermediate_size, self._mlp, c.mlp_bias),
         )
 
-    def _by_rows(self, prefix: str, parts: list[tuple[str, int, range]], bias: bool) -> Linear:
+    def _by_rows(
+        self, prefix: str, parts: list[tuple[str, int, range]], bias: bool, *, gated: bool = False
+    ) -> Linear:
         hidden = self._config.hidden_size
         rows = sum(len(part) for _, _, part in parts)
-        weight = self._empty(rows, hidden)
+        weight = self._kernels.matrix(rows, hidden, gated=gated)
         merged_bias = self._empty(rows) if bias else None
-        start = 0
+        at = 0
         for name, size, part in parts:
-            into = slice(start, start + len(part))
-            self._read(f"{prefix}{name}.weight", (size, hidden), part, None, weight[into])
+            self._read(f"{prefix}{name}.weight", (size, hidden), part, None, weight, at)
             if merged_bias is not None:
-                self._read(f"{prefix}{name}.bias", (size,), part, None, merged_bias[into])
-            start += len(part)
+                self._read(f"{prefix}{name}.bias", (size,), part, None, merged_bias, at)
+            at += len(part)
         return Linear(weight, merged_bias)
 
     def _by_columns(self, name: str, size: int, part: range, bias: bool) -> Linear:
         hidden = self._config.hidden_size
-        weight = self._empty(hidden, len(part))
+        weight = self._kernels.matrix(hidden, len(part))
         self._read(f"{name}.weight", (hidden, size), range(hidden), part, weight)
         if not bias:
             return Linear(weight)
@@ -170,11 +178,10 @@ class _Builder:
             return Linear(weight, self._vector(f"{name}.bias"))
         return Linear(weight)
 
-    def _vocab_matrix(self, name: str) -> torch.Tensor:
+    def _vocab_matrix(self, name: str) -> Matrix:
         c = self._config
-        weight = self._empty(self._vocab_rows, c.hidden_size)
-        weight[len(self._vocab) :].zero_()
-        self._read(name, (c.vocab_size, c.hidden_size), self._vocab, None, weight[: len(self._vocab)])
+        weight = self._kernels.matrix(self._vocab_rows, c.hidden_size)
+        self._read(name, (c.vocab_size, c.hidden_size), self._vocab, None, weight)
         return weight
 
     def _vector(self, name: str) -> torch.Tensor:
@@ -183,16 +190,22 @@ class _Builder:
         self._read(name, (hidden,), range(hidden), None, vector)
         return vector
 
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+    def _empty(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=self._kernels.activation_dtype, device=self._kernels.device)
 
     def _read(
-        self, name: str, shape: tuple[int, ...], rows: range, columns: range | None, into: torch.Tensor
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: range,
+        columns: range | None,
+        into: Matrix | torch.Tensor,
+        at: int = 0,
     ) -> None:
-        step = max(1, _BYTES_PER_OPEN // (math.prod(shape[1:]) * into.itemsize))
+        step = max(1, _BYTES_PER_OPEN // (math.prod(shape[1:]) * 4))
         for start in range(0, max(1, len(rows)), step):
             part = slice(start, start + step)
-            self._reads.append(_Read(name, shape, rows[part], columns, into[part]))
+            self._reads.append(_Read(name, shape, rows[part], columns, into, at + start))
 
 
 def _by_file(reads: list[_Read], paths: dict[str, Path]) -> Iterator[tuple[Path, list[_Read]]]:
@@ -214,9 +227,9 @@ def _by_file(reads: list[_Read], paths: dict[str, Path]) -> Iterator[tuple[Path,
 
 def _copy(source: Any, read: _Read) -> None:
     rows = slice(read.rows.start, read.rows.stop)
-    if len(read.shape) == 1:
-        read.into.copy_(source[rows])
+    if isinstance(read.into, torch.Tensor):
+        read.into[read.at : read.at + len(read.rows)].copy_(source[rows])
     elif read.columns is None:
-        read.into.copy_(source[rows, :])
+        read.into.write(read.at, source[rows, :])
     else:
-        read.into.copy_(source[rows, read.columns.start : read.columns.stop])
+        read.into.write(read.at, source[rows, read.columns.start : read.columns.stop])

@@ -46,6 +46,7 @@ class StartEngine:
     max_running: int = 64
     kv_bytes: int = 0
     threads: int = 0
+    quantization: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from engine.attention import KVCache
-from engine.batch import Batcher, min_rows
+from engine.batch import Batcher
 from engine.config import BLOCK_SIZE, ModelConfig
+from engine.kernels import Kernels, choose
 from engine.model import Llama
 from engine.parallel import Grid, Parallel
 from engine.plan import Join, Row, StepPlan
@@ -17,21 +17,22 @@ from engine.weights import load_weights
 
 CPU = torch.device("cpu")
 BLOCKS = 160
+MAX_SEQUENCES = 64
 
 
 class Harness:
     """Feeds tokens of several sequences step by step; every fed chunk's last token gives logits."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, directory: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None
+    ) -> None:
         config = ModelConfig.load(directory)
         grid = Grid(1, 1, 0)
-        weights = load_weights(str(directory), config, grid, dtype, CPU)
-        cache = KVCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, BLOCKS, BLOCK_SIZE, dtype, CPU
-        )
-        self._model = Llama(config, weights, Parallel(grid), cache, config.max_position)
-        queries = config.num_heads // config.num_kv_heads
-        self._batcher = Batcher(BLOCK_SIZE, queries, cache.padding_place, min_rows(dtype, CPU), CPU)
+        kernels = kernels or choose(CPU, dtype)
+        weights = load_weights(str(directory), config, grid, kernels)
+        cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, BLOCKS)
+        self._model = Llama(config, weights, Parallel(grid), kernels, cache, config.max_position)
+        self._batcher = Batcher(MAX_SEQUENCES, BLOCKS, CPU)
         self._free = list(range(BLOCKS))
         self._lengths: dict[int, int] = {}
         self._steps = 0
