@@ -9,28 +9,41 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.request import PositionLogprobs, SamplingParams, TokenLogprob
+from engine.request import PositionLogprobs, Request, SamplingParams, TokenLogprob
 
-_HEADER = struct.Struct("<qqIII")  # epoch, step, leaves, joins, rows
-_JOIN = struct.Struct("<IIIidqddQ")
+_HEADER = struct.Struct("<qqIIII")  # epoch, step, leaves, joins, rows, masks
+_JOIN = struct.Struct("<IIIiidqddQdddI")
+_LISTS = struct.Struct("<IIIII")  # lengths of a join's: prompt, output, ends, logit_bias, bad_words
+_BIAS = struct.Struct("<Id")
+_COUNT = struct.Struct("<I")
+_MASK = struct.Struct("<II")  # handle, bytes
 _ROW = struct.Struct("<IIIIB")  # handle, start, tokens, blocks, sample
-_SAMPLED = struct.Struct("<qI")  # step, tokens
+_SAMPLED = struct.Struct("<qII")  # step, tokens, rows with log-probabilities of the prompt
 _LOGPROBS = struct.Struct("<i")  # alternatives, -1 without log-probabilities
 _TOKEN = struct.Struct("<Id")
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """A sequence that takes a handle: how it is sampled, and where its output begins."""
+    """A sequence that takes a handle: how it is sampled, and where its output begins.
+
+    Where drawing depends on tokens before (`needs_output`, `needs_prompt`), it brings those known by now;
+    the rank that samples adds what it draws. `ends` may not be drawn before `sampling.min_tokens`. The
+    grammar stays with the leader, which sends masks.
+    """
 
     handle: int
     prompt_len: int
     choice: int
     sampling: SamplingParams
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,14 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Mask:
+    """Which tokens a grammar allows next: bit i of the little-endian `bits` stands for token id i."""
+
+    handle: int
+    bits: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """Everything that one step does. Steps of an epoch are numbered from 1 without gaps."""
 
@@ -57,11 +78,23 @@ class StepPlan:
     leaves: tuple[int, ...] = ()
     joins: tuple[Join, ...] = ()
     rows: tuple[Row, ...] = ()
+    masks: tuple[Mask, ...] = ()  # of rows that sample under a grammar
 
     @property
     def tokens(self) -> int:
         """Tokens in all rows."""
         return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of prompt tokens, of each given those before it.
+
+    They are the tokens after those of the plan's row number `row`, as far as the prompt goes.
+    """
+
+    row: int
+    positions: tuple[PositionLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,45 +104,66 @@ class Sampled:
     step: int
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs | None, ...]
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+
+
+def join(request: Request, choice: int, output: Iterable[int], handle: int, eos: Iterable[int]) -> Join:
+    """What ranks must know of a choice that takes a handle, with the `output` that it has by now.
+
+    Log-probabilities of the prompt come with the first choice's first token: while it has none, it must
+    compute its whole prompt, also where a cache holds some of it.
+    """
+    sampling = request.sampling
+    output = tuple(output)
+    prompt_logprobs = request.prompt_logprobs if choice == 0 and not output else None
+    needs_prompt = sampling.repetition_penalty != 1 or prompt_logprobs is not None
+    needs_output = bool(
+        sampling.repetition_penalty != 1
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.bad_words
+    )
+    ends = set(request.stop_token_ids) | (set() if request.ignore_eos else set(eos))
+    return Join(
+        handle,
+        len(request.prompt_ids),
+        choice,
+        replace(sampling, grammar=None) if sampling.grammar else sampling,
+        request.logprobs,
+        prompt_logprobs,
+        request.prompt_ids if needs_prompt else (),
+        output if needs_output else (),
+        tuple(sorted(ends)) if sampling.min_tokens else (),
+    )
 
 
 def encode_plan(plan: StepPlan) -> bytes:
     """The plan as bytes."""
-    parts = [_HEADER.pack(plan.epoch, plan.step, len(plan.leaves), len(plan.joins), len(plan.rows))]
+    counts = (len(plan.leaves), len(plan.joins), len(plan.rows), len(plan.masks))
+    parts = [_HEADER.pack(plan.epoch, plan.step, *counts)]
     parts.append(_pack_ids(plan.leaves))
     for join in plan.joins:
-        s = join.sampling
-        logprobs = -1 if join.logprobs is None else join.logprobs
-        parts.append(
-            _JOIN.pack(
-                join.handle,
-                join.prompt_len,
-                join.choice,
-                logprobs,
-                s.temperature,
-                s.top_k,
-                s.top_p,
-                s.min_p,
-                s.seed,
-            )
-        )
+        parts.extend(_pack_join(join))
     for row in plan.rows:
         parts.append(_ROW.pack(row.handle, row.start, len(row.token_ids), len(row.blocks), row.sample))
         parts.append(_pack_ids(row.token_ids))
         parts.append(_pack_ids(row.blocks))
+    for mask in plan.masks:
+        parts += (_MASK.pack(mask.handle, len(mask.bits)), mask.bits)
     return b"".join(parts)
 
 
 def decode_plan(data: bytes) -> StepPlan:
     """The plan in `data`. Raises struct.error or ValueError when it is cut short or too long."""
     reader = _Reader(data)
-    epoch, step, leaves, joins, rows = reader.take(_HEADER)
+    epoch, step, leaves, joins, rows, masks = reader.take(_HEADER)
     plan = StepPlan(
         epoch,
         step,
         reader.ids(leaves),
         tuple(_read_join(reader) for _ in range(joins)),
         tuple(_read_row(reader) for _ in range(rows)),
+        tuple(_read_mask(reader) for _ in range(masks)),
     )
     reader.end()
     return plan
@@ -117,22 +171,60 @@ def decode_plan(data: bytes) -> StepPlan:
 
 def encode_sampled(sampled: Sampled) -> bytes:
     """The drawn tokens as bytes."""
-    parts = [_SAMPLED.pack(sampled.step, len(sampled.token_ids)), _pack_ids(sampled.token_ids)]
+    parts = [_SAMPLED.pack(sampled.step, len(sampled.token_ids), len(sampled.prompt_logprobs))]
+    parts.append(_pack_ids(sampled.token_ids))
     for entry in sampled.logprobs:
-        parts.append(_LOGPROBS.pack(-1 if entry is None else len(entry.top)))
-        if entry is not None:
-            parts.extend(_TOKEN.pack(token.token_id, token.logprob) for token in (entry.chosen, *entry.top))
+        parts.extend(_pack_logprobs(entry))
+    for prompt in sampled.prompt_logprobs:
+        parts += (_COUNT.pack(prompt.row), _COUNT.pack(len(prompt.positions)))
+        for entry in prompt.positions:
+            parts.extend(_pack_logprobs(entry))
     return b"".join(parts)
 
 
 def decode_sampled(data: bytes) -> Sampled:
     """The drawn tokens in `data`. Raises struct.error or ValueError when it is cut short or too long."""
     reader = _Reader(data)
-    step, count = reader.take(_SAMPLED)
+    step, count, prompts = reader.take(_SAMPLED)
     token_ids = reader.ids(count)
     logprobs = tuple(_read_logprobs(reader) for _ in range(count))
+    prompt_logprobs = tuple(_read_prompt(reader) for _ in range(prompts))
     reader.end()
-    return Sampled(step, token_ids, logprobs)
+    return Sampled(step, token_ids, logprobs, prompt_logprobs)
+
+
+def _pack_join(join: Join) -> Iterable[bytes]:
+    s = join.sampling
+    yield _JOIN.pack(
+        join.handle,
+        join.prompt_len,
+        join.choice,
+        -1 if join.logprobs is None else join.logprobs,
+        -1 if join.prompt_logprobs is None else join.prompt_logprobs,
+        s.temperature,
+        s.top_k,
+        s.top_p,
+        s.min_p,
+        s.seed,
+        s.repetition_penalty,
+        s.presence_penalty,
+        s.frequency_penalty,
+        s.min_tokens,
+    )
+    id_lists = (join.prompt_ids, join.output_ids, join.ends)
+    yield _LISTS.pack(*map(len, id_lists), len(s.logit_bias), len(s.bad_words))
+    yield from map(_pack_ids, id_lists)
+    for token, bias in s.logit_bias:
+        yield _BIAS.pack(token, bias)
+    for word in s.bad_words:
+        yield _COUNT.pack(len(word)) + _pack_ids(word)
+
+
+def _pack_logprobs(entry: PositionLogprobs | None) -> Iterable[bytes]:
+    yield _LOGPROBS.pack(-1 if entry is None else len(entry.top))
+    if entry is not None:
+        for token in (entry.chosen, *entry.top):
+            yield _TOKEN.pack(token.token_id, token.logprob)
 
 
 def _pack_ids(ids: Iterable[int]) -> bytes:
@@ -157,6 +249,14 @@ class _Reader:
         """`count` unsigned 32-bit numbers."""
         return self.take(struct.Struct(f"<{count}I"))
 
+    def raw(self, size: int) -> bytes:
+        """The next `size` bytes."""
+        end = self._at + size
+        if end > len(self._data):
+            raise ValueError("cut short")
+        part, self._at = self._data[self._at : end], end
+        return part
+
     def end(self) -> None:
         """See that nothing is left."""
         if self._at != len(self._data):
@@ -164,9 +264,54 @@ class _Reader:
 
 
 def _read_join(reader: _Reader) -> Join:
-    handle, prompt_len, choice, logprobs, temperature, top_k, top_p, min_p, seed = reader.take(_JOIN)
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, seed)
-    return Join(handle, prompt_len, choice, sampling, None if logprobs < 0 else logprobs)
+    (
+        handle, prompt_len, choice, logprobs, prompt_logprobs,
+        temperature, top_k, top_p, min_p, seed, repetition, presence, frequency, min_tokens,
+    ) = reader.take(_JOIN)  # fmt: skip
+    prompt, output, ends, biases, words = reader.take(_LISTS)
+    prompt_ids, output_ids, end_ids = reader.ids(prompt), reader.ids(output), reader.ids(ends)
+    logit_bias = tuple(reader.take(_BIAS) for _ in range(biases))
+    bad_words = tuple(reader.ids(*reader.take(_COUNT)) for _ in range(words))
+    sampling = SamplingParams(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        repetition,
+        presence,
+        frequency,
+        logit_bias,
+        min_tokens,
+        bad_words,
+    )
+    return Join(
+        handle,
+        prompt_len,
+        choice,
+        sampling,
+        None if logprobs < 0 else logprobs,
+        None if prompt_logprobs < 0 else prompt_logprobs,
+        prompt_ids,
+        output_ids,
+        end_ids,
+    )
+
+
+def _read_mask(reader: _Reader) -> Mask:
+    handle, size = reader.take(_MASK)
+    return Mask(handle, reader.raw(size))
+
+
+def _read_prompt(reader: _Reader) -> PromptLogprobs:
+    (row,), (count,) = reader.take(_COUNT), reader.take(_COUNT)
+    positions = []
+    for _ in range(count):
+        entry = _read_logprobs(reader)
+        if entry is None:
+            raise ValueError("a prompt token without its log-probability")
+        positions.append(entry)
+    return PromptLogprobs(row, tuple(positions))
 
 
 def _read_row(reader: _Reader) -> Row:

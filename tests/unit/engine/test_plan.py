@@ -6,16 +6,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.plan import Join, Row, Sampled, StepPlan, decode_plan, decode_sampled, encode_plan, encode_sampled
-from engine.request import PositionLogprobs, SamplingParams, TokenLogprob
+from engine.plan import (
+    Join,
+    Mask,
+    PromptLogprobs,
+    Row,
+    Sampled,
+    StepPlan,
+    decode_plan,
+    decode_sampled,
+    encode_plan,
+    encode_sampled,
+    join,
+)
+from engine.request import Grammar, PositionLogprobs, Request, SamplingParams, TokenLogprob
 
 ids = st.integers(0, 2**32 - 1)
 id_lists = st.lists(ids, max_size=6).map(tuple)
 numbers = st.floats(allow_nan=False)
 sampling = st.builds(
-    SamplingParams, numbers, st.integers(0, 2**31 - 1), numbers, numbers, st.integers(0, 2**64 - 1)
+    SamplingParams,
+    numbers,
+    st.integers(0, 2**31 - 1),
+    numbers,
+    numbers,
+    st.integers(0, 2**64 - 1),
+    numbers,
+    numbers,
+    numbers,
+    st.lists(st.tuples(ids, numbers), max_size=3).map(tuple),
+    ids,
+    st.lists(id_lists, max_size=3).map(tuple),
 )
-joins = st.builds(Join, ids, ids, ids, sampling, st.none() | st.integers(0, 20))
+alternatives = st.none() | st.integers(0, 20)
+joins = st.builds(Join, ids, ids, ids, sampling, alternatives, alternatives, id_lists, id_lists, id_lists)
 rows = st.builds(Row, ids, ids, id_lists, id_lists, st.booleans())
 plans = st.builds(
     StepPlan,
@@ -24,9 +48,12 @@ plans = st.builds(
     id_lists,
     st.lists(joins, max_size=3).map(tuple),
     st.lists(rows, max_size=4).map(tuple),
+    st.lists(st.builds(Mask, ids, st.binary(max_size=9)), max_size=3).map(tuple),
 )
 tokens = st.builds(TokenLogprob, ids, numbers)
-logprobs = st.none() | st.builds(PositionLogprobs, tokens, st.lists(tokens, max_size=3).map(tuple))
+positions = st.builds(PositionLogprobs, tokens, st.lists(tokens, max_size=3).map(tuple))
+logprobs = st.none() | positions
+prompts = st.builds(PromptLogprobs, ids, st.lists(positions, max_size=3).map(tuple))
 
 
 @given(plans)
@@ -34,11 +61,14 @@ def test_a_plan_survives_its_bytes(plan: StepPlan) -> None:
     assert decode_plan(encode_plan(plan)) == plan
 
 
-@given(st.integers(0, 2**63 - 1), st.lists(st.tuples(ids, logprobs), max_size=4))
+@given(
+    st.integers(0, 2**63 - 1), st.lists(st.tuples(ids, logprobs), max_size=4), st.lists(prompts, max_size=2)
+)
 def test_drawn_tokens_survive_their_bytes(
-    step: int, drawn: list[tuple[int, PositionLogprobs | None]]
+    step: int, drawn: list[tuple[int, PositionLogprobs | None]], prompts: list[PromptLogprobs]
 ) -> None:
-    sampled = Sampled(step, tuple(token for token, _ in drawn), tuple(entry for _, entry in drawn))
+    tokens, entries = tuple(token for token, _ in drawn), tuple(entry for _, entry in drawn)
+    sampled = Sampled(step, tokens, entries, tuple(prompts))
     assert decode_sampled(encode_sampled(sampled)) == sampled
 
 
@@ -53,3 +83,43 @@ def test_a_plan_cut_short_is_refused(plan: StepPlan, data: st.DataObject) -> Non
 def test_a_plan_with_bytes_left_over_is_refused() -> None:
     with pytest.raises(ValueError, match="after the end"):
         decode_plan(encode_plan(StepPlan(1, 1)) + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "prompt_ids", "output_ids", "ends"),
+    [
+        (SamplingParams(), (), (), ()),
+        (SamplingParams(repetition_penalty=1.1), (5, 6), (7,), ()),
+        (SamplingParams(presence_penalty=1.0), (), (7,), ()),
+        (SamplingParams(frequency_penalty=1.0), (), (7,), ()),
+        (SamplingParams(bad_words=((1, 2),)), (), (7,), ()),
+        (SamplingParams(min_tokens=3), (), (), (2, 9)),
+        (SamplingParams(logit_bias=((1, 2.0),)), (), (), ()),
+    ],
+)
+def test_a_join_brings_the_ids_that_drawing_depends_on_and_no_others(
+    sampling: SamplingParams, prompt_ids: tuple[int, ...], output_ids: tuple[int, ...], ends: tuple[int, ...]
+) -> None:
+    joined = join(Request("r", (5, 6), sampling, stop_token_ids=(9,)), 0, [7], handle=3, eos=(2,))
+    assert (joined.prompt_ids, joined.output_ids, joined.ends) == (prompt_ids, output_ids, ends)
+
+
+def test_end_of_sequence_that_is_ignored_may_be_drawn_at_once() -> None:
+    request = Request("r", (5,), SamplingParams(min_tokens=3), stop_token_ids=(9,), ignore_eos=True)
+    assert join(request, 0, [], handle=3, eos=(2,)).ends == (9,)
+
+
+def test_the_grammar_stays_with_the_leader() -> None:
+    request = Request("r", (5,), SamplingParams(top_k=3, grammar=Grammar("regex", "a")))
+    assert join(request, 0, [], handle=3, eos=()).sampling == SamplingParams(top_k=3)
+
+
+def test_only_a_first_choice_without_output_gets_the_prompts_log_probabilities() -> None:
+    request = Request("r", (5, 6), n=2, prompt_logprobs=1)
+    first, second = (join(request, choice, [], handle=3, eos=()) for choice in (0, 1))
+    assert (first.prompt_logprobs, first.prompt_ids) == (1, (5, 6))
+    assert (second.prompt_logprobs, second.prompt_ids) == (None, ())
+    replayed = Request("r", (5, 6), prompt_logprobs=1, prior=((8,),))
+    assert join(replayed, 0, [8], handle=3, eos=()).prompt_logprobs is None
+    preempted = join(Request("r", (5, 6), prompt_logprobs=1), 0, [8], handle=3, eos=())
+    assert preempted.prompt_logprobs is None
