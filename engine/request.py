@@ -97,7 +97,8 @@ class Delta:
     """New tokens of one choice. `index` is the output position of the first, prior output included.
 
     `pieces` is the text that each token completed (one entry per token); the engine leaves it empty
-    and the text process fills it. `finish` and `timing` come with the choice's last token.
+    and the text process fills it. `finish` and `timing` come with the choice's last token,
+    `prompt_logprobs`, one entry per prompt token after the first, with the first choice's first.
     """
 
     id: str
@@ -108,6 +109,7 @@ class Delta:
     logprobs: tuple[PositionLogprobs, ...] = ()
     finish: FinishReason | None = None
     timing: Timing | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

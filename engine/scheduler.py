@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 
 from engine.blocks import BlockPool, blocks_for
 from engine.errors import EngineError, RequestError
-from engine.plan import Join, Row, Sampled, StepPlan
+from engine.grammar import Follow, Matcher
+from engine.plan import Join, Mask, Row, Sampled, StepPlan, join
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, Timing
 from engine.validation import Limits, validate
 
@@ -38,6 +39,8 @@ class Sequence:
     cancelled: bool = False
     scheduled: float | None = None
     first_token: float | None = None
+    matcher: Matcher | None = None
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -88,8 +91,10 @@ class Scheduler:
         """How busy the replica is."""
         return Load(len(self._running), len(self._waiting), self._pool.free, self._pool.size)
 
-    def submit(self, request: Request, now: float) -> tuple[Delta, ...]:
+    def submit(self, request: Request, now: float, follow: Follow | None = None) -> tuple[Delta, ...]:
         """Queue a request. Choices whose prior output has ended already finish at once.
+
+        `follow` makes the matchers of a request with a grammar.
 
         Raises:
             RequestError: the request cannot be served; nothing has changed.
@@ -99,6 +104,9 @@ class Scheduler:
             raise RequestError("DUPLICATE_REQUEST", f"request {request.id} is live already")
         if request.max_tokens == 0:
             request = replace(request, max_tokens=self._limits.max_model_len - len(request.prompt_ids))
+        matchers: list[Matcher | None] = [None] * request.n
+        if follow is not None:
+            matchers = [follow(request.prior[choice] if request.prior else ()) for choice in range(request.n)]
         deltas = []
         for choice in range(request.n):
             if request.finished and request.finished[choice]:
@@ -106,6 +114,7 @@ class Scheduler:
             prior = request.prior[choice] if request.prior else ()
             sequence = Sequence(request, choice, self._arrivals, now, list(prior))
             self._arrivals += 1
+            sequence.matcher = matchers[choice]
             if prior and (finish := self._finish_reason(sequence)):
                 timing = Timing(now, now, now, now)
                 deltas.append(Delta(request.id, choice, len(prior), (), finish=finish, timing=timing))
@@ -133,6 +142,7 @@ class Scheduler:
         joins: list[Join] = []
         rows: list[Row] = []
         planned: list[Sequence] = []
+        masks: list[Mask] = []
         may_admit = True
 
         def plan(sequence: Sequence, count: int) -> None:
@@ -143,6 +153,8 @@ class Scheduler:
             tokens = sequence.tokens(sequence.computed, end)
             rows.append(Row(_handle(sequence), sequence.computed, tokens, new_blocks, sample))
             planned.append(sequence)
+            if sample and sequence.matcher is not None:
+                masks.append(Mask(_handle(sequence), sequence.matcher.mask()))
             sequence.in_flight = True
             budget -= count
 
@@ -174,7 +186,9 @@ class Scheduler:
                 raise EngineError("INTERNAL", "the scheduler cannot go on although sequences live")
             return None
         self._step += 1
-        result = StepPlan(self._epoch, self._step, tuple(self._leaves), tuple(joins), tuple(rows))
+        result = StepPlan(
+            self._epoch, self._step, tuple(self._leaves), tuple(joins), tuple(rows), tuple(masks)
+        )
         self._leaves.clear()
         self._in_flight.append((result, planned))
         return result
@@ -186,6 +200,8 @@ class Scheduler:
             raise EngineError("INTERNAL", f"results of step {sampled.step}, expected {plan.step}")
         drawn = iter(zip(sampled.token_ids, sampled.logprobs, strict=True))
         deltas = []
+        for prompt in sampled.prompt_logprobs:
+            planned[prompt.row].prompt_logprobs += prompt.positions
         for row, sequence in zip(plan.rows, planned, strict=True):
             token = next(drawn) if row.sample else None
             sequence.in_flight = False
@@ -222,9 +238,12 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None, now: float) -> Delta:
         index = len(sequence.output)
         sequence.output.append(token)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
         if sequence.first_token is None:
             sequence.first_token = now
         finish = self._finish_reason(sequence)
+        prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
         timing = None
         if finish:
             self._remove(sequence)
@@ -238,6 +257,7 @@ class Scheduler:
             logprobs=() if logprobs is None else (logprobs,),
             finish=finish,
             timing=timing,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -246,6 +266,8 @@ class Scheduler:
             return "stop"
         if last in self._limits.eos_token_ids and not request.ignore_eos:
             return "stop"
+        if sequence.matcher is not None and sequence.matcher.finish is not None:
+            return sequence.matcher.finish
         return "length" if len(sequence.output) >= request.max_tokens else None
 
     def _admit(self, sequence: Sequence, now: float) -> Join:
@@ -254,9 +276,8 @@ class Scheduler:
         sequence.handle = self._handles.pop()
         if sequence.scheduled is None:
             sequence.scheduled = now
-        request = sequence.request
-        return Join(
-            sequence.handle, len(request.prompt_ids), sequence.choice, request.sampling, request.logprobs
+        return join(
+            sequence.request, sequence.choice, sequence.output, sequence.handle, self._limits.eos_token_ids
         )
 
     def _make_room(self, sequence: Sequence, end: int) -> bool:
@@ -287,6 +308,7 @@ class Scheduler:
         """Give up the youngest running sequence's KV, not its tokens: it will be recomputed."""
         self._vacate(sequence)
         sequence.computed = 0
+        sequence.prompt_logprobs.clear()  # they come again
         self._waiting.appendleft(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:

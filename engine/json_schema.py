@@ -1,0 +1,129 @@
+"""Which JSON Schemas can be followed to the letter, so that no answer breaks the schema it was asked for.
+
+The grammar compiler passes over the keywords that it cannot express. Here they are refused by name. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+_ANNOTATIONS = frozenset(
+    {
+        "$schema", "$id", "$comment", "$anchor", "$defs", "definitions", "title", "description", "default",
+        "example", "examples", "deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType",
+    }
+)  # fmt: skip
+_KEYWORDS_OF = {
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "array": {"items", "prefixItems", "additionalItems", "unevaluatedItems", "minItems", "maxItems"},
+    "object": {
+        "properties", "required", "additionalProperties", "unevaluatedProperties", "patternProperties",
+        "propertyNames", "minProperties", "maxProperties",
+    },
+}  # fmt: skip
+_KEYWORDS = frozenset().union(*_KEYWORDS_OF.values()) | {
+    "type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf",
+}  # fmt: skip
+_FORMATS = frozenset(
+    {
+        "date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uri-reference",
+        "uri-template", "uuid", "json-pointer", "relative-json-pointer",
+    }
+)  # fmt: skip
+_NEED_A_TYPE = _KEYWORDS_OF["string"] | _KEYWORDS_OF["number"]
+_ONE = (
+    "items",
+    "additionalItems",
+    "unevaluatedItems",
+    "additionalProperties",
+    "unevaluatedProperties",
+    "propertyNames",
+)
+_MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_MOST_NESTING = 64
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "null": (type(None),),
+    "array": (list,), "object": (dict,),
+}  # fmt: skip
+
+
+def problem(source: str) -> str | None:
+    """Why a schema, as JSON text, cannot be followed; None where it can."""
+    try:
+        schema = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        return f"it is not JSON: {error}"
+    return next(_problems(schema, "#", schema, 0), None)
+
+
+def _problems(schema: Any, at: str, root: Any, depth: int) -> Iterator[str]:
+    if isinstance(schema, bool):
+        return
+    if not isinstance(schema, dict):
+        yield f"{at} is neither an object nor a boolean"
+        return
+    if depth > _MOST_NESTING:
+        yield f"{at} is nested more than {_MOST_NESTING} deep"
+        return
+    for keyword in schema:
+        if keyword not in _KEYWORDS | _ANNOTATIONS and not (keyword == "uniqueItems" and not schema[keyword]):
+            yield f"{at} uses {keyword!r}, which cannot be enforced"
+    yield from _own(schema, at)
+    for name in _ONE:
+        if name in schema:
+            yield from _problems(schema[name], f"{at}/{name}", root, depth + 1)
+    for name in _MANY:
+        entries = schema.get(name, [])
+        if not isinstance(entries, list):
+            yield f"{at}/{name} is not an array"
+            continue
+        for index, entry in enumerate(entries):
+            yield from _problems(entry, f"{at}/{name}/{index}", root, depth + 1)
+    for name in _NAMED:
+        entries = schema.get(name, {})
+        if not isinstance(entries, dict):
+            yield f"{at}/{name} is not an object"
+            continue
+        for key, entry in entries.items():
+            yield from _problems(entry, f"{at}/{name}/{key}", root, depth + 1)
+
+
+def _own(schema: dict[str, Any], at: str) -> Iterator[str]:
+    """What is wrong with a schema's own keywords."""
+    types = schema.get("type", [])
+    types = types if isinstance(types, list) else [types]
+    for name in types:
+        if name not in _JSON_TYPES:
+            yield f"{at}/type names {name!r}, which is no type"
+    untyped = sorted(_NEED_A_TYPE & schema.keys())
+    if untyped and not types:
+        yield f"{at} uses {untyped[0]!r} without a type"
+    if "format" in schema and schema["format"] not in _FORMATS:
+        yield f"{at} uses format {schema['format']!r}, which cannot be enforced"
+    if "pattern" in schema and {"minLength", "maxLength"} & schema.keys():
+        yield f"{at} uses 'pattern' beside a length, of which only one can be enforced"
+    if "multipleOf" in schema and types != ["integer"]:
+        yield f"{at} uses 'multipleOf', which can be enforced for type integer alone"
+    if len(schema.get("allOf", ())) > 1:
+        yield f"{at} uses 'allOf' with more than one schema, which cannot be enforced"
+    if "$ref" in schema and not str(schema["$ref"]).startswith("#"):
+        yield f"{at} refers to {schema['$ref']!r}, which is not part of the schema"
+    if types and isinstance(schema.get("enum"), list):
+        allowed = tuple(kind for name in types for kind in _JSON_TYPES.get(name, ()))
+        wrong = next((value for value in schema["enum"] if not _is(value, allowed)), None)
+        if wrong is not None:
+            yield f"{at}/enum has a value that is not of its type"
+    properties = schema.get("properties", {})
+    required = schema.get("required", [])
+    if isinstance(properties, dict) and isinstance(required, list):
+        unknown = next((name for name in required if name not in properties), None)
+        if unknown is not None:
+            yield f"{at} requires {unknown!r}, which is not among its properties"
+
+
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
