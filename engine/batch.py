@@ -12,17 +12,18 @@ import torch
 
 from engine.kernels import AttentionInput
 from engine.plan import Join, StepPlan
-from engine.sampler import Draw
+from engine.sampler import Draw, PromptRows
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step's input. sample_rows_S: rows whose next token is drawn."""
+    """A step's input. sample_rows_S: rows whose next token is drawn. `prompts`: rows to score."""
 
     token_ids_T: torch.Tensor
     attention: AttentionInput
     sample_rows_S: torch.Tensor
     draws: tuple[Draw, ...]
+    prompts: tuple[PromptRows, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -52,7 +53,8 @@ class Batcher:
         sequences: list[tuple[int, int, int, int]] = []
         draws: list[Draw] = []
         sample_rows: list[int] = []
-        for row in plan.rows:
+        prompts: list[PromptRows] = []
+        for index, row in enumerate(plan.rows):
             if row.blocks:
                 self._append(row.handle, row.blocks)
             count = len(row.token_ids)
@@ -60,9 +62,13 @@ class Batcher:
             sequences.append((row.handle, len(token_ids), count, row.start))
             token_ids.extend(row.token_ids)
             positions.extend(range(row.start, end))
+            join = self._joins[row.handle]
+            if join.prompt_logprobs is not None and row.start + 1 < join.prompt_len:
+                targets = join.prompt_ids[row.start + 1 : end + 1]
+                prompts.append(PromptRows(index, len(token_ids) - count, targets, join.prompt_logprobs))
             if row.sample:
-                join = self._joins[row.handle]
-                draws.append(Draw(join.sampling, join.choice, end - join.prompt_len, join.logprobs))
+                position = end - join.prompt_len
+                draws.append(Draw(join.sampling, join.choice, position, join.logprobs, row.handle))
                 sample_rows.append(len(token_ids) - 1)
         inputs = AttentionInput(
             torch.tensor(positions, dtype=torch.int32, device=self._device),
@@ -74,6 +80,7 @@ class Batcher:
             inputs,
             torch.tensor(sample_rows, dtype=torch.int64, device=self._device),
             tuple(draws),
+            tuple(prompts),
         )
 
     def _append(self, handle: int, blocks: tuple[int, ...]) -> None:

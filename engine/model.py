@@ -56,11 +56,11 @@ class Llama:
             delta_TD = reduce(ops.linear(y_TF, layer.down.weight, layer.down.bias))
         return x_TD if delta_TD is None else x_TD.add_(delta_TD)
 
-    def logits(self, batch: Batch, x_TD: torch.Tensor) -> torch.Tensor:
-        """The last stage's float32 logits [S, V of the model] of the rows that sample."""
+    def logits(self, rows_S: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        """The last stage's float32 logits [S, V of the model] of some rows."""
         assert self._weights.final_norm is not None
         assert self._weights.head is not None
-        x_SD = x_TD[batch.sample_rows_S]
+        x_SD = x_TD[rows_S]
         x_SD = self._kernels.add_rms_norm(x_SD, None, self._weights.final_norm, self._config.rms_eps)
         logits_SV = self._parallel.gather_vocab(self._kernels.linear(x_SD, self._weights.head))
         return logits_SV[:, : self._config.vocab_size].float()

@@ -14,7 +14,7 @@ from engine.kernels import Kernels, KVCache
 from engine.model import Llama
 from engine.parallel import Parallel
 from engine.plan import Sampled, StepPlan
-from engine.sampler import sample
+from engine.sampler import Sampler, score_prompts
 from engine.weights import StageWeights
 
 
@@ -36,6 +36,7 @@ class Runner:
         self._parallel = parallel
         self._hidden_size = config.hidden_size
         self._dtype, self._device = kernels.activation_dtype, kernels.device
+        self._sampler = Sampler()
         self._batcher = Batcher(engine.max_running, -(-max_model_len // BLOCK_SIZE), kernels.device)
         self._model = Llama(config, weights, parallel, kernels, cache, max_model_len)
 
@@ -61,7 +62,11 @@ class Runner:
         if not grid.is_last_stage:
             self._parallel.send_hidden(x_TD)
             return None
-        if not batch.draws:
-            return Sampled(plan.step, (), ()) if grid.rank == grid.sampler else None
-        logits_SV = self._model.logits(batch, x_TD)
-        return sample(plan.step, logits_SV, batch.draws) if grid.rank == grid.sampler else None
+        prompt_logprobs = score_prompts(batch.prompts, lambda rows_S: self._model.logits(rows_S, x_TD))
+        logits_SV = self._model.logits(batch.sample_rows_S, x_TD) if batch.draws else None
+        if grid.rank != grid.sampler:
+            return None
+        self._sampler.follow(plan)
+        if logits_SV is None:
+            return Sampled(plan.step, (), (), prompt_logprobs)
+        return self._sampler.sample(plan, logits_SV, batch.draws, prompt_logprobs)

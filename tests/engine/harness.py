@@ -52,5 +52,5 @@ class Harness:
         self._steps += 1
         with torch.inference_mode():
             batch = self._batcher.build(StepPlan(1, self._steps, (), tuple(joins), tuple(rows)))
-            logits = self._model.logits(batch, self._model.forward(batch))
+            logits = self._model.logits(batch.sample_rows_S, self._model.forward(batch))
         return dict(zip(chunks, logits, strict=False))
