@@ -10,17 +10,19 @@ would have drawn. It has 32 bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from engine.plan import Sampled
+from engine.plan import PromptLogprobs, Sampled, StepPlan
 from engine.request import PositionLogprobs, SamplingParams, TokenLogprob
+from engine.rules import Rules
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _GREEDY_BELOW = 1e-5
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +33,74 @@ class Draw:
     choice: int
     position: int
     logprobs: int | None = None
+    handle: int = 0
 
 
-def sample(step: int, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> Sampled:
-    """Draw from the first `len(draws)` rows of float32 logits."""
-    logits_SV = logits_SV[: len(draws)]
-    token_ids_S = draw_tokens(logits_SV, draws)
-    token_ids = tuple(token_ids_S.tolist())
-    return Sampled(step, token_ids, _logprobs(logits_SV, token_ids_S, draws))
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Rows of a step whose logits tell how likely the prompt's next tokens were.
+
+    `row` is the number of the plan's row; the token after the step's row `first` + i is `targets[i]`.
+    """
+
+    row: int
+    first: int
+    targets: tuple[int, ...]
+    logprobs: int
+
+
+class Sampler:
+    """Draws for one epoch's plans, in order.
+
+    Owns: what drawing depends on beside logits. Does not own: the model, the plans.
+    """
+
+    def __init__(self) -> None:
+        self._rules = Rules()
+
+    def follow(self, plan: StepPlan) -> None:
+        """Take in who leaves and who joins; comes before `sample`, for every plan."""
+        self._rules.follow(plan)
+
+    def sample(
+        self,
+        plan: StepPlan,
+        logits_SV: torch.Tensor,
+        draws: Sequence[Draw],
+        prompt_logprobs: tuple[PromptLogprobs, ...] = (),
+    ) -> Sampled:
+        """Draw one token per row of float32 logits; log-probabilities are of the logits as they are."""
+        rows = [(draw.handle, draw.position) for draw in draws]
+        token_ids_S = draw_tokens(self._rules.apply(logits_SV, rows, plan.masks), draws)
+        token_ids = tuple(token_ids_S.tolist())
+        for draw, token in zip(draws, token_ids, strict=True):
+            self._rules.drawn(draw.handle, token)
+        wanted = [draw.logprobs for draw in draws]
+        return Sampled(plan.step, token_ids, log_probabilities(logits_SV, token_ids_S, wanted), prompt_logprobs)
+
+
+def score_prompts(
+    prompts: Sequence[PromptRows], logits: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[PromptLogprobs, ...]:
+    """Log-probabilities of prompt tokens.
+
+    Args:
+        prompts: what to score.
+        logits: float32 logits [S, V] of the step's rows [S]. Called for a few rows at a time, so that
+            memory does not grow with the prompt; every tensor parallel rank makes the same calls.
+    """
+    scored = []
+    for prompt in prompts:
+        positions: list[PositionLogprobs] = []
+        for start in range(0, len(prompt.targets), _ROWS_AT_ONCE):
+            targets_S = torch.tensor(prompt.targets[start : start + _ROWS_AT_ONCE])
+            first = prompt.first + start
+            logits_SV = logits(torch.arange(first, first + len(targets_S)))
+            wanted = [prompt.logprobs] * len(targets_S)
+            entries = log_probabilities(logits_SV, targets_S.to(logits_SV.device), wanted)
+            positions.extend(entry for entry in entries if entry is not None)
+        scored.append(PromptLogprobs(prompt.row, tuple(positions)))
+    return tuple(scored)
 
 
 def draw_tokens(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
@@ -121,25 +183,29 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def _logprobs(
-    logits_SV: torch.Tensor, token_ids_S: torch.Tensor, draws: Sequence[Draw]
+def log_probabilities(
+    logits_SV: torch.Tensor, token_ids_S: torch.Tensor, wanted: Sequence[int | None]
 ) -> tuple[PositionLogprobs | None, ...]:
-    """Log-probabilities of the logits as they are, before temperature and truncation."""
-    wanted = [row for row, draw in enumerate(draws) if draw.logprobs is not None]
-    result: list[PositionLogprobs | None] = [None] * len(draws)
-    if wanted:
-        rows = torch.tensor(wanted, device=logits_SV.device)
-        logprobs_SV = torch.log_softmax(logits_SV[rows], -1)
-        chosen_S1 = token_ids_S[rows, None]
-        most = min(max(draws[row].logprobs or 0 for row in wanted), logits_SV.shape[1])
-        top = logprobs_SV.topk(most, dim=-1)
-        chosen, ids, values = (
-            logprobs_SV.gather(1, chosen_S1).tolist(),
-            top.indices.tolist(),
-            top.values.tolist(),
-        )
-        for i, row in enumerate(wanted):
-            count = draws[row].logprobs or 0
-            best = tuple(map(TokenLogprob, ids[i][:count], values[i][:count]))
-            result[row] = PositionLogprobs(TokenLogprob(int(token_ids_S[row]), chosen[i][0]), best)
+    """Log-probabilities of tokens by the logits as they are, before any rule, temperature and truncation.
+
+    Args:
+        logits_SV: float32.
+        token_ids_S: a token per row.
+        wanted: how many alternatives per row; None for a row that wants nothing.
+    """
+    chosen_rows = [row for row, count in enumerate(wanted) if count is not None]
+    result: list[PositionLogprobs | None] = [None] * len(wanted)
+    if not chosen_rows:
+        return tuple(result)
+    rows = torch.tensor(chosen_rows, device=logits_SV.device)
+    logprobs_SV = torch.log_softmax(logits_SV[rows], -1)
+    tokens_S = token_ids_S[rows]
+    most = min(max(wanted[row] or 0 for row in chosen_rows), logits_SV.shape[1])
+    top = logprobs_SV.topk(most, dim=-1)
+    tokens, chosen = tokens_S.tolist(), logprobs_SV.gather(1, tokens_S[:, None])[:, 0].tolist()
+    for row, token, logprob, ids, values in zip(
+        chosen_rows, tokens, chosen, top.indices.tolist(), top.values.tolist(), strict=True
+    ):
+        best = tuple(map(TokenLogprob, ids[: wanted[row]], values[: wanted[row]]))
+        result[row] = PositionLogprobs(TokenLogprob(token, logprob), best)
     return tuple(result)

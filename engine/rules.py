@@ -1,0 +1,211 @@
+"""Rules that change a row's logits before a token is drawn from them.
+
+Shapes: S rows, V vocabulary, G rows with a mask.
+
+In this order, as vLLM has it: the grammar's mask; bad words and, before `min_tokens`, the ends; logit bias;
+repetition, then frequency and presence penalty. Temperature and truncation come after. All in float32 and
+element by element, so that a row comes out the same in every batch.
+
+Everything is a function of ids: the prompt's, the output's. So a sequence that is preempted or replayed
+meets the rules as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.plan import Join, Mask, StepPlan
+
+_BITS_OF_BYTES = (torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The distinct tokens of a sequence and how often each is in its output. Grows by doubling."""
+
+    ids: torch.Tensor
+    counts: torch.Tensor
+    size: int = 0
+    places: dict[int, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(prompt: Iterable[int], output: Iterable[int]) -> _Seen:
+        """All tokens of a prompt and an output."""
+        seen = _Seen(torch.zeros(64, dtype=torch.int64), torch.zeros(64))
+        for token in prompt:
+            seen._place(token)
+        for token in output:
+            seen.add(token)
+        return seen
+
+    def add(self, token: int) -> None:
+        """A token of the output."""
+        self.counts[self._place(token)] += 1
+
+    def _place(self, token: int) -> int:
+        place = self.places.get(token)
+        if place is None:
+            place = self.places[token] = self.size
+            if place == len(self.ids):
+                self.ids = torch.cat((self.ids, torch.zeros_like(self.ids)))
+                self.counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
+            self.ids[place] = token
+            self.size += 1
+        return place
+
+
+@dataclass(slots=True)
+class _Handle:
+    """A sequence that has rules."""
+
+    join: Join
+    output: list[int]
+    seen: _Seen | None
+    always_banned: tuple[int, ...]
+    bias_ids: torch.Tensor
+    bias_values: torch.Tensor
+
+
+class Rules:
+    """Owns: for handles that have rules, the tokens these depend on. Does not own: grammars.
+
+    Handles without rules cost a look into a dictionary.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[int, _Handle] = {}
+
+    def follow(self, plan: StepPlan) -> None:
+        """Take in who leaves and who joins."""
+        for handle in plan.leaves:
+            self._handles.pop(handle, None)
+        for join in plan.joins:
+            if _has_rules(join):
+                self._handles[join.handle] = _begin(join)
+
+    def drawn(self, handle: int, token: int) -> None:
+        """A token has been drawn for a handle."""
+        state = self._handles.get(handle)
+        if state is not None:
+            state.output.append(token)
+            if state.seen is not None:
+                state.seen.add(token)
+
+    def apply(
+        self, logits_SV: torch.Tensor, rows: Sequence[tuple[int, int]], masks: Sequence[Mask]
+    ) -> torch.Tensor:
+        """The logits under all rules; the same tensor where there are none.
+
+        Args:
+            logits_SV: float32; left as it is.
+            rows: (handle, output position of the token to draw), one per row.
+            masks: of the rows that follow a grammar.
+        """
+        ruled = [(row, *rows[row]) for row in range(len(rows)) if rows[row][0] in self._handles]
+        if not ruled and not masks:
+            return logits_SV
+        logits_SV = logits_SV.clone()
+        if masks:
+            row_of = {handle: row for row, (handle, _) in enumerate(rows)}
+            masked = torch.tensor([row_of[mask.handle] for mask in masks], device=logits_SV.device)
+            logits_SV[masked] = allowed_GV = _under(masks, logits_SV[masked])
+        if ruled:
+            self._ban(logits_SV, ruled)
+            self._bias(logits_SV, ruled)
+            self._penalise(logits_SV, ruled)
+        if ruled and masks:
+            # Whatever else bans all that the grammar allows gives way: the output must follow it.
+            stuck_G = logits_SV[masked].amax(-1) == -torch.inf
+            logits_SV[masked[stuck_G]] = allowed_GV[stuck_G]
+        return logits_SV
+
+    def _ban(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
+        """Bad words whose beginning is there, and ends that come too early."""
+        rows: list[int] = []
+        ids: list[int] = []
+        for row, handle, position in ruled:
+            state = self._handles[handle]
+            sampling = state.join.sampling
+            banned = list(state.always_banned)
+            for word in sampling.bad_words:
+                begin = len(word) - 1
+                if begin and tuple(state.output[-begin:]) == word[:-1]:
+                    banned.append(word[-1])
+            if position < sampling.min_tokens:
+                banned += state.join.ends
+            rows += [row] * len(banned)
+            ids += banned
+        if rows:
+            device = logits_SV.device
+            logits_SV[torch.tensor(rows, device=device), torch.tensor(ids, device=device)] = -torch.inf
+
+    def _bias(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
+        biased = [(row, self._handles[handle]) for row, handle, _ in ruled]
+        biased = [(row, state) for row, state in biased if len(state.bias_ids)]
+        if not biased:
+            return
+        device = logits_SV.device
+        rows = _repeat([row for row, _ in biased], [len(state.bias_ids) for _, state in biased]).to(device)
+        ids = torch.cat([state.bias_ids for _, state in biased]).to(device)
+        logits_SV[rows, ids] += torch.cat([state.bias_values for _, state in biased]).to(device)
+
+    def _penalise(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
+        """Keskar et al. 2019 for repetition; for frequency and presence the OpenAI API reference."""
+        penalised = [
+            (row, seen, self._handles[handle].join.sampling)
+            for row, handle, _ in ruled
+            if (seen := self._handles[handle].seen) is not None and seen.size
+        ]
+        if not penalised:
+            return
+        device = logits_SV.device
+        sizes = [seen.size for _, seen, _ in penalised]
+
+        def spread(values: list[float]) -> torch.Tensor:
+            return _repeat(values, sizes).to(device)
+
+        rows = _repeat([row for row, _, _ in penalised], sizes).to(device)
+        ids = torch.cat([seen.ids[: seen.size] for _, seen, _ in penalised]).to(device)
+        counts = torch.cat([seen.counts[: seen.size] for _, seen, _ in penalised]).to(device)
+        repetition = spread([sampling.repetition_penalty for _, _, sampling in penalised])
+        logits = logits_SV[rows, ids]
+        logits = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits -= spread([sampling.frequency_penalty for _, _, sampling in penalised]) * counts
+        logits -= spread([sampling.presence_penalty for _, _, sampling in penalised]) * (counts > 0)
+        logits_SV[rows, ids] = logits
+
+
+def _has_rules(join: Join) -> bool:
+    return bool(_has_penalties(join) or join.sampling.bad_words or join.sampling.logit_bias or join.ends)
+
+
+def _has_penalties(join: Join) -> bool:
+    s = join.sampling
+    return bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty)
+
+
+def _begin(join: Join) -> _Handle:
+    s = join.sampling
+    prompt = join.prompt_ids if s.repetition_penalty != 1 else ()
+    return _Handle(
+        join,
+        list(join.output_ids),
+        _Seen.of(prompt, join.output_ids) if _has_penalties(join) else None,
+        tuple(word[0] for word in s.bad_words if len(word) == 1),
+        torch.tensor([token for token, _ in s.logit_bias], dtype=torch.int64),
+        torch.tensor([bias for _, bias in s.logit_bias], dtype=torch.float32),
+    )
+
+
+def _under(masks: Sequence[Mask], logits_GV: torch.Tensor) -> torch.Tensor:
+    """Logits, minus infinity where a grammar does not allow the token."""
+    data = torch.frombuffer(bytearray().join(mask.bits for mask in masks), dtype=torch.uint8)
+    allowed_GV = _BITS_OF_BYTES[data.long()].view(len(masks), -1)[:, : logits_GV.shape[1]]
+    return logits_GV.masked_fill(~allowed_GV.to(logits_GV.device), -torch.inf)
+
+
+def _repeat(values: Sequence[float], counts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(values).repeat_interleave(torch.tensor(counts))
