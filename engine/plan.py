@@ -1,8 +1,8 @@
 """One step as the leader decides it and every rank executes it, and what the step drew.
 
 A plan is a difference: ranks keep, per sequence handle, what earlier plans said about it. It is
-applied in the order leaves, joins, rows, so that a handle or block freed by a leave can be used again
-in the same plan. Bytes are little-endian integers and floats, no pickle.
+applied in the order leaves, joins, copies, rows, so that a handle or block freed by a leave can be used
+again in the same plan. Bytes are little-endian integers and floats, no pickle.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 from engine.request import PositionLogprobs, Request, SamplingParams, TokenLogprob
 
-_HEADER = struct.Struct("<qqIIII")  # epoch, step, leaves, joins, rows, masks
+_HEADER = struct.Struct("<qqIIIII")  # epoch, step, leaves, joins, rows, masks, copies
 _JOIN = struct.Struct("<IIIiidqddQdddI")
 _LISTS = struct.Struct("<IIIII")  # lengths of a join's: prompt, output, ends, logit_bias, bad_words
 _BIAS = struct.Struct("<Id")
 _COUNT = struct.Struct("<I")
 _MASK = struct.Struct("<II")  # handle, bytes
+_COPY = struct.Struct("<II")  # source, destination
 _ROW = struct.Struct("<IIIIB")  # handle, start, tokens, blocks, sample
 _SAMPLED = struct.Struct("<qII")  # step, tokens, rows with log-probabilities of the prompt
 _LOGPROBS = struct.Struct("<i")  # alternatives, -1 without log-probabilities
@@ -51,7 +52,9 @@ class Row:
     """Consecutive tokens of one sequence.
 
     `start` is the position of the first; `blocks` are appended to its block table; with `sample`
-    the token after the last is drawn.
+    the token after the last is drawn. The first row of a handle may start behind tokens whose keys and
+    values are in its blocks already. Block 0 stands for blocks that only an attention window has passed:
+    the table keeps their place, and nothing of them may be read.
     """
 
     handle: int
@@ -79,6 +82,7 @@ class StepPlan:
     joins: tuple[Join, ...] = ()
     rows: tuple[Row, ...] = ()
     masks: tuple[Mask, ...] = ()  # of rows that sample under a grammar
+    copies: tuple[tuple[int, int], ...] = ()  # whole KV blocks, from and to; no target is a source
 
     @property
     def tokens(self) -> int:
@@ -139,7 +143,7 @@ def join(request: Request, choice: int, output: Iterable[int], handle: int, eos:
 
 def encode_plan(plan: StepPlan) -> bytes:
     """The plan as bytes."""
-    counts = (len(plan.leaves), len(plan.joins), len(plan.rows), len(plan.masks))
+    counts = (len(plan.leaves), len(plan.joins), len(plan.rows), len(plan.masks), len(plan.copies))
     parts = [_HEADER.pack(plan.epoch, plan.step, *counts)]
     parts.append(_pack_ids(plan.leaves))
     for join in plan.joins:
@@ -150,13 +154,14 @@ def encode_plan(plan: StepPlan) -> bytes:
         parts.append(_pack_ids(row.blocks))
     for mask in plan.masks:
         parts += (_MASK.pack(mask.handle, len(mask.bits)), mask.bits)
+    parts.extend(_COPY.pack(*copy) for copy in plan.copies)
     return b"".join(parts)
 
 
 def decode_plan(data: bytes) -> StepPlan:
     """The plan in `data`. Raises struct.error or ValueError when it is cut short or too long."""
     reader = _Reader(data)
-    epoch, step, leaves, joins, rows, masks = reader.take(_HEADER)
+    epoch, step, leaves, joins, rows, masks, copies = reader.take(_HEADER)
     plan = StepPlan(
         epoch,
         step,
@@ -164,6 +169,7 @@ def decode_plan(data: bytes) -> StepPlan:
         tuple(_read_join(reader) for _ in range(joins)),
         tuple(_read_row(reader) for _ in range(rows)),
         tuple(_read_mask(reader) for _ in range(masks)),
+        tuple(_read_copy(reader) for _ in range(copies)),
     )
     reader.end()
     return plan
@@ -296,6 +302,11 @@ def _read_join(reader: _Reader) -> Join:
         output_ids,
         end_ids,
     )
+
+
+def _read_copy(reader: _Reader) -> tuple[int, int]:
+    source, destination = reader.take(_COPY)
+    return source, destination
 
 
 def _read_mask(reader: _Reader) -> Mask:
