@@ -6,6 +6,7 @@ import select
 from collections import deque
 
 from engine.channel import HasFileno, PlanHub
+from engine.grammar import Grammars
 from engine.plan import Sampled
 from engine.request import Delta, Load, Request
 from engine.runner import Runner
@@ -13,12 +14,15 @@ from engine.scheduler import Scheduler
 
 
 class EngineCore:
-    """Owns: the scheduler, this rank's runner and the other ranks' attention.
+    """Owns: the scheduler, the grammars, this rank's runner and the other ranks' attention.
 
     Does not own: the clock, the sockets to whoever submits requests.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, hub: PlanHub | None, sampler: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, hub: PlanHub | None, sampler: int, grammars: Grammars
+    ) -> None:
+        self.grammars = grammars
         self._scheduler = scheduler
         self._runner = runner
         self._hub = hub
@@ -36,8 +40,8 @@ class EngineCore:
         return self._scheduler.load
 
     def submit(self, request: Request, now: float) -> tuple[Delta, ...]:
-        """Queue a request; see Scheduler.submit."""
-        return self._scheduler.submit(request, now)
+        """Queue a request; see Scheduler.submit. Waits for a grammar that is not ready."""
+        return self._scheduler.submit(request, now, self.grammars.follow(request))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forget a request; see Scheduler.cancel."""
@@ -71,5 +75,6 @@ class EngineCore:
 
     def close(self) -> None:
         """Let the other ranks go."""
+        self.grammars.close()
         if self._hub is not None:
             self._hub.close()

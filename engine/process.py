@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from engine.checkpoint import model_hash
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError
+from engine.gate import Gate
 from engine.link import Link, LinkClosedError, die_with_parent
 from engine.rank import Member, join
 from engine.request import Delta, Refusal
@@ -114,9 +115,10 @@ def _messages(link: Link) -> Iterable[Message]:
 def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
     """Serve: one `Step` for what has arrived, one for each step that has run."""
     step, told = 0, core.load
+    gate = Gate(core.grammars, link)
     messages: Iterable[Message] = early
     while True:
-        accepted, failed, finished = _take(core, messages)
+        accepted, failed, finished = _take(core, gate.passing(messages))
         if accepted or failed or finished or core.load != told:
             told = core.load
             link.send(Step(step, told, accepted, finished, failed))
@@ -126,7 +128,7 @@ def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
             told = core.load
             link.send(Step(step, told, deltas=deltas))
         if not core.busy:
-            core.wait(link)
+            core.wait(gate)
         messages = link.receive(0)
 
 

@@ -178,6 +178,7 @@ def _core(
 ) -> EngineCore:
     from engine.channel import PlanHub
     from engine.core import EngineCore
+    from engine.grammar import Grammars
     from engine.scheduler import Scheduler
     from engine.validation import Limits
 
@@ -191,4 +192,5 @@ def _core(
         engine.max_running,
     )
     assert hub is None or isinstance(hub, PlanHub)
-    return EngineCore(Scheduler(limits, epoch=engine.epoch, depth=engine.pp), runner, hub, sampler)
+    grammars = Grammars(engine.model, config.vocab_size, config.eos_token_ids)
+    return EngineCore(Scheduler(limits, epoch=engine.epoch, depth=engine.pp), runner, hub, sampler, grammars)
