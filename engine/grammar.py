@@ -104,6 +104,8 @@ class Grammars:
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
         self._thread: threading.Thread | None = None
+        self._compiler: Compiler | None = None  # the thread's, but for its `abort`
+        self._closed = False
 
     def fileno(self) -> int:
         """Readable when a grammar has been compiled or refused."""
@@ -151,9 +153,13 @@ class Grammars:
 
     def close(self) -> None:
         """End the process that compiles."""
+        self._closed = True
         self._jobs.put(None)
+        if self._compiler is not None:
+            self._compiler.abort()
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
         self._woken.close()
         self._wake.close()
 
@@ -177,19 +183,17 @@ class Grammars:
 
     def _work(self) -> None:
         """The thread: one grammar after the other."""
-        compiler: Compiler | None = None
-        try:
-            while (grammar := self._jobs.get()) is not None:
-                verdict: Any
-                try:
+        while (grammar := self._jobs.get()) is not None and not self._closed:
+            verdict: Any
+            try:
+                if self._compiler is None:
                     from engine.grammar_compiler import Compiler
 
-                    compiler = compiler or Compiler(self._model, self._vocab_size, self._eos)
-                    verdict = compiler.compile(grammar)
-                except RequestError as error:
-                    verdict = error
-                self._done.put((grammar, verdict))
-                self._wake.send(b"\0")
-        finally:
-            if compiler is not None:
-                compiler.close()
+                    self._compiler = Compiler(self._model, self._vocab_size, self._eos)
+                verdict = self._compiler.compile(grammar)
+            except RequestError as error:
+                verdict = error
+            self._done.put((grammar, verdict))
+            self._wake.send(b"\0")
+        if self._compiler is not None:
+            self._compiler.close()

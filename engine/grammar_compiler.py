@@ -31,6 +31,7 @@ class Compiler:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._tokenizer_info: Any = None
+        self._aborted = False
 
     def compile(self, grammar: Grammar) -> Any:
         """What matchers need of a grammar.
@@ -57,6 +58,13 @@ class Compiler:
             raise _too_complex()
         return xgrammar.CompiledGrammar.deserialize_json(text, self._tokenizer_info)
 
+    def abort(self) -> None:
+        """From another thread: have `compile` give up soon, for good."""
+        self._aborted = True
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process."""
         if self._connection is not None:
@@ -77,6 +85,8 @@ class Compiler:
         with theirs:
             command = [sys.executable, "-m", "engine.grammar_process", "--fd", str(theirs.fileno())]
             self._process = subprocess.Popen([*command, *self._arguments], pass_fds=[theirs.fileno()])
+        if self._aborted:
+            self._process.kill()
         ours.settimeout(_PATIENCE_S)
         self._connection = ours
         try:

@@ -6,11 +6,17 @@ import math
 from dataclasses import dataclass
 
 from engine.errors import RequestError
+from engine.grammar import check as check_grammar
 from engine.prompt_length import too_many_tokens
 from engine.request import Request, SamplingParams
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0  # of presence and frequency, either way
+MAX_BIAS = 100.0  # either way
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 1024
+MAX_PROMPT_LOGPROBS = 100_000  # of all a prompt's tokens together: they travel in one message
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ def validate(request: Request, limits: Limits) -> None:
 
     Raises:
         RequestError: with the reason EMPTY_PROMPT, PROMPT_TOO_LONG, MAX_TOKENS_TOO_LARGE,
-            INVALID_TOKEN_ID or INVALID_ARGUMENT.
+            INVALID_TOKEN_ID, INVALID_GRAMMAR or INVALID_ARGUMENT.
     """
     length = len(request.prompt_ids)
     if length == 0:
@@ -58,10 +64,13 @@ def validate(request: Request, limits: Limits) -> None:
     _validate_ids(request, limits)
     _validate_choices(request)
     _validate_sampling(request.sampling)
+    _validate_rules(request, limits)
 
 
 def _validate_ids(request: Request, limits: Limits) -> None:
-    for ids in (request.prompt_ids, request.stop_token_ids, *request.prior):
+    biased = tuple(token for token, _ in request.sampling.logit_bias)
+    bad_words = request.sampling.bad_words
+    for ids in (request.prompt_ids, request.stop_token_ids, biased, *bad_words, *request.prior):
         bad = next((token for token in ids if not 0 <= token < limits.vocab_size), None)
         if bad is not None:
             raise RequestError(
@@ -74,6 +83,18 @@ def _validate_choices(request: Request) -> None:
         raise _invalid(f"n must be between 1 and {MAX_CHOICES}, not {request.n}")
     if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
         raise _invalid(f"logprobs must be between 0 and {MAX_LOGPROBS}, not {request.logprobs}")
+    if request.prompt_logprobs is not None:
+        if not 0 <= request.prompt_logprobs <= MAX_LOGPROBS:
+            raise _invalid(
+                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {request.prompt_logprobs}"
+            )
+        if len(request.prompt_ids) * (request.prompt_logprobs + 1) > MAX_PROMPT_LOGPROBS:
+            raise _invalid(
+                f"prompt_logprobs of {len(request.prompt_ids)} tokens with {request.prompt_logprobs} "
+                f"alternatives each are more than {MAX_PROMPT_LOGPROBS}"
+            )
+    if not -(2**31) <= request.priority < 2**31:
+        raise _invalid(f"priority must be a 32-bit number, not {request.priority}")
     for name, values in (("prior", request.prior), ("finished", request.finished)):
         if values and len(values) != request.n:
             raise _invalid(f"{name} has {len(values)} entries for {request.n} choices")
@@ -90,6 +111,33 @@ def _validate_sampling(sampling: SamplingParams) -> None:
         raise _invalid(f"min_p must be between 0 and 1, not {sampling.min_p}")
     if not 0 <= sampling.seed < 2**64:
         raise _invalid(f"seed must be at least 0 and below 2**64, not {sampling.seed}")
+
+
+def _validate_rules(request: Request, limits: Limits) -> None:
+    sampling = request.sampling
+    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
+        raise _invalid(f"repetition_penalty must be above 0, not {sampling.repetition_penalty}")
+    for name, penalty in (
+        ("presence_penalty", sampling.presence_penalty),
+        ("frequency_penalty", sampling.frequency_penalty),
+    ):
+        if not -MAX_PENALTY <= penalty <= MAX_PENALTY:
+            raise _invalid(f"{name} must be between -{MAX_PENALTY:g} and {MAX_PENALTY:g}, not {penalty}")
+    tokens = [token for token, _ in sampling.logit_bias]
+    if len(set(tokens)) != len(tokens):
+        raise _invalid("logit_bias has a token twice")
+    if len(tokens) > MAX_BIASES:
+        raise _invalid(f"logit_bias must have at most {MAX_BIASES} tokens, not {len(tokens)}")
+    for _, bias in sampling.logit_bias:
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise _invalid(f"logit_bias must be between -{MAX_BIAS:g} and {MAX_BIAS:g}, not {bias}")
+    most = request.max_tokens or limits.max_model_len - len(request.prompt_ids)
+    if not 0 <= sampling.min_tokens <= most:
+        raise _invalid(f"min_tokens must be between 0 and max_tokens {most}, not {sampling.min_tokens}")
+    if not all(sampling.bad_words) or len(sampling.bad_words) > MAX_BAD_WORDS:
+        raise _invalid(f"bad_words must be at most {MAX_BAD_WORDS}, none of them empty")
+    if sampling.grammar is not None:
+        check_grammar(sampling.grammar)
 
 
 def _invalid(message: str) -> RequestError:

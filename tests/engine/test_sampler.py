@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.plan import StepPlan
 from engine.request import SamplingParams
-from engine.sampler import Draw, draw_tokens, gumbel, sample, truncate
+from engine.sampler import Draw, PromptRows, Sampler, draw_tokens, gumbel, score_prompts, truncate
 
 CPU = torch.device("cpu")
 VOCABULARY = 50
@@ -155,7 +156,8 @@ def test_rows_of_one_batch_keep_their_own_parameters() -> None:
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     rows = logits(2)
     hot = SamplingParams(temperature=5.0, top_k=40, seed=3)
-    sampled = sample(7, rows, [Draw(hot, 0, 0, logprobs=3), Draw(hot, 0, 1, logprobs=None)])
+    draws = [Draw(hot, 0, 0, logprobs=3), Draw(hot, 0, 1, logprobs=None)]
+    sampled = Sampler().sample(StepPlan(1, 7), rows, draws)
     entry, nothing = sampled.logprobs
     assert nothing is None
     assert entry is not None
@@ -168,10 +170,28 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 
 
 def test_logprobs_without_alternatives_have_the_chosen_token_alone() -> None:
-    (entry,) = sample(1, logits(1), [Draw(SamplingParams(), 0, 0, logprobs=0)]).logprobs
+    draws = [Draw(SamplingParams(), 0, 0, logprobs=0)]
+    (entry,) = Sampler().sample(StepPlan(1, 1), logits(1), draws).logprobs
     assert entry is not None
     assert entry.top == ()
 
 
-def test_padding_rows_draw_nothing() -> None:
-    assert len(sample(1, logits(16), [Draw(SamplingParams(), 0, 0)]).token_ids) == 1
+def test_a_prompt_is_scored_a_few_rows_at_a_time() -> None:
+    rows = logits(200)
+    asked: list[int] = []
+
+    def some(asked_rows: torch.Tensor) -> torch.Tensor:
+        asked.append(len(asked_rows))
+        return rows[asked_rows]
+
+    targets = tuple(range(50)) * 3
+    (scored,) = score_prompts([PromptRows(4, 20, targets, 2)], some)
+    assert scored.row == 4
+    assert sum(asked) == len(targets)
+    assert max(asked) <= 64
+    raw = rows[20:170].log_softmax(-1)
+    assert [entry.chosen.token_id for entry in scored.positions] == list(targets)
+    assert [entry.chosen.logprob for entry in scored.positions] == [
+        raw[i, t].item() for i, t in enumerate(targets)
+    ]
+    assert [len(entry.top) for entry in scored.positions] == [2] * len(targets)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import RequestError
-from engine.request import Request, SamplingParams
+from engine.request import Grammar, Request, SamplingParams
 from engine.validation import Limits, validate
 
 LIMITS = Limits(vocab_size=100, max_model_len=32, kv_blocks=2, block_size=16)
@@ -47,6 +47,24 @@ def sampling(**fields: Any) -> dict[str, Any]:
         (sampling(min_p=1.1), "INVALID_ARGUMENT"),
         (sampling(seed=-1), "INVALID_ARGUMENT"),
         (sampling(seed=2**64), "INVALID_ARGUMENT"),
+        (sampling(repetition_penalty=0.0), "INVALID_ARGUMENT"),
+        (sampling(repetition_penalty=math.inf), "INVALID_ARGUMENT"),
+        (sampling(presence_penalty=2.1), "INVALID_ARGUMENT"),
+        (sampling(presence_penalty=math.nan), "INVALID_ARGUMENT"),
+        (sampling(frequency_penalty=-2.1), "INVALID_ARGUMENT"),
+        (sampling(logit_bias=((1, 100.5),)), "INVALID_ARGUMENT"),
+        (sampling(logit_bias=((1, math.nan),)), "INVALID_ARGUMENT"),
+        (sampling(logit_bias=((1, 1.0), (1, 2.0))), "INVALID_ARGUMENT"),
+        (sampling(logit_bias=((100, 1.0),)), "INVALID_TOKEN_ID"),
+        (sampling(min_tokens=-1), "INVALID_ARGUMENT"),
+        (sampling(min_tokens=5), "INVALID_ARGUMENT"),
+        ({"max_tokens": 0} | sampling(min_tokens=30), "INVALID_ARGUMENT"),
+        (sampling(bad_words=((),)), "INVALID_ARGUMENT"),
+        (sampling(bad_words=((1, 100),)), "INVALID_TOKEN_ID"),
+        (sampling(grammar=Grammar("regex", "")), "INVALID_GRAMMAR"),
+        ({"prompt_logprobs": 21}, "INVALID_ARGUMENT"),
+        ({"prompt_logprobs": -1}, "INVALID_ARGUMENT"),
+        ({"priority": 2**31}, "INVALID_ARGUMENT"),
     ],
 )
 def test_refused(fields: dict[str, Any], reason: str) -> None:
@@ -64,6 +82,9 @@ def test_refused(fields: dict[str, Any], reason: str) -> None:
         {"n": 128, "logprobs": 20},
         sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=2**64 - 1),
         sampling(top_p=1e-9, min_p=1.0),
+        sampling(repetition_penalty=1e-3, presence_penalty=-2.0, frequency_penalty=2.0),
+        sampling(logit_bias=((0, -100.0), (99, 100.0)), min_tokens=4, bad_words=((0,), (99, 1))),
+        {"prompt_logprobs": 20, "priority": -5} | sampling(grammar=Grammar("json_object")),
     ],
 )
 def test_passed(fields: dict[str, Any]) -> None:
@@ -73,3 +94,9 @@ def test_passed(fields: dict[str, Any]) -> None:
 def test_limits_hold_a_sequence_of_the_greatest_length() -> None:
     with pytest.raises(ValueError, match="cannot hold"):
         Limits(vocab_size=100, max_model_len=33, kv_blocks=2, block_size=16)
+
+
+def test_more_log_probabilities_than_one_message_holds_are_refused() -> None:
+    limits = Limits(vocab_size=100, max_model_len=200_000, kv_blocks=12_500)
+    with pytest.raises(RequestError, match="100000"):
+        validate(replace(GOOD, prompt_ids=(1,) * 50_000, prompt_logprobs=2), limits)
