@@ -143,6 +143,8 @@ class Grammars:
         self._verdicts.move_to_end(grammar)
         compiled = self._verdicts[grammar]
         if isinstance(compiled, RequestError):
+            if compiled.reason == "GRAMMAR_UNAVAILABLE":
+                del self._verdicts[grammar]  # of the moment, perhaps
             raise RequestError(compiled.reason, compiled.message)
         stops = sorted({*self._eos, *request.stop_token_ids})
         if not stops:

@@ -91,7 +91,11 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_S, resource.RLIM_INFINITY))
         try:
             send(connection, COMPILED, _compile(compiler, Grammar(*json.loads(text))).serialize_json())
+        except MemoryError:
+            return
         except RuntimeError as error:
+            if "bad_alloc" in str(error):
+                return
             send(connection, REFUSED, _explanation(error))
 
 

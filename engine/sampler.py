@@ -76,7 +76,9 @@ class Sampler:
         for draw, token in zip(draws, token_ids, strict=True):
             self._rules.drawn(draw.handle, token)
         wanted = [draw.logprobs for draw in draws]
-        return Sampled(plan.step, token_ids, log_probabilities(logits_SV, token_ids_S, wanted), prompt_logprobs)
+        return Sampled(
+            plan.step, token_ids, log_probabilities(logits_SV, token_ids_S, wanted), prompt_logprobs
+        )
 
 
 def score_prompts(
