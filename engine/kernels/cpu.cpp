@@ -386,10 +386,11 @@ inline void pack_rows_bf16(const LinearCall& c, float* to, long row, long M) {
 #define FOR_MORE_ROWS(CALL)
 #endif
 
+long calls;  // one count for all formats: they share the threads' scratch memory
+
 // Rows are taken in passes that fit the cache, each cut into equal register tiles; threads take columns.
 template <class W>
 void linear(const LinearCall& c, int threads) {
-  static long calls;
   const long call = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
   const long units = c.gated ? ceil_div(c.N, V) : ceil_div(c.N, 2 * V);
   const long grain = units >= 64 * threads ? 4 : units >= 16 * threads ? 2 : 1, items = ceil_div(units, grain);
