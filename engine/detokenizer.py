@@ -59,11 +59,14 @@ class StopCutter:
         self._stop = tuple(text for text in stop if text)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that is safe to show, and whether a stop text was completed."""
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
+        """Text that is safe to show, and whether a stop text was completed.
+
+        Unless `may_stop`, stop texts that `text` completes count for nothing.
+        """
         text = self._held + text
         first = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
-        if first is not None:
+        if first is not None and may_stop:
             self._held = ""
             return text[:first], True
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
@@ -77,21 +80,24 @@ class StopCutter:
 
 
 class ChoiceText:
-    """One choice's text. `stopped` once a stop text has been completed."""
+    """One choice's text. `stopped` once a stop text has been completed after `min_tokens` tokens."""
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
         self._cutter = StopCutter(stop)
+        self._too_early = min_tokens  # tokens to come that complete no stop text
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that this token makes visible."""
-        text, self.stopped = self._cutter.push(self._detokenizer.push(token_id))
+        may_stop = self._too_early == 0
+        self._too_early -= not may_stop
+        text, self.stopped = self._cutter.push(self._detokenizer.push(token_id), may_stop=may_stop)
         return text
 
     def flush(self) -> str:
         """The rest, when the choice ends without a stop text; the rest may still complete one."""
-        text, self.stopped = self._cutter.push(self._detokenizer.flush())
+        text, self.stopped = self._cutter.push(self._detokenizer.flush(), may_stop=self._too_early == 0)
         return text if self.stopped else text + self._cutter.flush()
 
 

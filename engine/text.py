@@ -73,6 +73,15 @@ class Tokenizer:
             raise RequestError("INVALID_ARGUMENT", f"the chat template refuses this: {error}") from error
         return tuple(ids)
 
+    def encode_word(self, word: str) -> list[tuple[int, ...]]:
+        """Token ids of a word as it is, and after a space where that is spelled with another first token."""
+        bare = word.lstrip()
+        spellings = [self._tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}")]
+        alone, spaced = map(tuple, spellings)
+        if len(spaced) == len(alone) and spaced[:1] != alone[:1]:
+            return [alone, spaced]
+        return [alone]
+
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens without special ones."""
         return str(
@@ -108,10 +117,12 @@ class TextService:
 
     def _encode(self, message: Encode) -> Encoded | NotEncoded:
         try:
+            ids: tuple[int, ...] = ()
             if message.text is not None:
                 ids = self._tokenizer.encode(message.text)
-            else:
+            elif message.messages:
                 ids = self._tokenizer.encode_chat(message.messages)
+            words = [ids for word in message.bad_words for ids in self._tokenizer.encode_word(word)]
         except RequestError as error:
             return NotEncoded(Refusal(message.id, error.reason, error.message))
         except (KeyboardInterrupt, SystemExit):
@@ -124,10 +135,11 @@ class TextService:
         if 0 < message.max_model_len <= len(ids):
             explanation = too_many_tokens(len(ids), message.max_model_len)
             return NotEncoded(Refusal(message.id, "PROMPT_TOO_LONG", explanation))
-        return Encoded(message.id, ids)
+        return Encoded(message.id, ids, tuple(words))
 
     def _track(self, message: Track, choice: int) -> ChoiceText:
-        text = ChoiceText(Detokenizer(self._tokenizer.decode, self._tokenizer.context), message.stop)
+        detokenizer = Detokenizer(self._tokenizer.decode, self._tokenizer.context)
+        text = ChoiceText(detokenizer, message.stop, message.min_tokens)
         for token_id in message.prior[choice] if message.prior else ():
             text.push(token_id)
         return text
@@ -151,6 +163,7 @@ class TextService:
             token_ids=delta.token_ids[:count],
             pieces=tuple(pieces),
             logprobs=tuple(map(self._with_texts, delta.logprobs[:count])),
+            prompt_logprobs=tuple(map(self._with_texts, delta.prompt_logprobs)),
             finish="stop" if text.stopped else delta.finish,
         )
 

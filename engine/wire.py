@@ -123,15 +123,17 @@ class StartText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a text, or a conversation of (role, content) pairs by the model's chat template.
+    """Tokenise a text, or a conversation of (role, content) pairs by the model's chat template, or neither.
 
-    `max_model_len` tokens or more are refused as PROMPT_TOO_LONG; 0 is no limit.
+    `max_model_len` tokens or more are refused as PROMPT_TOO_LONG; 0 is no limit. Beside it, tokenise words
+    as an output may spell them: at its beginning and after a space.
     """
 
     id: str
     text: str | None = None
     messages: tuple[tuple[str, str], ...] = ()
     max_model_len: int = 0
+    bad_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +141,15 @@ class Track:
     """Follow a request's choices: deltas of untracked ids pass through without text.
 
     `prior` is what earlier attempts generated per choice; its text has been delivered and only
-    the decoder's state is rebuilt from it.
+    the decoder's state is rebuilt from it. A stop text counts if it ends in the text of a token after
+    the first `min_tokens`.
     """
 
     id: str
     n: int
     prior: tuple[tuple[int, ...], ...] = ()
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +175,11 @@ class TextReady:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The answer to `Encode`."""
+    """The answer to `Encode`. `bad_words` has every spelling of every word."""
 
     id: str
     token_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
