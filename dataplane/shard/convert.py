@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from engine import request as engine
@@ -16,21 +17,44 @@ _FINISH = {
 }
 
 
-def to_request(id: str, submit: shard_pb2.Submit, prompt_ids: tuple[int, ...]) -> engine.Request:
-    """What the engine is asked for. Fields that the gateway left unset keep their defaults."""
+# Fields of Sampling that the engine has by the same name and as the same value.
+_AS_IT_IS = (
+    "temperature", "top_k", "top_p", "min_p", "seed",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+def to_request(
+    id: str,
+    submit: shard_pb2.Submit,
+    prompt_ids: tuple[int, ...],
+    bad_words: tuple[tuple[int, ...], ...] = (),
+) -> engine.Request:
+    """What the engine is asked for. Fields that the gateway left unset keep their defaults.
+
+    `bad_words` are the submit's, tokenised.
+    """
     sampling, stopping = submit.sampling, submit.stopping
-    given = {field.name: value for field, value in sampling.ListFields()}
+    given = {name: getattr(sampling, name) for name in _AS_IT_IS if sampling.HasField(name)}
     limit = {"max_tokens": stopping.max_tokens} if stopping.HasField("max_tokens") else {}
     return engine.Request(
         id=id,
         prompt_ids=prompt_ids,
-        sampling=engine.SamplingParams(**given),
+        sampling=engine.SamplingParams(
+            **given,
+            logit_bias=tuple(sorted(sampling.logit_bias.items())),
+            min_tokens=stopping.min_tokens,
+            bad_words=bad_words,
+            grammar=_to_grammar(sampling.grammar) if sampling.HasField("grammar") else None,
+        ),
         stop_token_ids=tuple(stopping.stop_token_ids),
         ignore_eos=stopping.ignore_eos,
         n=submit.n,
         logprobs=submit.logprobs if submit.HasField("logprobs") else None,
         prior=prior_ids(submit),
         finished=tuple(prior.finished for prior in submit.prior),
+        prompt_logprobs=submit.prompt_logprobs if submit.HasField("prompt_logprobs") else None,
+        priority=submit.priority,
         **limit,
     )
 
@@ -38,6 +62,18 @@ def to_request(id: str, submit: shard_pb2.Submit, prompt_ids: tuple[int, ...]) -
 def prior_ids(submit: shard_pb2.Submit) -> tuple[tuple[int, ...], ...]:
     """What earlier attempts generated, per choice; empty at the first attempt."""
     return tuple(tuple(prior.token_ids) for prior in submit.prior)
+
+
+def _to_grammar(grammar: types_pb2.Grammar) -> engine.Grammar:
+    match grammar.WhichOneof("source"):
+        case "json_schema":
+            return engine.Grammar("json_schema", grammar.json_schema)
+        case "json_object":
+            return engine.Grammar("json_object")
+        case "choice":
+            return engine.Grammar("choice", json.dumps(list(grammar.choice.texts)))
+        case _:
+            return engine.Grammar("regex", grammar.regex)
 
 
 def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.Delta:
@@ -51,6 +87,7 @@ def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.De
         pieces=delta.pieces,
         logprobs=[_to_position(position) for position in delta.logprobs],
         finish_reason=_FINISH[delta.finish],
+        prompt_logprobs=[_to_position(position) for position in delta.prompt_logprobs],
     )
 
 

@@ -155,15 +155,19 @@ class RequestBook:
         book.attempts[key] = self._attempts[attempt.id] = attempt
         if attempt.deadline is not None:
             heapq.heappush(self._deadlines, (attempt.deadline, attempt.id))
-        longest = self._model.max_model_len
+        longest, words = self._model.max_model_len, tuple(submit.sampling.bad_words)
         match submit.WhichOneof("prompt"):
             case "token_ids":
+                if words:
+                    return [ToText(Encode(attempt.id, bad_words=words))]
                 return self._queue(attempt, tuple(submit.token_ids.ids))
             case "chat":
                 messages = tuple((message.role, message.content) for message in submit.chat.messages)
-                return [ToText(Encode(attempt.id, messages=messages, max_model_len=longest))]
+                encode = Encode(attempt.id, messages=messages, max_model_len=longest, bad_words=words)
+                return [ToText(encode)]
             case _:
-                return [ToText(Encode(attempt.id, text=submit.text, max_model_len=longest))]
+                encode = Encode(attempt.id, text=submit.text, max_model_len=longest, bad_words=words)
+                return [ToText(encode)]
 
     def cancel(self, stream: int, request_id: str, attempt: int) -> list[Instruction]:
         """End an attempt, or remember that it must not start. Idempotent."""
@@ -201,11 +205,12 @@ class RequestBook:
             return []
         if isinstance(answer, NotEncoded):
             return self._fail(attempt, answer.refusal.reason, answer.refusal.message)
+        ids = tuple(attempt.submit.token_ids.ids) or answer.token_ids
         try:
-            admission.check_length(len(answer.token_ids), self._model)
+            admission.check_length(len(ids), self._model)
         except PhalanxError as error:
             return self._fail(attempt, error.reason, error.message)
-        return self._queue(attempt, answer.token_ids)
+        return self._queue(attempt, ids, answer.bad_words)
 
     def generated(self, step: Step) -> list[Instruction]:
         """A step of the engine, on its way through the text process."""
@@ -253,13 +258,16 @@ class RequestBook:
             assert self._attempts[attempt.id] is attempt, "an id names one attempt"
             assert attempt.live, "an attempt with no live choice is forgotten"
 
-    def _queue(self, attempt: _Attempt, prompt_ids: tuple[int, ...]) -> list[Instruction]:
+    def _queue(
+        self, attempt: _Attempt, prompt_ids: tuple[int, ...], bad_words: tuple[tuple[int, ...], ...] = ()
+    ) -> list[Instruction]:
         attempt.prompt_ids = prompt_ids
         submit = attempt.submit
         prior = convert.prior_ids(submit)
         # Tracked first: the text process must know the choices before their first tokens pass.
-        track = Track(attempt.id, submit.n, prior, tuple(submit.stopping.stop))
-        request = convert.to_request(attempt.id, submit, prompt_ids)
+        stopping = submit.stopping
+        track = Track(attempt.id, submit.n, prior, tuple(stopping.stop), stopping.min_tokens)
+        request = convert.to_request(attempt.id, submit, prompt_ids, bad_words)
         return [ToText(track), ToEngine(SubmitRequest(request))]
 
     def _advance(self, attempt: _Attempt, delta: Delta) -> list[Instruction]:
