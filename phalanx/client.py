@@ -7,7 +7,7 @@ async with Client("127.0.0.1:8001") as client:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -47,24 +47,54 @@ class Client:
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        bad_words: Sequence[str] = (),
+        json_schema: str | None = None,
+        regex: str | None = None,
+        min_tokens: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         n: int = 1,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Stream the completion of a text or of token ids: Started, Chunks, Finished.
 
-        Parameters left out take the defaults that types.proto documents.
+        Parameters left out take the defaults that types.proto documents. Of `json_schema`, as JSON text,
+        and `regex` one can be given.
         """
+        if json_schema is not None and regex is not None:
+            raise ValueError("json_schema and regex exclude each other")
+        grammar = None
+        if json_schema is not None or regex is not None:
+            grammar = types_pb2.Grammar(json_schema=json_schema, regex=regex)
         request = inference_pb2.GenerateRequest(
             model=model,
             sampling=types_pb2.Sampling(
-                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                seed=seed,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+                bad_words=bad_words,
+                grammar=grammar,
             ),
-            stopping=types_pb2.Stopping(max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos),
+            stopping=types_pb2.Stopping(
+                max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, min_tokens=min_tokens
+            ),
             n=n,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            priority=priority,
         )
         if isinstance(prompt, str):
             request.text = prompt

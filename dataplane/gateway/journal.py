@@ -47,6 +47,7 @@ class Chunk:
     logprobs: Sequence[types_pb2.PositionLogprobs]
     finish: types_pb2.FinishReason.ValueType
     cursor: Cursor
+    prompt_logprobs: Sequence[types_pb2.PositionLogprobs] = ()
 
     @property
     def text(self) -> str:
@@ -82,6 +83,7 @@ class Journal:
         self.fruitless = 0  # attempts lost in a row without a token
         self.error: PhalanxError | None = None
         self.duplicates = 0
+        self.prompt_logprobs: Sequence[types_pb2.PositionLogprobs] = ()
         self._budget = 0  # output tokens per choice, known at acceptance
         self._eos: Sequence[int] = ()
 
@@ -146,6 +148,8 @@ class Journal:
             submit.stopping.max_tokens = self._budget
             for choice in self.choices:
                 submit.prior.add(token_ids=choice.token_ids, finished=choice.finish != UNFINISHED)
+        if self.prompt_logprobs:
+            submit.ClearField("prompt_logprobs")
         return submit
 
     def is_current(self, attempt: int) -> bool:
@@ -182,6 +186,7 @@ class Journal:
         choice.pieces += delta.pieces[known:]
         choice.logprobs += delta.logprobs[known:]
         choice.finish = delta.finish_reason
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         if self.finished:
             self.attempt = None
         return True
@@ -240,6 +245,7 @@ class Journal:
                         choice.logprobs[begin:],
                         choice.finish,
                         cursor,
+                        self.prompt_logprobs if number == begin == 0 else (),
                     )
                 )
         return chunks

@@ -6,9 +6,9 @@ import math
 import secrets
 
 from dataplane.gateway.journal import Journal
-from engine.validation import MAX_LOGPROBS
+from engine.validation import MAX_BAD_WORDS, MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import inference_pb2, shard_pb2
+from phalanx.v1 import inference_pb2, shard_pb2, types_pb2
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -37,6 +37,11 @@ def journal_for(request: inference_pb2.GenerateRequest) -> Journal:
         if request.logprobs > MAX_LOGPROBS:
             raise _invalid("logprobs", f"must be at most {MAX_LOGPROBS}")
         submit.logprobs = request.logprobs
+    if request.HasField("prompt_logprobs"):
+        if request.prompt_logprobs > MAX_LOGPROBS:
+            raise _invalid("prompt_logprobs", f"must be at most {MAX_LOGPROBS}")
+        submit.prompt_logprobs = request.prompt_logprobs
+    submit.priority = request.priority
     return Journal(request.model, submit)
 
 
@@ -70,6 +75,33 @@ def _copy_sampling(request: inference_pb2.GenerateRequest, submit: shard_pb2.Sub
         raise _invalid("top_p", "must be greater than 0 and at most 1")
     if not 0 <= sampling.min_p <= 1:
         raise _invalid("min_p", "must be between 0 and 1")
+    _copy_rules(given, sampling)
+
+
+def _copy_rules(given: types_pb2.Sampling, sampling: types_pb2.Sampling) -> None:
+    sampling.repetition_penalty = given.repetition_penalty if given.HasField("repetition_penalty") else 1.0
+    sampling.presence_penalty = given.presence_penalty
+    sampling.frequency_penalty = given.frequency_penalty
+    sampling.bad_words[:] = given.bad_words
+    for token, bias in given.logit_bias.items():
+        sampling.logit_bias[token] = bias
+    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
+        raise _invalid("repetition_penalty", "must be greater than 0")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not -MAX_PENALTY <= getattr(sampling, name) <= MAX_PENALTY:
+            raise _invalid(name, f"must be between -{MAX_PENALTY:g} and {MAX_PENALTY:g}")
+    biases = given.logit_bias.values()
+    if len(biases) > MAX_BIASES or not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in biases):
+        raise _invalid(
+            "logit_bias", f"must be at most {MAX_BIASES} numbers between -{MAX_BIAS:g} and {MAX_BIAS:g}"
+        )
+    # A word has two spellings at most.
+    if len(given.bad_words) > MAX_BAD_WORDS // 2 or not all(word.strip() for word in given.bad_words):
+        raise _invalid("bad_words", f"must be at most {MAX_BAD_WORDS // 2} texts, none of them blank")
+    if given.HasField("grammar"):
+        if given.grammar.WhichOneof("source") is None:
+            raise _invalid("grammar", "must have a source")
+        sampling.grammar.CopyFrom(given.grammar)
 
 
 def _copy_stopping(request: inference_pb2.GenerateRequest, submit: shard_pb2.Submit) -> None:
@@ -79,6 +111,8 @@ def _copy_stopping(request: inference_pb2.GenerateRequest, submit: shard_pb2.Sub
         stopping.max_tokens = 0 if request.WhichOneof("prompt") == "chat" else DEFAULT_MAX_TOKENS
     elif given.max_tokens == 0:
         raise _invalid("max_tokens", "must be at least 1")
+    if stopping.max_tokens and stopping.min_tokens > stopping.max_tokens:
+        raise _invalid("min_tokens", f"must be at most max_tokens, which is {stopping.max_tokens}")
     if len(given.stop) > MAX_STOPS or not all(given.stop):
         raise _invalid("stop", f"must be at most {MAX_STOPS} texts, none of them empty")
 

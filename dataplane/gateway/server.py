@@ -157,6 +157,7 @@ def _chunk(journal: Journal, chunk: Chunk) -> inference_pb2.GenerateResponse:
             text=chunk.text,
             logprobs=chunk.logprobs,
             finish_reason=chunk.finish,
+            prompt_logprobs=chunk.prompt_logprobs,
         ),
     )
 
