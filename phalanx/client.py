@@ -71,8 +71,10 @@ class Client:
         if json_schema is not None and regex is not None:
             raise ValueError("json_schema and regex exclude each other")
         grammar = None
-        if json_schema is not None or regex is not None:
-            grammar = types_pb2.Grammar(json_schema=json_schema, regex=regex)
+        if json_schema is not None:
+            grammar = types_pb2.Grammar(json_schema=json_schema)
+        elif regex is not None:
+            grammar = types_pb2.Grammar(regex=regex)
         request = inference_pb2.GenerateRequest(
             model=model,
             sampling=types_pb2.Sampling(

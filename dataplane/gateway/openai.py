@@ -1,13 +1,14 @@
 """The OpenAI-shaped JSON: requests into GenerateRequest, chunks into completion objects.
 
-Field names are those of the OpenAI API reference; beside them stand `top_k`, `min_p`, `ignore_eos`,
-`stop_token_ids` and `return_token_ids`, as other servers of open models name them.
+Field names are those of the OpenAI API reference; beside them stand `top_k`, `min_p`, `repetition_penalty`,
+`min_tokens`, `bad_words`, `structured_outputs`, `prompt_logprobs`, `priority`, `ignore_eos`, `stop_token_ids`
+and `return_token_ids`, as other servers of open models name them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import msgspec
 
@@ -17,6 +18,10 @@ from phalanx.v1 import inference_pb2, types_pb2
 
 Json = dict[str, Any]
 
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "seed",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 _FINISH = {
     types_pb2.FINISH_REASON_UNSPECIFIED: None,
     types_pb2.FINISH_REASON_STOP: "stop",
@@ -44,6 +49,31 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
 
 
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, rename={"schema_": "schema"}):
+    """A named JSON Schema. `strict` changes nothing: answers always match."""
+
+    name: str
+    schema_: Json
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """What the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """What the answer must match, one of these. A JSON Schema may be given as an object or as text."""
+
+    json: Json | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+
+
 class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str
     max_tokens: int | None = None
@@ -60,10 +90,19 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     user: str | None = None
-    # Known, and refused unless they change nothing.
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    bad_words: list[str] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Json | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
 
 
 class CompletionRequest(_Common, forbid_unknown_fields=True, kw_only=True):
@@ -106,14 +145,10 @@ def to_generate(request: CompletionRequest | ChatRequest) -> inference_pb2.Gener
 
 
 def _refuse_unsupported(request: CompletionRequest | ChatRequest) -> None:
-    refused: Json = {
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "logit_bias": request.logit_bias,
-    }
-    if isinstance(request, CompletionRequest):
-        best_of = request.best_of if request.best_of != (request.n or 1) else None
-        refused |= {"echo": request.echo, "best_of": best_of, "suffix": request.suffix}
+    if isinstance(request, ChatRequest):
+        return
+    best_of = request.best_of if request.best_of != (request.n or 1) else None
+    refused = {"echo": request.echo, "best_of": best_of, "suffix": request.suffix}
     for name, value in refused.items():
         if value:
             raise PhalanxError("UNSUPPORTED", f"{name} is not supported", param=name)
@@ -140,7 +175,7 @@ def _copy_prompt(request: CompletionRequest | ChatRequest, out: inference_pb2.Ge
 
 
 def _copy_parameters(request: CompletionRequest | ChatRequest, out: inference_pb2.GenerateRequest) -> None:
-    for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+    for name in _SAMPLING:
         if (value := getattr(request, name)) is not None:
             setattr(out.sampling, name, value)
     max_tokens = request.max_tokens
@@ -151,6 +186,16 @@ def _copy_parameters(request: CompletionRequest | ChatRequest, out: inference_pb
             out.logprobs = request.top_logprobs or 0
     elif request.logprobs is not None:
         out.logprobs = request.logprobs
+    for token, bias in (request.logit_bias or {}).items():
+        out.sampling.logit_bias[int(token)] = bias
+    out.sampling.bad_words[:] = request.bad_words or []
+    if (grammar := _grammar(request)) is not None:
+        out.sampling.grammar.CopyFrom(grammar)
+    if request.prompt_logprobs is not None:
+        out.prompt_logprobs = request.prompt_logprobs
+    out.priority = request.priority
+    if request.min_tokens is not None:
+        out.stopping.min_tokens = request.min_tokens
     if max_tokens is not None:
         out.stopping.max_tokens = max_tokens
     if request.n is not None:
@@ -162,6 +207,44 @@ def _copy_parameters(request: CompletionRequest | ChatRequest, out: inference_pb
     out.stopping.ignore_eos = request.ignore_eos
 
 
+def _grammar(request: CompletionRequest | ChatRequest) -> types_pb2.Grammar | None:
+    """What the answer must match, by whichever of its names it was asked for."""
+    asked = [_formatted(request.response_format), *_structured(request)]
+    grammars = [grammar for grammar in asked if grammar is not None]
+    if len(grammars) > 1:
+        raise PhalanxError("INVALID_ARGUMENT", "the answer can be made to match one thing only")
+    return grammars[0] if grammars else None
+
+
+def _formatted(wanted: ResponseFormat | None) -> types_pb2.Grammar | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return types_pb2.Grammar(json_object=types_pb2.Grammar.JsonObject())
+    if wanted.json_schema is None:
+        raise PhalanxError("INVALID_ARGUMENT", "json_schema is missing", param="response_format")
+    return types_pb2.Grammar(json_schema=_schema_text(wanted.json_schema.schema_))
+
+
+def _structured(request: CompletionRequest | ChatRequest) -> Iterator[types_pb2.Grammar]:
+    outputs = request.structured_outputs or StructuredOutputs()
+    for schema in (outputs.json, request.guided_json):
+        if schema is not None:
+            yield types_pb2.Grammar(json_schema=_schema_text(schema))
+    for regex in (outputs.regex, request.guided_regex):
+        if regex is not None:
+            yield types_pb2.Grammar(regex=regex)
+    for texts in (outputs.choice, request.guided_choice):
+        if texts is not None:
+            yield types_pb2.Grammar(choice=types_pb2.Grammar.Choice(texts=texts))
+    if outputs.json_object:
+        yield types_pb2.Grammar(json_object=types_pb2.Grammar.JsonObject())
+
+
+def _schema_text(schema: Json | str) -> str:
+    return schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
+
+
 class Shape:
     """Builds the answer's objects for one request: `chunk` while streaming, `whole` at the end."""
 
@@ -169,6 +252,7 @@ class Shape:
         self._chat = isinstance(request, ChatRequest)
         self._wants_ids = request.return_token_ids
         self._wants_logprobs = request.logprobs is not None and request.logprobs is not False
+        self._wants_prompt = request.prompt_logprobs is not None
         self._include_usage = bool(request.stream_options and request.stream_options.include_usage)
         prefix = "chatcmpl" if self._chat else "cmpl"
         self._head: Json = {"id": f"{prefix}-{request_id}", "created": created, "model": request.model}
@@ -186,6 +270,8 @@ class Shape:
         choice["logprobs"] = self._logprobs(chunk)
         if self._wants_ids:
             choice["token_ids"] = list(chunk.token_ids)
+        if self._wants_prompt and chunk.index == 0:
+            choice["prompt_logprobs"] = _prompt_logprobs(chunk)
         event = self._event([choice])
         if self._include_usage:
             event["usage"] = None
@@ -204,6 +290,8 @@ class Shape:
             choice["token_ids"] += chunk.token_ids
             choice["finish_reason"] = _FINISH[chunk.finish]
             choice["logprobs"] = _merge(choice.get("logprobs"), self._logprobs(chunk))
+            if self._wants_prompt:
+                choice.setdefault("prompt_logprobs", _prompt_logprobs(chunk))
         for choice in choices.values():
             if not self._wants_ids:
                 del choice["token_ids"]
@@ -268,6 +356,22 @@ def error_json(error: PhalanxError) -> Json:
 
 def _chat_logprob(token: types_pb2.TokenLogprob) -> Json:
     return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
+
+
+def _prompt_logprobs(chunk: Chunk) -> list[Json | None] | None:
+    """One entry per prompt token, the first without; of the first choice, the others have none."""
+    if chunk.choice > 0:
+        return None
+    return [
+        None,
+        *(
+            {
+                str(token.token_id): {"logprob": token.logprob, "decoded_token": token.text}
+                for token in (*position.top, position.chosen)
+            }
+            for position in chunk.prompt_logprobs
+        ),
+    ]
 
 
 def _merge(before: Json | None, after: Json | None) -> Json | None:

@@ -17,11 +17,8 @@ _FINISH = {
 }
 
 
-# Fields of Sampling that the engine has by the same name and as the same value.
-_AS_IT_IS = (
-    "temperature", "top_k", "top_p", "min_p", "seed",
-    "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
+# Fields of Sampling that the engine has otherwise than by the same name and value.
+_OTHERWISE = ("logit_bias", "bad_words", "grammar")
 
 
 def to_request(
@@ -35,7 +32,7 @@ def to_request(
     `bad_words` are the submit's, tokenised.
     """
     sampling, stopping = submit.sampling, submit.stopping
-    given = {name: getattr(sampling, name) for name in _AS_IT_IS if sampling.HasField(name)}
+    given = {field.name: value for field, value in sampling.ListFields() if field.name not in _OTHERWISE}
     limit = {"max_tokens": stopping.max_tokens} if stopping.HasField("max_tokens") else {}
     return engine.Request(
         id=id,
