@@ -43,11 +43,12 @@ def check_model(model: str, tp: int, pp: int) -> None:
     path = Path(model)
     if not path.is_dir():
         return
-    from engine.config import ModelConfig, check_layout, check_weights
+    from engine.config import ModelConfig, check_layout
+    from engine.locate import check_weights
 
     try:
         config = ModelConfig.load(path)
         check_layout(config, tp, pp)
-        check_weights(path)
+        check_weights(path, tp, pp)
     except ModelError as error:
         raise PhalanxError(error.reason, error.message, param="model") from error

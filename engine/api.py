@@ -5,13 +5,13 @@ Rank 0 lives in the caller's process; the others are `python -m engine.process` 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -20,8 +20,9 @@ from engine.core import EngineCore
 from engine.detokenizer import ChoiceText, Detokenizer
 from engine.errors import EngineError, ModelError
 from engine.link import Link, LinkClosedError
+from engine.progress import progress_bar
 from engine.rank import join
-from engine.request import FinishReason, PositionLogprobs, Request, SamplingParams
+from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, SamplingParams
 from engine.text import Tokenizer
 from engine.wire import EngineFailed, Rendezvous, StartEngine
 
@@ -30,7 +31,11 @@ Prompt = str | Sequence[int]
 
 @dataclass(slots=True)
 class Completion:
-    """One choice of one prompt. `text` is None when the prompts were token ids."""
+    """One choice of one prompt. `text` is None when the prompts were token ids.
+
+    `prompt_logprobs` of the first choice has an entry per prompt token after the first, where they were
+    asked for. `cached_tokens` of the prompt were computed already.
+    """
 
     prompt: int
     choice: int
@@ -38,6 +43,8 @@ class Completion:
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finish: FinishReason | None = None
     text: str | None = None
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    cached_tokens: int = 0
 
 
 class Engine:
@@ -82,37 +89,53 @@ class Engine:
         prompts: Sequence[Prompt],
         sampling: SamplingParams | None = None,
         *,
-        max_tokens: int = 16,
+        max_tokens: int | Sequence[int] = 16,
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         n: int = 1,
         logprobs: int | None = None,
-        progress: bool = False,
+        prompt_logprobs: int | None = None,
+        progress: bool | None = None,
     ) -> list[Completion]:
         """Complete every prompt `n` times over; completions come in the order of prompts, then choices.
 
+        Args:
+            prompts: texts or token ids.
+            sampling: how tokens are drawn, of all prompts alike.
+            max_tokens: of each completion; one number, or one per prompt.
+            stop_token_ids: tokens that end a completion and are its last.
+            ignore_eos: go on after the model's end of sequence.
+            n: completions of each prompt.
+            logprobs: log-probabilities of the tokens drawn, with so many alternatives.
+            prompt_logprobs: the same of the prompts' tokens.
+            progress: show a bar on standard error; None does so where that is a terminal.
+
         Raises:
             RequestError: a prompt cannot be served; nothing has been generated.
+            EngineError: BUSY, while requests of `submit` live.
         """
         core = self._running()
+        if core.busy:
+            raise EngineError("BUSY", "requests of submit() live: generate() would take their tokens")
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         tokenizer = None
         if any(isinstance(prompt, str) for prompt in prompts):
             tokenizer = self._tokenizer = self._tokenizer or Tokenizer(self._model)
-        sampling = sampling or SamplingParams()
         completions: dict[tuple[str, int], Completion] = {}
         ids = [f"request-{next(self._ids)}" for _ in prompts]
         try:
-            for index, (request_id, prompt) in enumerate(zip(ids, prompts, strict=True)):
+            for index, (request_id, prompt, limit) in enumerate(zip(ids, prompts, limits, strict=True)):
                 token_ids = tokenizer.encode(prompt) if tokenizer and isinstance(prompt, str) else prompt
                 request = Request(
                     request_id,
                     tuple(int(token) for token in token_ids),
-                    sampling,
-                    max_tokens,
+                    sampling or SamplingParams(),
+                    limit,
                     tuple(stop_token_ids),
                     ignore_eos,
                     n,
                     logprobs,
+                    prompt_logprobs=prompt_logprobs,
                 )
                 core.submit(request, time.time())
                 for choice in range(n):
@@ -125,6 +148,34 @@ class Engine:
             for completion in completions.values():
                 completion.text = _text(tokenizer, completion.token_ids)
         return list(completions.values())
+
+    def submit(self, request: Request) -> tuple[Delta, ...]:
+        """Queue a request for `step`. Returns choices whose prior output has ended already.
+
+        Raises:
+            RequestError: the request cannot be served; nothing has changed.
+        """
+        return self._running().submit(request, time.time())
+
+    def step(self) -> tuple[Delta, ...]:
+        """Run the engine, which must be `busy`, for one step; returns the new tokens."""
+        core = self._running()
+        core.launch(time.time())
+        return core.collect(time.time())[1]
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, if it lives."""
+        self._running().cancel(request_id)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request lives."""
+        return self._running().busy
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._running().load
 
     def close(self) -> None:
         """End every rank."""
@@ -151,23 +202,8 @@ class Engine:
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         link = Link(ours)
         self._children.append((process, link))
-        link.send(
-            StartEngine(
-                config.model,
-                config.tp,
-                config.pp,
-                rank,
-                config.epoch,
-                config.host,
-                device,
-                config.dtype,
-                config.max_model_len,
-                config.max_running,
-                config.kv_bytes,
-                config.threads,
-                config.quantization,
-            )
-        )
+        start = dataclasses.asdict(dataclasses.replace(config, rank=rank, device=device))
+        link.send(StartEngine(**start))
 
     def _announce(self, address: str) -> None:
         for _, link in self._children:
@@ -195,18 +231,21 @@ class Engine:
             raise EngineError("CLOSED", "the engine is closed")
         return self._core
 
-    def _run(self, core: EngineCore, completions: dict[tuple[str, int], Completion], progress: bool) -> None:
-        with _bar(len(completions), progress) as advance:
+    def _run(
+        self, core: EngineCore, completions: dict[tuple[str, int], Completion], progress: bool | None
+    ) -> None:
+        with progress_bar(len(completions), core.load, progress) as advance:
             while core.busy:
-                core.launch(time.time())
-                _, deltas = core.collect(time.time())
+                deltas = self.step()
                 for delta in deltas:
                     completion = completions[delta.id, delta.choice]
                     completion.token_ids.extend(delta.token_ids)
                     completion.logprobs.extend(delta.logprobs)
+                    completion.prompt_logprobs.extend(delta.prompt_logprobs)
+                    completion.cached_tokens += delta.cached_tokens
                     completion.finish = delta.finish
-                    if delta.finish:
-                        advance()
+                ended = sum(delta.finish is not None for delta in deltas)
+                advance(ended, sum(len(delta.token_ids) for delta in deltas), core.load)
 
 
 def _text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
@@ -221,16 +260,3 @@ def _device(device: str, rank: int) -> str:
     import torch
 
     return f"cuda:{rank % torch.cuda.device_count()}"
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Any]:
-    """A function to call for every completion that has ended."""
-    if not shown:
-        yield lambda: None
-        return
-    from rich.progress import Progress
-
-    with Progress() as bars:
-        task = bars.add_task("Completions", total=total)
-        yield lambda: bars.advance(task)

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+CONFIG_FILES = ("config.json", "generation_config.json")
+ITEM_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 _WINDOW = 64 << 10
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor's bytes are: row by row from byte `start` of a file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
 
 
 def weight_files(model_dir: str | Path) -> tuple[Path, ...]:
@@ -24,24 +42,24 @@ def weight_files(model_dir: str | Path) -> tuple[Path, ...]:
     directory = Path(model_dir)
     if not directory.is_dir():
         raise invalid_model(f"{directory} is not a directory")
-    index = read_json(directory / _INDEX)
+    index = read_json(directory / INDEX)
     if index is None:
         single = directory / "model.safetensors"
         if not single.is_file():
-            raise invalid_model(f"{directory} has no weights: neither model.safetensors nor {_INDEX}")
+            raise invalid_model(f"{directory} has no weights: neither model.safetensors nor {INDEX}")
         return (single,)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise invalid_model(f"{directory / _INDEX} has no weight_map")
+        raise invalid_model(f"{directory / INDEX} has no weight_map")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise invalid_model(f"{directory} lacks {', '.join(missing)}, which {_INDEX} names")
+        raise invalid_model(f"{directory} lacks {', '.join(missing)}, which {INDEX} names")
     return tuple(directory / name for name in names)
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file: name to dtype, shape and data_offsets.
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file by name.
 
     Raises:
         ModelError: INVALID_MODEL, when the file is cut short or is no safetensors file.
@@ -59,43 +77,58 @@ def read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise invalid_model(f"{path} is not a safetensors file")
     header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if not _is_tensor(entry):
-            raise invalid_model(f"{path} is not a safetensors file: {name} has no dtype, shape or offsets")
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < 8 + length + end:
-        raise invalid_model(f"{path} is cut short: {size} bytes of {8 + length + end}")
-    return header
+    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+    end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
+    if size < end:
+        raise invalid_model(f"{path} is cut short: {size} bytes of {end}")
+    return entries
 
 
-def _is_tensor(entry: object) -> bool:
-    match entry:
-        case {"dtype": str(), "shape": [*_], "data_offsets": [int(), int()]}:
-            return True
-    return False
+def _entry(path: Path, name: str, value: object, data: int) -> Entry:
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if all(
+            isinstance(extent, int) for extent in shape
+        ):
+            item = ITEM_SIZES.get(dtype)
+            if item is not None and end - start != item * math.prod(shape):
+                raise invalid_model(f"{name} in {path} has {end - start} bytes, which do not fit its shape")
+            return Entry(path, dtype, tuple(shape), data + start)
+    raise invalid_model(f"{path} is not a safetensors file: {name} has no dtype, shape or offsets")
 
 
-def model_hash(model_dir: str | Path) -> str:
-    """The identity of a model: its configuration, tokeniser files, and a sample of its weights.
+def write_header(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Start a safetensors file: its header, after which the bytes of the tensors follow in this order.
 
-    Of each weights file the header and three windows are read, so that it is cheap and still tells a
-    retrained model of the same shape apart.
+    Args:
+        path: the file, which is made anew.
+        tensors: name, dtype and shape of each.
     """
-    directory = Path(model_dir)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + ITEM_SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8
+    path.write_bytes(struct.pack("<Q", len(head)) + head)
+
+
+def weights_digest(files: Iterable[Path]) -> str:
+    """What tells weights apart: of each file its name, size, header and three windows.
+
+    Cheap, and still another for a retrained model of the same shape.
+    """
     digest = hashlib.sha256()
-    for name in ("config.json", "generation_config.json", *_TOKENIZER_FILES):
-        path = directory / name
-        digest.update(f"{name}\0".encode())
-        digest.update(path.read_bytes() if path.is_file() else b"-")
-    for path in weight_files(directory):
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
-        digest.update(json.dumps(read_header(path), sort_keys=True).encode())
         with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            digest.update(file.read(length))
             for offset in (0, size // 2, max(0, size - _WINDOW)):
                 file.seek(offset)
                 digest.update(file.read(_WINDOW))
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import invalid_model, read_header, read_json, weight_files
+from engine.architectures import LayerConfig, MoeConfig, architecture
+from engine.checkpoint import invalid_model, read_json
 from engine.errors import ModelError
+from engine.rope_config import RopeConfig, parse_rope
 
-ARCHITECTURES = ("LlamaForCausalLM",)
 BLOCK_SIZE = 16  # tokens per KV block
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("", "int8", "int4")
-_WEIGHT_DTYPES = ("F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding. `kind` is "default", "linear" or "llama3"; the rest belongs to the kind."""
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+LOAD_FORMATS = ("auto", "dummy")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a Llama decoder."""
+    """The shape of a decoder. `out_bias` is that of the attention's output projection."""
 
     vocab_size: int
     hidden_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -45,13 +32,40 @@ class ModelConfig:
     rms_eps: float
     rope: RopeConfig
     tied_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    out_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    layers: tuple[LayerConfig, ...]
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def kv_window(self) -> int | None:
+        """Keys, counted back from a query and with its own, that some layer looks at; None: all."""
+        windows = [layer.window for layer in self.layers if layer.window is not None]
+        return max(windows) if len(windows) == len(self.layers) else None
+
+    @property
+    def mlp_sizes(self) -> frozenset[int]:
+        """The MLP sizes in use: of dense layers, of experts, or both."""
+        return frozenset(
+            self.intermediate_size if layer.moe is None else layer.moe.intermediate_size
+            for layer in self.layers
+        )
+
     @staticmethod
-    def load(model_dir: str | Path) -> ModelConfig:
+    def load(model_dir: str | Path, max_model_len: int = 0) -> ModelConfig:
         """Read `config.json` and `generation_config.json`.
+
+        Args:
+            model_dir: the model's directory.
+            max_model_len: the longest sequence that is asked for, 0 for the model's own limit. Only longrope
+                models depend on it.
 
         Raises:
             ModelError: INVALID_MODEL, when the directory holds no model that this engine can run.
@@ -61,7 +75,7 @@ class ModelConfig:
         if raw is None:
             raise invalid_model(f"{directory} has no config.json")
         try:
-            return _parse(raw, read_json(directory / "generation_config.json") or {})
+            return _parse(raw, read_json(directory / "generation_config.json") or {}, max_model_len)
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise invalid_model(f"{directory / 'config.json'} cannot be read: {error!r}") from error
 
@@ -86,6 +100,8 @@ class EngineConfig:
     kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
     quantization: str = ""  # of weights: "", "int8" (a scale per row) or "int4" (per row and 64 columns)
+    load_format: str = "auto"  # or "dummy": random weights from config.json alone
+    check_weights: bool = False  # refuse weights that are NaN or infinite
 
     @property
     def dtype_name(self) -> str:
@@ -105,120 +121,73 @@ def check_layout(config: ModelConfig, tp: int, pp: int) -> None:
         raise _layout(f"TP {tp} does not divide the {config.num_heads} attention heads")
     if config.num_kv_heads % tp and tp % config.num_kv_heads:
         raise _layout(f"TP {tp} neither divides nor is a multiple of the {config.num_kv_heads} KV heads")
-    if config.intermediate_size % tp:
-        raise _layout(f"TP {tp} does not divide the MLP size {config.intermediate_size}")
+    for size in sorted(config.mlp_sizes):
+        if size % tp:
+            raise _layout(f"TP {tp} does not divide the MLP size {size}")
+        if size // tp % 2:
+            raise _layout(
+                f"TP {tp} leaves an odd share of the MLP size {size}, which the kernels cannot take"
+            )
     if pp > config.num_layers:
         raise _layout(f"PP {pp} is more than the {config.num_layers} layers")
 
 
-def check_weights(model_dir: str | Path) -> None:
-    """See that every tensor is there, whole and of the right shape, by the files' headers alone.
-
-    Raises:
-        ModelError: INVALID_MODEL, naming the file or tensor.
-    """
-    config = ModelConfig.load(model_dir)
-    found = {
-        name: (path, entry) for path in weight_files(model_dir) for name, entry in read_header(path).items()
-    }
-    for name, shape in tensor_shapes(config).items():
-        if name not in found:
-            raise invalid_model(f"{model_dir} has no tensor {name}")
-        path, entry = found[name]
-        if tuple(entry["shape"]) != shape:
-            raise invalid_model(f"{name} in {path} has the shape {entry['shape']}, expected {list(shape)}")
-        if entry["dtype"] not in _WEIGHT_DTYPES:
-            raise invalid_model(f"{name} in {path} has the dtype {entry['dtype']}, which is not supported")
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by its name in the files; matrices are [out, in]."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    mlps = {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (hidden,)
-        for part, matrices, bias in (
-            ("self_attn", attention, config.attention_bias),
-            ("mlp", mlps, config.mlp_bias),
-        ):
-            for name, shape in matrices.items():
-                shapes[f"{prefix}{part}.{name}.weight"] = shape
-                if bias:
-                    shapes[f"{prefix}{part}.{name}.bias"] = shape[:1]
-    return shapes
-
-
-def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-    architecture = (raw.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise invalid_model(
-            f"architecture {architecture} is not supported; known: {', '.join(ARCHITECTURES)}"
-        )
+def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any], max_model_len: int) -> ModelConfig:
+    kind = architecture(raw)
+    raw = {**kind.defaults, **raw}
     if raw.get("quantization_config"):
         raise invalid_model("quantised weights are not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise invalid_model(f"activation {raw['hidden_act']} is not supported; known: silu")
     heads = int(raw["num_attention_heads"])
     hidden = int(raw["hidden_size"])
+    sizes = {
+        "vocab_size": int(raw["vocab_size"]),
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": int(raw.get("num_key_value_heads") or heads),
+        "head_dim": int(raw.get("head_dim") or hidden // heads),
+        "intermediate_size": int(raw["intermediate_size"]),
+        "max_position": int(raw.get("max_position_embeddings", 2048)),
+    }
+    for name, size in {**sizes, "num_layers": int(raw["num_hidden_layers"])}.items():
+        if size < 1:
+            raise invalid_model(f"{name} {size} must be at least 1")
+    if heads % sizes["num_kv_heads"]:
+        raise invalid_model(f"{heads} attention heads do not share {sizes['num_kv_heads']} KV heads evenly")
+    if sizes["head_dim"] % 2:
+        raise invalid_model(f"head_dim {sizes['head_dim']} must be even: its halves are rotated")
+    rope = parse_rope(raw, kind.rope_theta, sizes["max_position"], max_model_len or sizes["max_position"])
+    if rope.kind == "yarn":  # its configurations keep the length before the scaling
+        sizes["max_position"] = max(sizes["max_position"], int(rope.original_max_position * rope.factor))
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-    config = ModelConfig(
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=hidden,
-        num_layers=int(raw["num_hidden_layers"]),
-        num_heads=heads,
-        num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or hidden // heads),
-        intermediate_size=int(raw["intermediate_size"]),
-        max_position=int(raw.get("max_position_embeddings", 2048)),
+    traits = kind.traits(raw)
+    return ModelConfig(
+        **sizes,
         rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope=_parse_rope(raw),
+        rope=rope,
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        qkv_bias=traits.qkv_bias,
+        out_bias=traits.out_bias,
+        mlp_bias=traits.mlp_bias,
+        qk_norm=traits.qk_norm,
+        layers=traits.layers,
         eos_token_ids=() if eos is None else tuple(map(int, eos)) if isinstance(eos, list) else (int(eos),),
     )
-    for name in (
-        "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-        "intermediate_size", "max_position",
-    ):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise invalid_model(f"{name} {getattr(config, name)} must be at least 1")
-    return config
-
-
-def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """Transformers 5 has `rope_parameters`; before it, `rope_theta` beside `rope_scaling`."""
-    values = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = values.get("rope_type", values.get("type", "default"))
-    theta = float(values.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    if not math.isfinite(theta) or theta <= 0:
-        raise invalid_model(f"rope_theta {theta} is not a positive number")
-    match kind:
-        case "default":
-            return RopeConfig(theta)
-        case "linear":
-            return RopeConfig(theta, kind, float(values["factor"]))
-        case "llama3":
-            return RopeConfig(
-                theta,
-                kind,
-                float(values["factor"]),
-                float(values["low_freq_factor"]),
-                float(values["high_freq_factor"]),
-                int(values["original_max_position_embeddings"]),
-            )
-    raise invalid_model(f"rope type {kind} is not supported; known: default, linear, llama3")
 
 
 def _layout(message: str) -> ModelError:
     return ModelError("INVALID_LAYOUT", message)
+
+
+__all__ = [
+    "BLOCK_SIZE",
+    "DTYPES",
+    "LOAD_FORMATS",
+    "EngineConfig",
+    "LayerConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "RopeConfig",
+    "check_layout",
+]

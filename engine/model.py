@@ -1,7 +1,8 @@
-"""The Llama decoder, one rank's part of it.
+"""The decoder of every architecture, one rank's part of it.
 
-Shapes: T tokens of a step, D hidden, H query heads, K KV heads, E head size, A = (H + 2 K) E, V vocabulary,
-S sampled rows, P positions. H, K and V are this rank's share.
+Shapes: T tokens of a step, D hidden, H query heads, K KV heads, E head size, A = (H + 2 K) E, F MLP,
+X experts, C experts of a token, V vocabulary, S sampled rows, P positions. H, K, F and V are this rank's
+share.
 
 Parallelism is in the lines that name `parallel`: the embedding, attention and MLP end in one sum over
 the tensor parallel ranks each; stages pass `x_TD` on.
@@ -9,18 +10,17 @@ the tensor parallel ranks each; stages pass `x_TD` on.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from engine.batch import Batch
-from engine.config import ModelConfig, RopeConfig
+from engine.config import ModelConfig
 from engine.kernels import Kernels, KVCache, Rope
 from engine.parallel import Parallel
-from engine.weights import StageWeights
+from engine.rope import rope_tables
+from engine.weights import Mlp, Moe, StageWeights
 
 
-class Llama:
+class Decoder:
     """One rank's layers. Owns: the rotary tables. Does not own: weights, cache, groups."""
 
     def __init__(
@@ -49,11 +49,21 @@ class Llama:
         for index, layer in enumerate(self._weights.layers):
             y_TD = ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm, eps)
             qkv_TA = ops.linear(y_TD, layer.qkv.weight, layer.qkv.bias)
-            y_TA = ops.attend(qkv_TA, self._cache, index, batch.attention, self._rope)
+            y_TA = ops.attend(
+                qkv_TA,
+                self._cache,
+                index,
+                batch.attention,
+                self._rope,
+                window=layer.window,
+                norms=layer.head_norms,
+            )
             delta_TD = reduce(ops.linear(y_TA, layer.out.weight, layer.out.bias))
             y_TD = ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, eps)
-            y_TF = ops.swiglu(y_TD, layer.gate_up.weight, layer.gate_up.bias)
-            delta_TD = reduce(ops.linear(y_TF, layer.down.weight, layer.down.bias))
+            if isinstance(layer.mlp, Moe):
+                delta_TD = reduce(self._moe(y_TD, layer.mlp))
+            else:
+                delta_TD = reduce(self._mlp(y_TD, layer.mlp))
         return x_TD if delta_TD is None else x_TD.add_(delta_TD)
 
     def logits(self, rows_S: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
@@ -64,6 +74,29 @@ class Llama:
         x_SD = self._kernels.add_rms_norm(x_SD, None, self._weights.final_norm, self._config.rms_eps)
         logits_SV = self._parallel.gather_vocab(self._kernels.linear(x_SD, self._weights.head))
         return logits_SV[:, : self._config.vocab_size].float()
+
+    def _mlp(self, y_TD: torch.Tensor, mlp: Mlp) -> torch.Tensor:
+        y_TF = self._kernels.swiglu(y_TD, mlp.gate_up.weight, mlp.gate_up.bias)
+        return self._kernels.linear(y_TF, mlp.down.weight, mlp.down.bias)
+
+    def _moe(self, y_TD: torch.Tensor, moe: Moe) -> torch.Tensor:
+        """This rank's share of every chosen expert, weighted and summed.
+
+        A token's experts are added in the order of their numbers, so that its sum does not depend on
+        what the tokens beside it have chosen.
+        """
+        logits_TX = self._kernels.linear(y_TD, moe.router)
+        weights_TC, experts_TC = route(logits_TX, moe.config.per_token, normalised=moe.config.normalised)
+        order = experts_TC.flatten().argsort(stable=True)
+        counts = experts_TC.flatten().bincount(minlength=moe.config.experts).tolist()
+        sum_TD = torch.zeros_like(y_TD, dtype=torch.float32)
+        for expert, chosen in zip(moe.experts, torch.split(order, counts), strict=True):
+            if not chosen.shape[0]:
+                continue
+            rows = chosen // moe.config.per_token
+            delta_ND = self._mlp(y_TD[rows], expert)
+            sum_TD[rows] += delta_ND.float() * weights_TC.flatten()[chosen, None]
+        return sum_TD.to(y_TD.dtype)
 
     def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         table = self._weights.embedding
@@ -77,25 +110,16 @@ class Llama:
         return self._parallel.all_reduce(x_TD)
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position and frequency, each [positions, head_dim / 2] in float32."""
-    inverse = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    if rope.kind == "linear":
-        inverse = inverse / rope.factor
-    elif rope.kind == "llama3":
-        inverse = _llama3_frequencies(rope, inverse)
-    angles = torch.arange(positions).float()[:, None] * inverse[None, :]
-    return angles.cos(), angles.sin()
+def route(logits_TX: torch.Tensor, per_token: int, *, normalised: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of each token and their weights, both [T, per_token], of a router's logits.
 
-
-def _llama3_frequencies(rope: RopeConfig, inverse: torch.Tensor) -> torch.Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, between them interpolated."""
-    wavelength = 2 * math.pi / inverse
-    longest = rope.original_max_position / rope.low_freq_factor
-    shortest = rope.original_max_position / rope.high_freq_factor
-    blend = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    between = (1 - blend) * inverse / rope.factor + blend * inverse
-    stretched = torch.where(wavelength > longest, inverse / rope.factor, inverse)
-    return torch.where((wavelength >= shortest) & (wavelength <= longest), between, stretched)
+    Every step works row by row, or element by element: the few weights of a row are added one after
+    another, since how `sum` orders them may depend on the number of rows.
+    """
+    weights_TC, experts_TC = torch.softmax(logits_TX.float(), dim=-1).topk(per_token, dim=-1)
+    if normalised:
+        total_T = weights_TC[:, 0].clone()
+        for choice in range(1, per_token):
+            total_T += weights_TC[:, choice]
+        weights_TC = weights_TC / total_T[:, None]
+    return weights_TC, experts_TC

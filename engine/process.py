@@ -6,6 +6,7 @@ Rank 0 serves requests; every other rank executes plans. A closed socket ends th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -14,10 +15,10 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from engine.checkpoint import model_hash
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError
 from engine.gate import Gate
+from engine.identity import engine_identity
 from engine.link import Link, LinkClosedError, die_with_parent
 from engine.rank import Member, join
 from engine.request import Delta, Refusal
@@ -68,28 +69,14 @@ def _run(link: Link) -> None:
     start, *early = link.receive()
     if not isinstance(start, StartEngine):
         raise EngineError("INTERNAL", f"expected StartEngine, got {type(start).__name__}")
-    engine = EngineConfig(
-        start.model,
-        tp=start.tp,
-        pp=start.pp,
-        rank=start.rank,
-        epoch=start.epoch,
-        host=start.host,
-        device=start.device,
-        dtype=start.dtype,
-        max_model_len=start.max_model_len,
-        max_running=start.max_running,
-        kv_bytes=start.kv_bytes,
-        threads=start.threads,
-        quantization=start.quantization,
-    )
+    engine = EngineConfig(**dataclasses.asdict(start))
     member = join(
         engine,
         announce=lambda address: link.send(Rendezvous(address)),
         meet=lambda: _meet(link, early),
         progress=lambda fraction: link.send(Loading(fraction)),
     )
-    identity = model_hash(engine.model)
+    identity = engine_identity(engine, member.config)
     link.send(
         EngineReady(identity, member.max_model_len, member.config.vocab_size, member.config.eos_token_ids)
     )

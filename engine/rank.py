@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from engine.config import (
     BLOCK_SIZE,
     DTYPES,
+    LOAD_FORMATS,
     QUANTIZATIONS,
     EngineConfig,
     ModelConfig,
     check_layout,
-    check_weights,
 )
 from engine.errors import ModelError
+from engine.locate import check_weights
 from engine.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -70,9 +71,13 @@ def join(
         ModelError: the model or the layout cannot be served.
         EngineError: another rank has gone.
     """
-    config = ModelConfig.load(engine.model)
+    config = ModelConfig.load(engine.model, engine.max_model_len)
     check_layout(config, engine.tp, engine.pp)
-    check_weights(engine.model)
+    if engine.load_format not in LOAD_FORMATS:
+        formats = ", ".join(LOAD_FORMATS)
+        raise ModelError("INVALID_LAYOUT", f"load_format {engine.load_format} is not one of {formats}")
+    if engine.load_format == "auto":
+        check_weights(engine.model, engine.tp, engine.pp, engine.rank)  # before the seconds that torch takes
     if engine.dtype_name not in DTYPES:
         raise ModelError("INVALID_LAYOUT", f"dtype {engine.dtype} is not one of {', '.join(DTYPES)}")
     if engine.quantization not in QUANTIZATIONS:
@@ -103,7 +108,15 @@ def join(
             undo.callback(hub.close)
             store.set("plans", hub.address)
             announce(address)
-        weights = load_weights(engine.model, config, grid, kernels, progress)
+        weights = load_weights(
+            engine.model,
+            config,
+            grid,
+            kernels,
+            progress,
+            load_format=engine.load_format,
+            check=engine.check_weights,
+        )
         if grid.rank != 0:
             store = join_store(meet())
             link = PlanLink(store.get("plans").decode(), engine.epoch, grid.rank)
@@ -153,8 +166,12 @@ def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[i
     """Blocks of the pool and the longest sequence, when `most` blocks fit into memory."""
     longest = engine.max_model_len or config.max_position
     if longest > config.max_position:
+        why = ""
+        if config.rope.kind == "dynamic":
+            why = "; beyond, dynamic rotary embedding follows the sequence's length, and no replay is exact"
         raise ModelError(
-            "INVALID_LAYOUT", f"max_model_len {longest} exceeds the model's {config.max_position} positions"
+            "INVALID_LAYOUT",
+            f"max_model_len {longest} exceeds the model's {config.max_position} positions{why}",
         )
     if most * BLOCK_SIZE < longest:
         if engine.max_model_len or most == 0:

@@ -11,7 +11,7 @@ from engine.batch import Batcher
 from engine.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from engine.errors import EngineError
 from engine.kernels import Kernels, KVCache
-from engine.model import Llama
+from engine.model import Decoder
 from engine.parallel import Parallel
 from engine.plan import Sampled, StepPlan
 from engine.sampler import Sampler, score_prompts
@@ -38,7 +38,7 @@ class Runner:
         self._dtype, self._device = kernels.activation_dtype, kernels.device
         self._sampler = Sampler()
         self._batcher = Batcher(engine.max_running, -(-max_model_len // BLOCK_SIZE), kernels.device)
-        self._model = Llama(config, weights, parallel, kernels, cache, max_model_len)
+        self._model = Decoder(config, weights, parallel, kernels, cache, max_model_len)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:

@@ -1,28 +1,31 @@
-"""Reads this rank's slices of a Llama's weights from safetensors into the matrices of its kernels.
+"""Loads what a rank holds into the matrices of its kernels.
 
-Shapes are [out, in]. Tensor parallelism cuts query, key, value, gate, up, the embedding and the LM head
-by rows and the output and down projections by columns. Query, key and value become one matrix, and so
-do gate and up. KV heads are replicated when there are fewer of them than ranks.
+Query, key and value become one matrix, and so do gate and up, of an MLP and of each expert. Rows pass
+through a buffer of bounded size: kernels pack and quantise them on the way.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
 
-from engine.checkpoint import read_header, weight_files
-from engine.config import ModelConfig
-from engine.kernels import Kernels, Matrix
-from engine.parallel import Grid
+from engine.checkpoint import invalid_model
+from engine.config import ModelConfig, MoeConfig
+from engine.grid import Grid
+from engine.kernels import HeadNorms, Kernels, Matrix
+from engine.locate import Found, find_tensors
+from engine.source import DummySource, FileSource, Source
+from engine.tensors import EMBEDDING, FINAL_NORM, HEAD, Slice, rank_slices, vocab_rows
 
-# Pages of a mapped file count as this process's memory until the file is closed.
-_BYTES_PER_OPEN = 32 << 20
+_log = logging.getLogger(__name__)
+
+_ELEMENTS_PER_READ = 8 << 20
+_PROGRESS_STEP = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,41 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Mlp:
+    """A gated MLP, or one expert."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """A router [experts, D] and its experts, each of them cut over the tensor parallel ranks."""
+
+    config: MoeConfig
+    router: Matrix
+    experts: tuple[Mlp, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One decoder layer on one rank."""
 
+    window: int | None
     attention_norm: torch.Tensor
     qkv: Linear
+    head_norms: HeadNorms | None
     out: Linear
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp | Moe
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every matrix once."""
+        mlps = self.mlp.experts if isinstance(self.mlp, Moe) else (self.mlp,)
+        router = (self.mlp.router,) if isinstance(self.mlp, Moe) else ()
+        inner = (matrix for mlp in mlps for matrix in (mlp.gate_up.weight, mlp.down.weight))
+        return (self.qkv.weight, self.out.weight, *router, *inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +89,22 @@ class StageWeights:
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix once."""
-        layers = [
-            m.weight for layer in self.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)
-        ]
         ends = {id(matrix): matrix for matrix in (self.embedding, self.head) if matrix is not None}
-        return (*layers, *ends.values())
+        return (*(matrix for layer in self.layers for matrix in layer.matrices), *ends.values())
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Write `[rows, columns]` of a tensor of a known shape to `at` and following rows of a destination."""
+    """Write a slice to row `at` and those after it."""
 
-    name: str
-    shape: tuple[int, ...]
-    rows: range
-    columns: range | None
+    part: Slice
     into: Matrix | torch.Tensor
     at: int
 
     @property
-    def bytes(self) -> int:
-        """About what reading touches of the file: whole rows, even where only some columns are kept."""
-        return len(self.rows) * math.prod(self.shape[1:]) * 2
+    def cost(self) -> int:
+        """Elements that are read: whole rows, even where only some columns are kept."""
+        return len(self.part.rows) * math.prod(self.part.whole[1:])
 
 
 def load_weights(
@@ -90,146 +113,172 @@ def load_weights(
     grid: Grid,
     kernels: Kernels,
     progress: Callable[[float], None] = lambda fraction: None,
+    *,
+    load_format: str = "auto",
+    check: bool = False,
 ) -> StageWeights:
-    """Load what `grid.rank` needs of weights that `check_weights` has passed.
+    """Load what `grid.rank` needs.
 
-    `progress` is told the fraction done, 0 to 1.
+    Args:
+        model_dir: an ordinary model directory, or one that was sharded for this layout.
+        config: the model.
+        grid: the layout and this rank's place in it.
+        kernels: whose matrices are filled.
+        progress: told the fraction done, 0 to 1.
+        load_format: "auto" reads files, "dummy" draws random weights and needs none.
+        check: refuse weights that are NaN or infinite.
+
+    Raises:
+        ModelError: INVALID_MODEL, naming the tensor and the file; INVALID_LAYOUT.
     """
-    reads: list[_Read] = []
-    stage = _Builder(config, grid, kernels, reads).stage()
-    paths = {name: path for path in weight_files(model_dir) for name in read_header(path)}
-    total = sum(read.bytes for read in reads)
-    done = 0
-    for path, batch in _by_file(reads, paths):
-        with safe_open(path, framework="pt") as file:
-            for read in batch:
-                _copy(file.get_slice(read.name), read)
-                done += read.bytes
-        progress(done / total)
+    with ExitStack() as undo:
+        source: Source
+        if load_format == "dummy":
+            source = DummySource()
+        else:
+            found = find_tensors(model_dir, config, grid)
+            _warn(model_dir, found)
+            source = undo.enter_context(FileSource(found.tensors))
+        builder = _Builder(config, grid, kernels)
+        stage = builder.stage()
+        reads = sorted(builder.reads, key=lambda read: source.place(read.part.name))
+        total, done, told = sum(read.cost for read in reads), 0, 0.0
+        for read in _in_pieces(reads):
+            values = source.read(read.part)
+            if check:
+                check_finite(values, read.part, source)
+            if isinstance(read.into, torch.Tensor):
+                read.into[read.at : read.at + len(read.part.rows)].copy_(values)
+            else:
+                read.into.write(read.at, values)
+            done += read.cost
+            if done == total or done / total >= told + _PROGRESS_STEP:
+                told = done / total
+                progress(told)
     return stage
 
 
-class _Builder:
-    """Allocates a stage's tensors and notes what is to be read into each."""
+def check_finite(values: torch.Tensor, part: Slice, source: Source) -> None:
+    """See that all values of a slice are numbers.
 
-    def __init__(self, config: ModelConfig, grid: Grid, kernels: Kernels, reads: list[_Read]) -> None:
-        self._config, self._grid, self._kernels, self._reads = config, grid, kernels, reads
-        c, tp, rank = config, grid.tp, grid.tp_rank
-        heads, kv_heads = c.num_heads // tp, max(1, c.num_kv_heads // tp)
-        first_kv = rank * c.num_kv_heads // tp
-        self._q = range(rank * heads * c.head_dim, (rank + 1) * heads * c.head_dim)
-        self._kv = range(first_kv * c.head_dim, (first_kv + kv_heads) * c.head_dim)
-        mlp = c.intermediate_size // tp
-        self._mlp = range(rank * mlp, (rank + 1) * mlp)
-        vocab = -(-c.vocab_size // tp)
-        self._vocab = range(min(rank * vocab, c.vocab_size), min((rank + 1) * vocab, c.vocab_size))
-        self._vocab_rows = vocab
+    Raises:
+        ModelError: INVALID_MODEL, with tensor, file and place of the first that is not.
+    """
+    finite = values.isfinite()
+    if finite.all():
+        return
+    place = (~finite).nonzero()[0].tolist()
+    kind = "NaN" if values[tuple(place)].isnan() else "infinite"
+    place[0] += part.rows.start
+    if part.columns is not None:
+        place[1] += part.columns.start
+    raise invalid_model(f"{part.name} in {source.describe(part.name)} is {kind} at {place}")
+
+
+def _in_pieces(reads: Iterable[_Read]) -> Iterable[_Read]:
+    """The reads, cut into rows so that none needs more than the buffer."""
+    for read in reads:
+        rows = read.part.rows
+        step = max(1, _ELEMENTS_PER_READ // max(1, math.prod(read.part.whole[1:])))
+        for start in range(0, len(rows), step):
+            yield _Read(replace(read.part, rows=rows[start : start + step]), read.into, read.at + start)
+
+
+def _warn(model_dir: str, found: Found) -> None:
+    if found.unknown:
+        more = f" and {len(found.unknown) - 5} more" if len(found.unknown) > 5 else ""
+        _log.warning(
+            "%s: no part of the model and not loaded: %s%s", model_dir, ", ".join(found.unknown[:5]), more
+        )
+
+
+class _Builder:
+    """Makes a stage's matrices and notes what is to be read into each."""
+
+    def __init__(self, config: ModelConfig, grid: Grid, kernels: Kernels) -> None:
+        self.reads: list[_Read] = []
+        self._config, self._grid, self._kernels = config, grid, kernels
+        self._slices = rank_slices(config, grid)
 
     def stage(self) -> StageWeights:
         """Everything this rank holds."""
-        c, first, last = self._config, self._grid.is_first_stage, self._grid.is_last_stage
-        embedding = (
-            self._vocab_matrix("model.embed_tokens.weight") if first or (last and c.tied_embeddings) else None
-        )
-        head = embedding if c.tied_embeddings else self._vocab_matrix("lm_head.weight") if last else None
+        embedding = self._vocab_matrix(EMBEDDING)
         return StageWeights(
-            tuple(self._layer(f"model.layers.{i}.") for i in self._grid.layers(c.num_layers)),
-            embedding if first else None,
-            self._vector("model.norm.weight") if last else None,
-            head if last else None,
+            tuple(self._layer(layer) for layer in self._grid.layers(self._config.num_layers)),
+            embedding if self._grid.is_first_stage else None,
+            self._vector(FINAL_NORM),
+            self._head(embedding) if self._grid.is_last_stage else None,
         )
 
-    def _layer(self, prefix: str) -> LayerWeights:
-        c = self._config
-        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        qkv = [("q_proj", q, self._q), ("k_proj", kv, self._kv), ("v_proj", kv, self._kv)]
-        gate_up = [(name, c.intermediate_size, self._mlp) for name in ("gate_proj", "up_proj")]
+    def _head(self, embedding: Matrix | None) -> Matrix | None:
+        return embedding if self._config.tied_embeddings else self._vocab_matrix(HEAD)
+
+    def _layer(self, layer: int) -> LayerWeights:
+        prefix, kind = f"model.layers.{layer}.", self._config.layers[layer]
+        attention = f"{prefix}self_attn."
+        norm, mlp_norm = (
+            self._vector(f"{prefix}{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")
+        )
+        assert norm is not None
+        assert mlp_norm is not None
         return LayerWeights(
-            self._vector(f"{prefix}input_layernorm.weight"),
-            self._by_rows(f"{prefix}self_attn.", qkv, c.attention_bias),
-            self._by_columns(f"{prefix}self_attn.o_proj", q, self._q, c.attention_bias),
-            self._vector(f"{prefix}post_attention_layernorm.weight"),
-            self._by_rows(f"{prefix}mlp.", gate_up, c.mlp_bias, gated=True),
-            self._by_columns(f"{prefix}mlp.down_proj", c.intermediate_size, self._mlp, c.mlp_bias),
+            kind.window,
+            norm,
+            self._linear(attention, ("q_proj", "k_proj", "v_proj")),
+            self._head_norms(attention),
+            self._linear(attention, ("o_proj",)),
+            mlp_norm,
+            self._mlp(f"{prefix}mlp.", ("gate_proj", "up_proj", "down_proj"))
+            if kind.moe is None
+            else self._moe(prefix, kind.moe),
         )
 
-    def _by_rows(
-        self, prefix: str, parts: list[tuple[str, int, range]], bias: bool, *, gated: bool = False
-    ) -> Linear:
-        hidden = self._config.hidden_size
-        rows = sum(len(part) for _, _, part in parts)
-        weight = self._kernels.matrix(rows, hidden, gated=gated)
-        merged_bias = self._empty(rows) if bias else None
+    def _head_norms(self, attention: str) -> HeadNorms | None:
+        query, key = (self._vector(f"{attention}{name}.weight") for name in ("q_norm", "k_norm"))
+        return None if query is None or key is None else HeadNorms(query, key, self._config.rms_eps)
+
+    def _mlp(self, prefix: str, names: tuple[str, str, str]) -> Mlp:
+        return Mlp(self._linear(prefix, names[:2], gated=True), self._linear(prefix, names[2:]))
+
+    def _moe(self, prefix: str, moe: MoeConfig) -> Moe:
+        prefix = f"{prefix}{moe.block_name}."
+        names = (moe.gate_name, moe.up_name, moe.down_name)
+        router = self._kernels.matrix(moe.experts, self._config.hidden_size, quantise=False)
+        self.reads.append(_Read(self._slices[f"{prefix}gate.weight"], router, 0))
+        return Moe(
+            moe,
+            router,
+            tuple(self._mlp(f"{prefix}experts.{expert}.", names) for expert in range(moe.experts)),
+        )
+
+    def _linear(self, prefix: str, names: Sequence[str], *, gated: bool = False) -> Linear:
+        """Matrices one under another, with their biases where there are any."""
+        parts = [self._slices[f"{prefix}{name}.weight"] for name in names]
+        rows = sum(part.shape[0] for part in parts)
+        weight = self._kernels.matrix(rows, parts[0].shape[1], gated=gated)
+        biases = [self._slices.get(f"{prefix}{name}.bias") for name in names]
+        bias = None if biases[0] is None else self._empty(rows)
         at = 0
-        for name, size, part in parts:
-            self._read(f"{prefix}{name}.weight", (size, hidden), part, None, weight, at)
-            if merged_bias is not None:
-                self._read(f"{prefix}{name}.bias", (size,), part, None, merged_bias, at)
-            at += len(part)
-        return Linear(weight, merged_bias)
+        for part, bias_part in zip(parts, biases, strict=True):
+            self.reads.append(_Read(part, weight, at))
+            if bias is not None and bias_part is not None:
+                self.reads.append(_Read(bias_part, bias, at))
+            at += part.shape[0]
+        return Linear(weight, bias)
 
-    def _by_columns(self, name: str, size: int, part: range, bias: bool) -> Linear:
-        hidden = self._config.hidden_size
-        weight = self._kernels.matrix(hidden, len(part))
-        self._read(f"{name}.weight", (hidden, size), range(hidden), part, weight)
-        if not bias:
-            return Linear(weight)
-        if self._grid.tp_rank == 0:  # it is added once, before the sum over ranks
-            return Linear(weight, self._vector(f"{name}.bias"))
-        return Linear(weight)
+    def _vocab_matrix(self, name: str) -> Matrix | None:
+        if name not in self._slices:
+            return None
+        matrix = self._kernels.matrix(vocab_rows(self._config, self._grid), self._config.hidden_size)
+        self.reads.append(_Read(self._slices[name], matrix, 0))
+        return matrix
 
-    def _vocab_matrix(self, name: str) -> Matrix:
-        c = self._config
-        weight = self._kernels.matrix(self._vocab_rows, c.hidden_size)
-        self._read(name, (c.vocab_size, c.hidden_size), self._vocab, None, weight)
-        return weight
-
-    def _vector(self, name: str) -> torch.Tensor:
-        hidden = self._config.hidden_size
-        vector = self._empty(hidden)
-        self._read(name, (hidden,), range(hidden), None, vector)
+    def _vector(self, name: str) -> torch.Tensor | None:
+        if name not in self._slices:
+            return None
+        vector = self._empty(self._slices[name].shape[0])
+        self.reads.append(_Read(self._slices[name], vector, 0))
         return vector
 
     def _empty(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=self._kernels.activation_dtype, device=self._kernels.device)
-
-    def _read(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        rows: range,
-        columns: range | None,
-        into: Matrix | torch.Tensor,
-        at: int = 0,
-    ) -> None:
-        step = max(1, _BYTES_PER_OPEN // (math.prod(shape[1:]) * 4))
-        for start in range(0, max(1, len(rows)), step):
-            part = slice(start, start + step)
-            self._reads.append(_Read(name, shape, rows[part], columns, into, at + start))
-
-
-def _by_file(reads: list[_Read], paths: dict[str, Path]) -> Iterator[tuple[Path, list[_Read]]]:
-    """Reads of one file in batches of about _BYTES_PER_OPEN."""
-    for path in sorted({paths[read.name] for read in reads}):
-        batch: list[_Read] = []
-        size = 0
-        for read in reads:
-            if paths[read.name] != path:
-                continue
-            batch.append(read)
-            size += read.bytes
-            if size >= _BYTES_PER_OPEN:
-                yield path, batch
-                batch, size = [], 0
-        if batch:
-            yield path, batch
-
-
-def _copy(source: Any, read: _Read) -> None:
-    rows = slice(read.rows.start, read.rows.stop)
-    if isinstance(read.into, torch.Tensor):
-        read.into[read.at : read.at + len(read.rows)].copy_(source[rows])
-    elif read.columns is None:
-        read.into.write(read.at, source[rows, :])
-    else:
-        read.into.write(read.at, source[rows, read.columns.start : read.columns.stop])

@@ -43,10 +43,13 @@ class StartEngine:
     device: str = "cpu"
     dtype: str = ""
     max_model_len: int = 0
+    max_batch_tokens: int = 512
     max_running: int = 64
     kv_bytes: int = 0
     threads: int = 0
     quantization: str = ""
+    load_format: str = "auto"
+    check_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)

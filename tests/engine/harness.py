@@ -9,7 +9,7 @@ import torch
 from engine.batch import Batcher
 from engine.config import BLOCK_SIZE, ModelConfig
 from engine.kernels import Kernels, choose
-from engine.model import Llama
+from engine.model import Decoder
 from engine.parallel import Grid, Parallel
 from engine.plan import Join, Row, StepPlan
 from engine.request import SamplingParams
@@ -31,7 +31,7 @@ class Harness:
         kernels = kernels or choose(CPU, dtype)
         weights = load_weights(str(directory), config, grid, kernels)
         cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, BLOCKS)
-        self._model = Llama(config, weights, Parallel(grid), kernels, cache, config.max_position)
+        self._model = Decoder(config, weights, Parallel(grid), kernels, cache, config.max_position)
         self._batcher = Batcher(MAX_SEQUENCES, BLOCKS, CPU)
         self._free = list(range(BLOCKS))
         self._lengths: dict[int, int] = {}

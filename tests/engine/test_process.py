@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import model_hash
+from engine.config import EngineConfig, ModelConfig
+from engine.identity import engine_identity
 from engine.link import LinkClosedError
 from engine.request import Delta, Load, Request, SamplingParams
 from engine.wire import (
@@ -51,7 +52,8 @@ def test_it_tells_what_it_serves(model_dir: Path) -> None:
     with child("engine.process") as process:
         process.send(StartEngine(str(model_dir), 1, 1, 0, 5, "127.0.0.1", max_model_len=200))
         assert process.expect(Loading).fraction <= 1
-        assert process.expect(EngineReady) == EngineReady(model_hash(model_dir), 200, 320, (0,))
+        identity = engine_identity(EngineConfig(str(model_dir)), ModelConfig.load(model_dir))
+        assert process.expect(EngineReady) == EngineReady(identity, 200, 320, (0,))
 
 
 def test_a_request_is_accepted_before_its_first_token(ready: Child) -> None:

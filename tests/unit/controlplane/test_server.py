@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import struct
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from controlplane.server import SERVICE, ControlService
 from controlplane.state import Keys, LeaderRecord, WorkerRecord, encode
 from controlplane.store import Listing, Put, StoreUnavailableError
 from controlplane.view import View
-from engine.config import ModelConfig, tensor_shapes
+from engine.checkpoint import write_header
+from engine.config import ModelConfig
+from engine.tensors import tensor_shapes
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import control_pb2, control_pb2_grpc
@@ -131,7 +133,7 @@ async def test_a_bad_field_is_refused_with_its_name(
 
 
 def model_dir(path: Path, *, weights: bool) -> str:
-    """A Llama directory with 4 heads; its weights have a header only."""
+    """A Llama directory with 4 heads; its weights are a hole in a file."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": 256,
@@ -143,13 +145,11 @@ def model_dir(path: Path, *, weights: bool) -> str:
     }
     (path / "config.json").write_text(json.dumps(config))
     if weights:
-        # The header alone is read here, so its tensors need no bytes.
-        tensors = {
-            name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
-            for name, shape in tensor_shapes(ModelConfig.load(path)).items()
-        }
-        header = json.dumps(tensors).encode()
-        (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        shapes = tensor_shapes(ModelConfig.load(path))
+        file = path / "model.safetensors"
+        write_header(file, [(name, "F32", shape) for name, shape in shapes.items()])
+        with file.open("ab") as data:
+            data.truncate(data.tell() + sum(4 * math.prod(shape) for shape in shapes.values()))
     return str(path)
 
 

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint import model_hash
-from engine.config import ModelConfig, RopeConfig, check_layout, check_weights, tensor_shapes
+from engine.architectures import ARCHITECTURES
+from engine.config import ModelConfig, RopeConfig, check_layout
 from engine.errors import ModelError
+from engine.identity import model_hash
+from engine.locate import check_weights
+from engine.tensors import tensor_shapes
 
 RAW: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 32,
     "hidden_size": 16,
-    "intermediate_size": 24,
+    "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -92,8 +95,27 @@ def test_the_end_of_sequence_is_that_of_the_generation_config(tmp_path: Path) ->
             },
             RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64),
         ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            RopeConfig(1e4, "dynamic", 2.0, original_max_position=2048),
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 32}},
+            RopeConfig(1e4, "yarn", 1.0, original_max_position=32),
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1, 2],
+                    "long_factor": [3, 4],
+                    "factor": 1,
+                }
+            },
+            RopeConfig(1e4, "longrope", 1.0, original_max_position=2048, factors=(1.0, 2.0)),
+        ),
     ],
-    ids=["none", "theta", "parameters", "scaling", "llama3"],
+    ids=["none", "theta", "parameters", "scaling", "llama3", "dynamic", "yarn", "longrope"],
 )
 def test_both_spellings_of_rope_are_read(tmp_path: Path, fields: dict[str, Any], rope: RopeConfig) -> None:
     assert load(tmp_path, **fields).rope == rope
@@ -104,10 +126,11 @@ def test_both_spellings_of_rope_are_read(tmp_path: Path, fields: dict[str, Any],
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "MambaForCausalLM is not supported; known: LlamaForCausalLM",
+            f"MambaForCausalLM is not supported; known: {', '.join(ARCHITECTURES)}",
         ),
         ({"architectures": None}, "known: LlamaForCausalLM"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type yarn is not supported"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "rope type mrope is not supported; known: default"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
@@ -119,7 +142,8 @@ def test_both_spellings_of_rope_are_read(tmp_path: Path, fields: dict[str, Any],
         ({"rope_scaling": ["linear"]}, "AttributeError"),
     ],
     ids=[
-        "architecture", "no architecture", "yarn", "incomplete rope", "activation", "quantised", "null",
+        "architecture", "no architecture", "mrope", "part of a head", "incomplete rope", "activation",
+        "quantised", "null",
         "no heads", "no heads of a size", "negative", "infinite", "rope is a list",
     ],
 )  # fmt: skip
@@ -161,6 +185,8 @@ def test_kv_heads_and_mlp_must_divide_too(tmp_path: Path) -> None:
         check_layout(load(tmp_path, num_attention_heads=6, num_key_value_heads=3, head_dim=4), 2, 1)
     with pytest.raises(ModelError, match="MLP size 25"):
         check_layout(load(tmp_path, intermediate_size=25), 2, 1)
+    with pytest.raises(ModelError, match="odd share of the MLP size 50"):
+        check_layout(load(tmp_path, intermediate_size=50), 2, 1)
 
 
 def test_a_whole_checkpoint_passes(whole: Path) -> None:
