@@ -16,10 +16,11 @@ ROOT = Path(__file__).parent
 KERNELS = "engine/kernels/cpu.cpp"
 # Instruction sets that engine/kernels/native.py chooses from, as the compiler names them.
 CPUS = {"avx512_bf16": "x86_64_v4+avx512bf16", "avx512": "x86_64_v4", "avx2": "x86_64_v3"}
-FLAGS = (
-    "-target x86_64-linux-gnu.2.17 -std=c++20 -O3 -fPIC -shared -s -nostdlib++ -fno-exceptions -fno-rtti "
-    "-ffp-contract=off -fno-sanitize=all -Wall -Wextra -Werror"
-).split()  # no contraction: every fused multiply-add is written as one
+FLAGS = [
+    *("-target", "x86_64-linux-gnu.2.17", "-std=c++20", "-O3", "-fPIC", "-shared", "-s"),
+    *("-nostdlib++", "-fno-exceptions", "-fno-rtti", "-fno-sanitize=all", "-Wall", "-Wextra", "-Werror"),
+    "-ffp-contract=off",  # every fused multiply-add is written as one
+]
 
 
 def generate_protos(root: Path) -> list[str]:

@@ -73,7 +73,7 @@ class HeadNorms:
 
 
 class Kernels(Protocol):
-    """One device's compute. Activations have `activation_dtype`, biases and norm weights are vectors of it."""
+    """One device's compute. Activations, biases and norm weights have `activation_dtype`."""
 
     name: str
     device: torch.device

@@ -32,6 +32,7 @@ constexpr int MR = 12;  // rows of a register tile: MR x 2 accumulators, 4 weigh
 #else
 constexpr int MR = 2;
 #endif
+constexpr size_t FETCH_AHEAD = 1024;  // bytes of a panel; best of 256 to 2048 where it was measured
 constexpr size_t X_BYTES = 384 << 10;  // rows of x that are kept in the L2 cache while panels pass
 
 typedef float vf __attribute__((vector_size(64)));
@@ -41,7 +42,7 @@ typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int8_t vb __attribute__((vector_size(16), aligned(1)));
 typedef uint8_t vub __attribute__((vector_size(16), aligned(1)));
 
-inline vf splat(float a) { return vf{} + a; }
+inline vf splat(float a) { return vf{a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a}; }
 inline vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_u*>(p) = v; }
 inline vf fma(vf a, vf b, vf c) { return __builtin_elementwise_fma(a, b, c); }
@@ -50,20 +51,22 @@ inline vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~m
 inline long least(long a, long b) { return a < b ? a : b; }
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
+// Both fold halves onto each other, so that a sum's order is fixed.
+#define FOLD(OP, A, B, C, D, E, F, G, H) \
+  v = OP(v, __builtin_shufflevector(v, v, A, B, C, D, E, F, G, H, A, B, C, D, E, F, G, H))
+#define FOLD_ALL(OP)                      \
+  FOLD(OP, 8, 9, 10, 11, 12, 13, 14, 15); \
+  FOLD(OP, 4, 5, 6, 7, 4, 5, 6, 7);       \
+  FOLD(OP, 2, 3, 2, 3, 2, 3, 2, 3);       \
+  FOLD(OP, 1, 1, 1, 1, 1, 1, 1, 1)
+inline vf add(vf a, vf b) { return a + b; }
 inline float sum(vf v) {
-  float s[V];
-  memcpy(s, &v, sizeof s);
-  for (int width = V / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] += s[i + width];
-  return s[0];
+  FOLD_ALL(add);
+  return v[0];
 }
-
 inline float greatest(vf v) {
-  float s[V];
-  memcpy(s, &v, sizeof s);
-  for (int width = V / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] = s[i] > s[i + width] ? s[i] : s[i + width];
-  return s[0];
+  FOLD_ALL(max);
+  return v[0];
 }
 
 // e^x to about 2 ulp: 2^n times a polynomial of the rest (Cephes expf); 0 below -87.
@@ -108,6 +111,7 @@ inline float from_bf16(uint16_t h) {
 struct F32 {
   typedef float T;
   static size_t bytes(long K) { return size_t(K) * V * 4; }
+  static size_t bytes_of_pairs(long i) { return size_t(i) * V * 8; }
   static void pair(const char* p, long k, vf& even, vf& odd) {
     const float* w = reinterpret_cast<const float*>(p) + k * V;
     even = load(w);
@@ -121,6 +125,7 @@ struct F32 {
 struct BF16 {
   typedef uint16_t T;
   static size_t bytes(long K) { return size_t(K) * V * 2; }
+  static size_t bytes_of_pairs(long i) { return size_t(i) * V * 4; }
   static void pair(const char* p, long k, vf& even, vf& odd) {
     vu u;
     memcpy(&u, p + k * V * 2, sizeof u);
@@ -137,6 +142,7 @@ struct BF16 {
 
 struct I8 {  // one scale per column, after the panel's numbers
   static size_t bytes(long K) { return size_t(K) * V + V * 4; }
+  static size_t bytes_of_pairs(long i) { return size_t(i) * V * 2; }
   static void pair(const char* p, long k, vf& even, vf& odd) {
     vb a, b;
     memcpy(&a, p + k * V, V);
@@ -169,12 +175,15 @@ struct I4 {  // a byte has k in its low and k + 1 in its high half, both plus 8;
 };
 
 // acc[m][n] += sum over pairs of x[m] times panel n. Row m of x begins at m * SM floats, pair i at i * SP.
+// What lies at the same place behind `next[n]` is fetched meanwhile: so many streams at once are more than
+// the hardware looks ahead for.
 template <class W, int M, int NV, int SM, int SP>
 inline __attribute__((always_inline)) void multiply(vf (&acc)[M][NV], const float* x, const char* const* panels,
-                                                    long from, long pairs) {
+                                                    const char* const* next, long pairs) {
   for (long i = 0; i < pairs; ++i, x += SP) {
     vf even[NV], odd[NV];
-    for (int n = 0; n < NV; ++n) W::pair(panels[n], from + 2 * i, even[n], odd[n]);
+    for (int n = 0; n < NV; ++n) W::pair(panels[n], 2 * i, even[n], odd[n]);
+    for (int n = 0; n < NV; ++n) __builtin_prefetch(next[n] + W::bytes_of_pairs(i));
 #pragma clang loop unroll(full)
     for (int m = 0; m < M; ++m) {
       const vf a = splat(x[m * SM]), b = splat(x[m * SM + 1]);
@@ -291,8 +300,8 @@ struct Product {
   template <int M>
   static void run(const LinearCall& c, const float* x, long row, long unit, const char* const* p) {
     vf acc[M][2] = {};
-    for (long k = 0; k < c.K; k += GROUP * 1024) // one span unless K is huge
-      multiply<W, M, 2, 2, 2 * M>(acc, x + k * M, p, k, least(GROUP * 1024, c.K - k) / 2);
+    const char* ahead[2] = {p[0] + FETCH_AHEAD, p[1] + FETCH_AHEAD};
+    multiply<W, M, 2, 2, 2 * M>(acc, x, p, ahead, c.K / 2);
     finish<W, M>(c, acc, p, row, unit);
   }
 };
@@ -395,7 +404,7 @@ void linear(const LinearCall& c, int threads) {
   const long units = c.gated ? ceil_div(c.N, V) : ceil_div(c.N, 2 * V);
   const long grain = units >= 64 * threads ? 4 : units >= 16 * threads ? 2 : 1, items = ceil_div(units, grain);
   long per_pass = long(X_BYTES / (size_t(c.K) * 4)) / MR * MR;
-  if (per_pass < 2 * MR) per_pass = 2 * MR;
+  if (per_pass < 4 * MR) per_pass = 4 * MR;
   const long passes = ceil_div(c.M, per_pass);
   const size_t panel = W::bytes(c.K);
   parallel_for(threads, passes * items, [&](long item) {
@@ -542,29 +551,43 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
   }
   float top[R], total[R];
   for (int r = 0; r < R; ++r) top[r] = -__builtin_inff(), total[r] = 0;
-  for (long start = from[0] / TILE * TILE; start < seen[R - 1]; start += TILE) {
-    alignas(64) float p[R][TILE];
-    const char *keys[BLOCKS], *values[BLOCKS];
-    const int blocks = int(least(BLOCKS, ceil_div(seen[R - 1] - start, V)));
+  constexpr int NV = R <= 4 ? 4 : 2;  // panels at a time: enough independent sums to hide their latency
+  const char *keys[2][BLOCKS], *values[BLOCKS];
+  long place[BLOCKS];
+  auto locate = [&](long start) {  // keys[1] and place: blocks of the tile at `start`, the first for none
+    const long blocks = ceil_div(seen[R - 1] - start, V);
     for (int b = 0; b < BLOCKS; ++b) {
-      const long place = (table[(start / V) + (b < blocks ? b : 0)] * c.K + kv) * bytes;
-      keys[b] = c.keys + place, values[b] = c.values + place;
+      place[b] = (table[start / V + (b < blocks ? b : 0)] * c.K + kv) * bytes;
+      keys[1][b] = c.keys + place[b];
     }
-    for (int b = 0; b < blocks; b += 2) {
-      vf acc[R][2] = {};
-      multiply<W, R, 2, 2, 2 * R>(acc, q, keys + b, 0, E / 2);
-      for (int r = 0; r < R; ++r) store(p[r] + b * V, acc[r][0]), store(p[r] + b * V + V, acc[r][1]);
+  };
+  const long begin = from[0] / TILE * TILE;
+  locate(begin);
+  for (long start = begin; start < seen[R - 1]; start += TILE) {
+    for (int b = 0; b < BLOCKS; ++b) keys[0][b] = keys[1][b], values[b] = c.values + place[b];
+    if (start + TILE < seen[R - 1]) locate(start + TILE);
+    const int blocks = int(least(BLOCKS, ceil_div(seen[R - 1] - start, V)));
+    alignas(64) float p[R][TILE];
+    for (int b = 0; b < BLOCKS; b += NV) {
+      if (b >= blocks) break;
+      vf acc[R][NV] = {};
+      multiply<W, R, NV, 2, 2 * R>(acc, q, keys[0] + b, values + b, E / 2);
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < NV; ++n) store(p[r] + (b + n) * V, acc[r][n]);
     }
+    const bool all_visible = start + TILE <= seen[0] && start >= from[R - 1];
     float keep[R];
     for (int r = 0; r < R; ++r) {
-      const vf none = splat(-__builtin_inff());
-      vf best = none, scores[BLOCKS];
-      for (int b = 0; b < BLOCKS; ++b) {
-        const vi at = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + int(start) + b * V;
-        const vi visible = (at < int(seen[r])) & (at >= int(from[r]));
-        scores[b] = select(visible, b < blocks ? load(p[r] + b * V) : none, none);
-        best = max(best, scores[b]);
-      }
+      vf scores[BLOCKS];
+      for (int b = 0; b < BLOCKS; ++b) scores[b] = load(p[r] + b * V);
+      if (!all_visible)
+        for (int b = 0; b < BLOCKS; ++b) {
+          const vi at = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + int(start) + b * V;
+          const vi visible = (at < int(seen[r])) & (at >= int(from[r]));
+          scores[b] = select(visible, scores[b], splat(-__builtin_inff()));
+        }
+      vf best = scores[0];
+      for (int b = 1; b < BLOCKS; ++b) best = max(best, scores[b]);
       const float tile_top = greatest(best), new_top = tile_top > top[r] ? tile_top : top[r];
       const float shift = new_top == -__builtin_inff() ? 0 : new_top;  // a row that has seen no key yet
       vf tile_total = {};
@@ -577,15 +600,18 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
       total[r] = total[r] * keep[r] + sum(tile_total);
       top[r] = new_top;
     }
-    for (long e = 0; e < S; e += 2 * V) {
-      vf acc[R][2];
-      const int chunks = S - e >= 2 * V ? 2 : 1;
+    for (long e = 0; e < S; e += NV * V) {
+      vf acc[R][NV];
+      const int chunks = int(least(NV, (S - e) / V));
       for (int r = 0; r < R; ++r)
-        for (int n = 0; n < 2; ++n) acc[r][n] = n < chunks ? load(sums + r * S + e + n * V) * keep[r] : vf{};
+        for (int n = 0; n < NV; ++n) acc[r][n] = n < chunks ? load(sums + r * S + e + n * V) * keep[r] : vf{};
       for (int b = 0; b < blocks; ++b) {
-        const char* panel = values[b] + e * V * long(sizeof(typename W::T));
-        const char* panels[2] = {panel, panel + (chunks - 1) * V * V * long(sizeof(typename W::T))};
-        multiply<W, R, 2, TILE, 2>(acc, &p[0][b * V], panels, 0, V / 2);
+        const char *panels[NV], *next[NV];
+        for (int n = 0; n < NV; ++n) {
+          const long chunk = (e + (n < chunks ? n : 0) * V) * V * long(sizeof(typename W::T));
+          panels[n] = values[b] + chunk, next[n] = keys[1][b] + chunk;
+        }
+        multiply<W, R, NV, TILE, 2>(acc, &p[0][b * V], panels, next, V / 2);
       }
       for (int r = 0; r < R; ++r)
         for (int n = 0; n < chunks; ++n) store(sums + r * S + e + n * V, acc[r][n]);

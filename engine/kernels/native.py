@@ -42,7 +42,8 @@ class _LinearCall(ctypes.Structure):
 class _AttentionCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "qkv", "out", "keys", "values", "cos", "sin", "q_norm", "k_norm", "positions", "sequences", "tables",
+            "qkv", "out", "keys", "values", "cos", "sin", "q_norm", "k_norm",
+            "positions", "sequences", "tables",
         )),
         *((name, ctypes.c_long) for name in ("T", "B", "H", "K", "E", "stride", "window")),
         ("eps", ctypes.c_float), ("scale", ctypes.c_float),
@@ -72,7 +73,7 @@ def open_library(name: str) -> Any:
 @cache
 def library() -> tuple[str, Any] | None:
     """The best variant for this CPU and its name; None where there is none."""
-    flags = _cpu_flags()
+    flags = cpu_flags()
     for name, needed in VARIANTS.items():
         if not flags.issuperset(needed):
             continue
@@ -87,7 +88,8 @@ def library() -> tuple[str, Any] | None:
     return None
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """What this CPU can do, as Linux names it; nothing on other systems."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return set()
@@ -140,8 +142,8 @@ class NativeCache:
     def copy_blocks(self, pairs: tuple[tuple[int, int], ...]) -> None:
         """Copy blocks in order, in every layer."""
         for source, destination in pairs:
-            for cache in (self.keys, self.values):
-                cache[:, destination] = cache[:, source]
+            for blocks in (self.keys, self.values):
+                blocks[:, destination] = blocks[:, source]
 
 
 class NativeKernels:
@@ -218,9 +220,11 @@ class NativeKernels:
         H = qkv_TA.shape[1] // E - 2 * K
         out_TA = torch.empty(T, H * E)
         call = _AttentionCall(
-            qkv_TA.data_ptr(), out_TA.data_ptr(), cache.keys[layer].data_ptr(), cache.values[layer].data_ptr(),
+            qkv_TA.data_ptr(), out_TA.data_ptr(),
+            cache.keys[layer].data_ptr(), cache.values[layer].data_ptr(),
             rope.cos.data_ptr(), rope.sin.data_ptr(),
-            None if norms is None else norms.query.data_ptr(), None if norms is None else norms.key.data_ptr(),
+            None if norms is None else norms.query.data_ptr(),
+            None if norms is None else norms.key.data_ptr(),
             inputs.positions_T.data_ptr(), inputs.sequences_B4.data_ptr(), inputs.tables.data_ptr(),
             T, inputs.sequences_B4.shape[0], H, K, E, inputs.tables.shape[1], window or 0,
             0.0 if norms is None else norms.eps, E**-0.5,
@@ -238,8 +242,8 @@ class NativeKernels:
         rows = matrix.rows // 2 if gated else matrix.rows
         out = torch.empty(x_TD.shape[0], rows)
         call = _LinearCall(
-            x_TD.data_ptr(), matrix.data.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-            x_TD.shape[0], rows, matrix.columns, gated,
+            x_TD.data_ptr(), matrix.data.data_ptr(), None if bias is None else bias.data_ptr(),
+            out.data_ptr(), x_TD.shape[0], rows, matrix.columns, gated,
         )  # fmt: skip
         self._lib.phalanx_linear(matrix.kind, ctypes.byref(call), torch.get_num_threads())
         return out

@@ -42,7 +42,7 @@ class ReferenceCache:
     def copy_blocks(self, pairs: tuple[tuple[int, int], ...]) -> None:
         """Copy blocks in order, in every layer."""
         for cache in (self.keys_NKPE, self.values_NKPE):
-            blocks = cache.unflatten(2, (-1, BLOCK_SIZE))
+            blocks = cache.view(*cache.shape[:2], -1, BLOCK_SIZE, cache.shape[3])
             for source, destination in pairs:
                 blocks[:, :, destination] = blocks[:, :, source]
 
@@ -102,7 +102,7 @@ class ReferenceKernels:
         T = qkv_TA.shape[0]
         qkv_TAE = qkv_TA.view(T, -1, E)
         H = qkv_TAE.shape[1] - 2 * K
-        q_THE, k_TKE, v_TKE = qkv_TAE.split((H, K, K), dim=1)
+        q_THE, k_TKE, v_TKE = qkv_TAE[:, :H], qkv_TAE[:, H : H + K], qkv_TAE[:, H + K :]
         if norms is not None:
             q_THE, k_TKE = _rms_norm(q_THE, norms.query, norms.eps), _rms_norm(k_TKE, norms.key, norms.eps)
         positions_T = inputs.positions_T.long()

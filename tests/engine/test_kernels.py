@@ -1,0 +1,210 @@
+"""Every native kernel agrees with the reference, and no row's bits depend on the rows beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.config import BLOCK_SIZE
+from engine.kernels import AttentionInput, HeadNorms, Kernels, KVCache, Rope, choose, native
+from engine.kernels.native import NativeKernels
+from engine.kernels.reference import ReferenceKernels
+
+CPU = torch.device("cpu")
+FLAGS = native.cpu_flags()
+VARIANTS = [name for name, needed in native.VARIANTS.items() if FLAGS.issuperset(needed)]
+pytestmark = pytest.mark.skipif(not VARIANTS, reason="no native kernels for this CPU")
+
+REFERENCE = ReferenceKernels(CPU, torch.float32)
+EVERY_FORMAT = [(torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "int8"), (torch.float32, "int4")]
+# Of one weight, as a share of the largest beside it: what rounding may cost.
+TOLERANCE = {"": 2**-8, "int8": 1 / 127, "int4": 1 / 7}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def kernels_of(variant: str, dtype: torch.dtype, quantisation: str = "") -> NativeKernels:
+    return NativeKernels(dtype, quantisation, (variant, native.open_library(variant)))
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_this_cpu_gets_its_best_variant() -> None:
+    kernels = choose(CPU, torch.bfloat16)
+    assert VARIANTS[0] in kernels.name
+
+
+@pytest.mark.parametrize(("dtype", "quantisation"), EVERY_FORMAT)
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (37, 130), (5, 2), (96, 6000)])
+def test_linear_is_the_product_with_the_weights_it_holds(
+    variant: str, dtype: torch.dtype, quantisation: str, rows: int, columns: int
+) -> None:
+    kernels = kernels_of(variant, dtype, quantisation)
+    matrix, weight, bias = kernels.matrix(rows, columns), numbers(rows, columns), numbers(rows, seed=1)
+    matrix.write(0, weight[:20])
+    matrix.write(min(20, rows), weight[20:])
+    held = kernels.embed(torch.arange(rows), matrix)
+    error = (held - weight).abs().amax() / weight.abs().amax()
+    assert error <= (0 if (dtype, quantisation) == (torch.float32, "") else TOLERANCE[quantisation])
+    x = numbers(27, columns, seed=2)
+    rounds_x = variant == "avx512_bf16" and not quantisation and dtype == torch.bfloat16
+    torch.testing.assert_close(
+        kernels.linear(x, matrix, bias),
+        (x.bfloat16().float() if rounds_x else x) @ held.T + bias,
+        rtol=1e-4,
+        atol=1e-5 * columns,
+    )
+
+
+@pytest.mark.parametrize("columns", [64, 38])
+def test_swiglu_agrees_with_the_reference(variant: str, columns: int) -> None:
+    kernels, x = kernels_of(variant, torch.float32), numbers(19, 32)
+    weight, bias = numbers(2 * columns, 32, seed=1), numbers(2 * columns, seed=2)
+    results = []
+    for each in (kernels, REFERENCE):
+        matrix = each.matrix(2 * columns, 32, gated=True)
+        matrix.write(0, weight[: columns + 3])
+        matrix.write(columns + 3, weight[columns + 3 :])
+        results.append(each.swiglu(x, matrix, bias))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [64, 33, 10])
+def test_norm_agrees_with_the_reference_and_adds_in_place(variant: str, size: int) -> None:
+    weight, results = numbers(size), []
+    for each in (kernels_of(variant, torch.float32), REFERENCE):
+        x = numbers(5, size, seed=1)
+        results += [each.add_rms_norm(x, numbers(5, size, seed=2), weight, 1e-5), x]
+        results.append(each.add_rms_norm(x, None, weight, 1e-5))
+    for ours, expected in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+class Heads:
+    """Attention over three sequences in scattered blocks, fed in steps of any shape."""
+
+    def __init__(self, heads: int, kv_heads: int, size: int, length: int) -> None:
+        self.heads, self.kv_heads, self.size, self.length = heads, kv_heads, size, length
+        blocks = -(-length // BLOCK_SIZE)
+        order = torch.randperm(3 * blocks, generator=torch.Generator().manual_seed(5))
+        self.tables = order.view(3, blocks).to(torch.int32)
+        angles = torch.arange(length)[:, None] * 0.7 ** torch.arange(size // 2)
+        self.rope = Rope(angles.cos(), angles.sin())
+        self.qkv = numbers(3, length, (heads + 2 * kv_heads) * size)
+
+    def cache(self, kernels: Kernels) -> KVCache:
+        return kernels.cache(2, self.kv_heads, self.size, self.tables.numel())
+
+    def step(
+        self, kernels: Kernels, cache: KVCache, parts: list[tuple[int, int, int]], **options: object
+    ) -> list[torch.Tensor]:
+        """Feed (sequence, start, end) parts; each one's rows."""
+        sequences, row = [], 0
+        for sequence, start, end in parts:
+            sequences.append((sequence, row, end - start, start))
+            row += end - start
+        inputs = AttentionInput(
+            torch.cat([torch.arange(start, end) for _, start, end in parts]).to(torch.int32),
+            torch.tensor(sequences, dtype=torch.int32),
+            self.tables,
+        )
+        qkv = torch.cat([self.qkv[sequence, start:end] for sequence, start, end in parts])
+        out = kernels.attend(qkv, cache, 1, inputs, self.rope, **options)  # type: ignore[arg-type]
+        return list(out.split([end - start for _, start, end in parts]))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(9, 3, 64), (8, 1, 32), (4, 4, 16), (14, 2, 10), (2, 1, 128)]
+)
+@pytest.mark.parametrize("window", [None, 1, 70])
+def test_attention_agrees_with_the_reference(
+    variant: str, heads: int, kv_heads: int, size: int, window: int | None
+) -> None:
+    data = Heads(heads, kv_heads, size, 150)
+    norms = HeadNorms(1 + numbers(size, seed=3) / 8, 1 + numbers(size, seed=4) / 8, 1e-6)
+    kernels = kernels_of(variant, torch.float32)
+    ours, expected = data.cache(kernels), data.cache(REFERENCE)
+    for parts in (
+        [(0, 0, 40), (1, 0, 7)],
+        [(1, 7, 8), (0, 40, 129), (2, 0, 33)],
+        [(0, 129, 150), (2, 33, 34), (1, 8, 20)],
+    ):
+        pairs = zip(
+            data.step(kernels, ours, parts, window=window, norms=norms),
+            data.step(REFERENCE, expected, parts, window=window, norms=norms),
+            strict=True,
+        )
+        for got, wanted in pairs:
+            torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_bf16_keys_and_values_cost_no_more_than_their_rounding(variant: str) -> None:
+    data, kernels = Heads(6, 2, 64, 96), kernels_of(variant, torch.bfloat16)
+    got = data.step(kernels, data.cache(kernels), [(0, 0, 96)])[0]
+    wanted = data.step(REFERENCE, data.cache(REFERENCE), [(0, 0, 96)])[0]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=4 * 2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 50])
+def test_no_bit_of_attention_depends_on_chunks_or_neighbours(
+    variant: str, dtype: torch.dtype, window: int | None
+) -> None:
+    data, kernels = Heads(6, 2, 64, 150), kernels_of(variant, dtype)
+    alone = data.step(kernels, data.cache(kernels), [(0, 0, 150)], window=window)[0]
+    cache, rows, start = data.cache(kernels), [], 0
+    for size in (1, 13, 2, 64, 30, 1, 39):
+        neighbours = [(1, start, start + size), (2, start, start + 1)]
+        rows.append(data.step(kernels, cache, [(0, start, start + size), *neighbours], window=window)[0])
+        start += size
+    assert torch.equal(torch.cat(rows), alone)
+
+
+@pytest.mark.parametrize(("dtype", "quantisation"), EVERY_FORMAT)
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_bit_of_a_product_depends_on_the_rows_beside_it_or_on_threads(
+    variant: str, dtype: torch.dtype, quantisation: str, gated: bool
+) -> None:
+    kernels, x = kernels_of(variant, dtype, quantisation), numbers(70, 192)
+    matrix = kernels.matrix(150, 192, gated=gated)
+    matrix.write(0, numbers(150, 192, seed=1))
+    product = kernels.swiglu if gated else kernels.linear
+    together = product(x, matrix)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        for rows in (1, 2, 3, 5, 8, 12, 13, 29):
+            assert torch.equal(product(x[:rows].contiguous(), matrix), together[:rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_a_block_held_before_does_not_matter(variant: str) -> None:
+    data, kernels = Heads(4, 2, 32, 60), kernels_of(variant, torch.bfloat16)
+    clean = data.step(kernels, data.cache(kernels), [(0, 0, 37)])[0]
+    cache = data.cache(kernels)
+    assert isinstance(cache, native.NativeCache)
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    assert torch.equal(data.step(kernels, cache, [(0, 0, 37)])[0], clean)
+
+
+@pytest.mark.parametrize("native_cache", [True, False])
+def test_a_copied_block_is_read_like_the_original(variant: str, native_cache: bool) -> None:
+    data = Heads(4, 2, 32, 30)
+    kernels: Kernels = kernels_of(variant, torch.float32) if native_cache else REFERENCE
+    cache = data.cache(kernels)
+    expected = data.step(kernels, cache, [(0, 0, 30)])[0][20:]
+    data.qkv[1, 20:] = data.qkv[0, 20:]
+    cache.copy_blocks(tuple(zip(data.tables[0].tolist(), data.tables[1].tolist(), strict=True)))
+    assert torch.equal(data.step(kernels, cache, [(1, 20, 30)])[0], expected)
+
+
+def test_a_library_that_computes_wrong_products_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_is_right", lambda candidate: False)
+    assert native.library.__wrapped__() is None
