@@ -52,8 +52,41 @@ def test_a_refused_prompt_leaves_nothing_behind(engine: Engine) -> None:
 
 
 def test_progress_can_be_shown(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    engine.generate([[1, 2]], GREEDY, max_tokens=2, progress=True)
-    assert "100%" in capsys.readouterr().out
+    engine.generate([[1, 2], [3]], GREEDY, max_tokens=[2, 3], progress=True, ignore_eos=True)
+    captured = capsys.readouterr()
+    assert "2/2" in captured.err
+    assert not captured.out
+
+
+def test_prompts_have_lengths_of_their_own(engine: Engine) -> None:
+    done = engine.generate([[1, 2], [3]], GREEDY, max_tokens=[2, 3], ignore_eos=True)
+    assert [len(c.token_ids) for c in done] == [2, 3]
+    with pytest.raises(ValueError, match="zip"):
+        engine.generate([[1, 2], [3]], GREEDY, max_tokens=[2])
+    assert not engine.busy
+
+
+def test_requests_can_arrive_between_steps(engine: Engine) -> None:
+    expected = engine.generate([[1, 2], [3, 4]], GREEDY, max_tokens=6, ignore_eos=True)
+    engine.submit(Request("first", (1, 2), GREEDY, 6, ignore_eos=True))
+    tokens: dict[str, list[int]] = {"first": [], "second": []}
+    with pytest.raises(EngineError, match="submit") as caught:
+        engine.generate([[5]])
+    assert caught.value.reason == "BUSY"
+    while engine.busy:
+        for delta in engine.step():
+            tokens[delta.id].extend(delta.token_ids)
+        if len(tokens["first"]) == 2:
+            engine.submit(Request("second", (3, 4), GREEDY, 6, ignore_eos=True))
+    assert list(tokens.values()) == [c.token_ids for c in expected]
+
+
+def test_a_cancelled_request_is_forgotten(engine: Engine) -> None:
+    engine.submit(Request("gone", (1, 2), GREEDY, 6, ignore_eos=True))
+    engine.step()
+    engine.cancel("gone")
+    assert not engine.busy
+    assert engine.load.running == 0
 
 
 def test_a_closed_engine_says_so(model_dir: Path) -> None:

@@ -1,0 +1,72 @@
+"""transformers' `generate` on a padded-free batch, as a contestant: its default attention, all threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from bench.protocol import Recorder, Setup, Trace, Work, serve
+
+
+class Generate:
+    """A model in `torch.inference_mode`; a batch is one call."""
+
+    name = "transformers generate"
+
+    def __init__(self, setup: Setup) -> None:
+        torch.set_num_threads(setup.threads)
+        self._model = load(setup)
+        self.details = (
+            f"transformers {transformers.__version__}, torch {torch.__version__}, {setup.dtype}, "
+            f"attention {self._model.config._attn_implementation}"
+        )
+
+    def run(self, work: Work) -> Trace:
+        """All prompts at once: they must be equally long, so that there is nothing to pad."""
+        (new_tokens,) = set(work.new_tokens)
+        recorder = Recorder(work)
+        with torch.inference_mode():
+            ids = torch.tensor(work.prompts)
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                streamer=_Clock(recorder),
+            )
+        return recorder.finish()
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]  # transformers is not typed here
+    """Told of every step's tokens; the first call brings the prompts."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self._recorder.tokens(list(enumerate(value.flatten().tolist())))
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def load(setup: Setup, **options: Any) -> Any:
+    """The model in eval mode."""
+    transformers.logging.set_verbosity_error()
+    model = AutoModelForCausalLM.from_pretrained(
+        setup.model, dtype=getattr(torch, setup.dtype), local_files_only=True, **options
+    )
+    model.generation_config.eos_token_id = None  # every contestant ignores the end of a sequence
+    return model.eval()
+
+
+if __name__ == "__main__":
+    serve(Generate)

@@ -1,0 +1,173 @@
+"""What the driver of a measurement and its contestants say to each other: JSON lines over pipes.
+
+Standard library only: a contestant may run under another interpreter, with none of our packages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a contestant is to be built. Lengths are in tokens."""
+
+    model: str
+    dtype: str = "bfloat16"
+    quantization: str = ""
+    threads: int = 1
+    max_model_len: int = 4608
+    kv_bytes: int = 2 << 30
+    max_running: int = 256
+    max_batch_tokens: int = 0  # per step; 0 is the contestant's default
+    eager: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Prompts to be completed greedily, `new_tokens[i]` tokens of prompt i, end-of-sequence ignored.
+
+    The last `late` prompts arrive when each of the others has `late_after` tokens.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    new_tokens: Sequence[int]
+    late: int = 0
+    late_after: int = 0
+
+
+@dataclass(slots=True)
+class Trace:
+    """What happened. Times are seconds since the first prompt was handed in.
+
+    `events` has, for every moment at which tokens came, the prompts whose token it was.
+    """
+
+    token_ids: list[list[int]]
+    submitted: list[float]
+    events: list[tuple[float, list[int]]] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A contestant is up: what it is, how long it took, and its peak memory so far (0: not known)."""
+
+    name: str
+    load_s: float
+    peak_bytes: int
+    details: str = ""
+
+
+class Contestant(Protocol):
+    """Something that completes prompts."""
+
+    name: str
+    details: str
+
+    def run(self, work: Work) -> Trace:
+        """Do the work and say when each token came."""
+        ...
+
+
+class Recorder:
+    """Builds a trace on the clock that starts with it."""
+
+    def __init__(self, work: Work) -> None:
+        self._start = time.perf_counter()
+        count = len(work.prompts)
+        self._trace = Trace([[] for _ in range(count)], [0.0] * count)
+        self._work = work
+        self._early = count - work.late
+        self._late_pending = work.late > 0
+
+    def late_arrivals(self) -> range:
+        """The late prompts, once, at the moment when they are due."""
+        early = self._trace.token_ids[: self._early]
+        if not self._late_pending or min(map(len, early)) < self._work.late_after:
+            return range(0)
+        self._late_pending = False
+        due = range(self._early, len(self._work.prompts))
+        now = time.perf_counter() - self._start
+        for index in due:
+            self._trace.submitted[index] = now
+        return due
+
+    @property
+    def early(self) -> range:
+        """The prompts that are there from the start."""
+        return range(self._early)
+
+    def tokens(self, tokens: Sequence[tuple[int, int]], at: float | None = None) -> None:
+        """Pairs (prompt, token id) that have come just now, or at a time of `time.perf_counter`."""
+        if tokens:
+            elapsed = (time.perf_counter() if at is None else at) - self._start
+            self._trace.events.append((elapsed, [index for index, _ in tokens]))
+        for index, token in tokens:
+            self._trace.token_ids[index].append(token)
+
+    def finish(self) -> Trace:
+        """The whole trace.
+
+        Raises:
+            RuntimeError: a prompt was not completed to its length.
+        """
+        for index, (ids, count) in enumerate(
+            zip(self._trace.token_ids, self._work.new_tokens, strict=True)
+        ):
+            if len(ids) != count:
+                raise RuntimeError(f"prompt {index} got {len(ids)} tokens of {count}")
+        self._trace.peak_bytes = peak_bytes()
+        return self._trace
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held (VmHWM), its live children's peaks included."""
+    return sum(map(_high_water, [os.getpid(), *_descendants(os.getpid())]))
+
+
+def serve(build: Callable[[Setup], Contestant]) -> None:
+    """Be a contestant: a Setup on standard input, then one Work after another; answers on standard output.
+
+    Whatever libraries print goes to standard error.
+    """
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    start = time.perf_counter()
+    contestant = build(Setup(**json.loads(sys.stdin.readline())))
+    load_s = time.perf_counter() - start
+    ready = Ready(contestant.name, load_s, peak_bytes(), contestant.details)
+    answers.write(json.dumps(asdict(ready)) + "\n")
+    for line in sys.stdin:
+        trace = contestant.run(Work(**json.loads(line)))
+        answers.write(json.dumps(asdict(trace)) + "\n")
+
+
+def _descendants(pid: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it has ended meanwhile
+            parents[int(entry.name)] = int(fields[1])
+    found = [pid]
+    for parent in found:
+        found.extend(child for child, its in parents.items() if its == parent)
+    return found[1:]
+
+
+def _high_water(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0  # it has ended meanwhile
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -1,0 +1,55 @@
+"""The progress bar of `Engine.generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from engine.request import Load
+
+Advance = Callable[[int, int, Load], None]
+
+
+@contextmanager
+def progress_bar(total: int, before: Load, shown: bool | None) -> Iterator[Advance]:
+    """A function to call after every step with completions ended, tokens drawn, and the load then.
+
+    Args:
+        total: completions to come.
+        before: the load at the start, from which prefix hits are counted.
+        shown: None shows it where standard error is a terminal.
+    """
+    if not (sys.stderr.isatty() if shown is None else shown):
+        yield lambda ended, tokens, load: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (
+        rich.TextColumn("Completions"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("{task.fields[state]}"),
+        rich.TimeRemainingColumn(compact=True),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task("", total=total, state="")
+        drawn = 0
+
+        def advance(ended: int, tokens: int, load: Load) -> None:
+            nonlocal drawn
+            drawn += tokens
+            elapsed = bars.tasks[task].elapsed
+            bars.update(task, advance=ended, state=describe(drawn, elapsed or 0.0, before, load))
+
+        yield advance
+
+
+def describe(tokens: int, elapsed: float, before: Load, load: Load) -> str:
+    """Tokens per second, and the share of prompt tokens that the prefix cache had, where it had any."""
+    parts = [f"{tokens / elapsed:.0f} tokens/s"] if elapsed > 0 else []
+    hits = load.prefix_hits - before.prefix_hits
+    if hits:
+        parts.append(f"{hits / (load.prefix_tokens - before.prefix_tokens):.0%} of prompts cached")
+    return ", ".join(parts)
