@@ -36,6 +36,7 @@ class Runner:
         self._parallel = parallel
         self._hidden_size = config.hidden_size
         self._dtype, self._device = kernels.activation_dtype, kernels.device
+        self._cache = cache
         self._sampler = Sampler()
         self._batcher = Batcher(engine.max_running, -(-max_model_len // BLOCK_SIZE), kernels.device)
         self._model = Decoder(config, weights, parallel, kernels, cache, max_model_len)
@@ -54,6 +55,7 @@ class Runner:
             )
         self._step = plan.step
         batch = self._batcher.build(plan)
+        self._cache.copy_blocks(plan.copies)
         grid = self._parallel.grid
         x_TD = None
         if not grid.is_first_stage:
