@@ -117,7 +117,8 @@ class NativeMatrix:
         self.kind, self.rows, self.columns, self.gated = kind, rows, columns, gated
         panels = 2 * -(-rows // 2 // _PANEL) if gated else 2 * -(-rows // (2 * _PANEL))
         self.nbytes = panels * lib.phalanx_panel_bytes(kind, columns)
-        self.data = _zeros(self.nbytes)
+        # All of it is read in every step: fewer, larger pages are found sooner.
+        self.data = _zeros(self.nbytes, huge_pages=True)
 
     def write(self, row: int, values_RC: torch.Tensor) -> None:
         """Pack rows, all columns of each, quantising where the format asks for it."""
@@ -249,9 +250,9 @@ class NativeKernels:
         return out
 
 
-def _zeros(size: int) -> torch.Tensor:
-    """Zero bytes on pages of their own, given memory when first written; huge pages where there are any."""
+def _zeros(size: int, *, huge_pages: bool = False) -> torch.Tensor:
+    """Zero bytes on pages of their own, given memory when first written."""
     pages = mmap.mmap(-1, max(size, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8, count=size)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.attention import KVCache
-from engine.config import BLOCK_SIZE, EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineError
-from engine.parallel import Grid, Parallel
+from engine.grid import Grid
+from engine.kernels import choose
+from engine.parallel import Parallel
 from engine.plan import Join, Row, Sampled, StepPlan
 from engine.request import SamplingParams
 from engine.runner import Runner
@@ -21,11 +22,11 @@ CPU = torch.device("cpu")
 def runner(model_dir: Path) -> Runner:
     """A rank in epoch 4 that has run step 1."""
     config, grid = ModelConfig.load(model_dir), Grid(1, 1, 0)
-    weights = load_weights(str(model_dir), config, grid, torch.float32, CPU)
-    cache = KVCache(
-        config.num_layers, config.num_kv_heads, config.head_dim, 4, BLOCK_SIZE, torch.float32, CPU
-    )
-    runner = Runner(EngineConfig(str(model_dir), epoch=4), config, weights, Parallel(grid), cache, 64)
+    kernels = choose(CPU, torch.float32)
+    weights = load_weights(str(model_dir), config, grid, kernels)
+    cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, 4)
+    engine = EngineConfig(str(model_dir), epoch=4)
+    runner = Runner(engine, config, weights, Parallel(grid), kernels, cache, 64)
     join = Join(0, 3, 0, SamplingParams(temperature=0))
     sampled = runner.run(StepPlan(4, 1, (), (join,), (Row(0, 0, (1, 2, 3), (0,), sample=True),)))
     assert sampled is not None
