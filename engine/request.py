@@ -99,6 +99,8 @@ class Delta:
     `pieces` is the text that each token completed (one entry per token); the engine leaves it empty
     and the text process fills it. `finish` and `timing` come with the choice's last token,
     `prompt_logprobs`, one entry per prompt token after the first, with the first choice's first.
+    `cached_tokens` comes with an attempt's first token of each choice: how many tokens of the prompt were
+    computed already, for other requests or another choice.
     """
 
     id: str
@@ -110,6 +112,7 @@ class Delta:
     finish: FinishReason | None = None
     timing: Timing | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +126,14 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a replica is: choices running and waiting, KV blocks free and in all."""
+    """How busy a replica is: choices running and waiting, KV blocks free or kept as cache, and in all.
+
+    Of `prefix_tokens` prompt tokens looked up in the prefix cache since the start, `prefix_hits` were there.
+    """
 
     running: int = 0
     waiting: int = 0
     kv_blocks_free: int = 0
     kv_blocks_total: int = 0
+    prefix_tokens: int = 0
+    prefix_hits: int = 0

@@ -1,62 +1,44 @@
 """Decides what each step computes: continuous batching with chunked prefill.
 
-Owns: every live sequence, which of them run and which wait, their KV blocks and handles, and the plans
-in flight.
-Does not own: the model, the clock (`now` is an argument), or the order in which ranks execute plans,
-which is the order of their numbers.
+Owns: every live sequence, which of them run, wait or are held back, their handles, and the plans in flight.
+Does not own: the model, the clock (`now` is an argument), the blocks (`engine.tables`), or the order in which
+ranks execute plans, which is the order of their numbers.
 
-A choice of a request is a sequence. Its tokens are the prompt, prior output and new output; a step
-computes the next few of them, and the one that computes the last draws the next. So prefill, decode
-and recomputation after a preemption are the same thing. A sequence is in at most one plan in flight.
+A choice of a request is a sequence. Its tokens are the prompt, prior output and new output; a step computes
+the next few of them, and the one that computes the last draws the next. So prefill, decode and recomputation
+after a preemption are the same thing. A sequence is in at most one plan in flight.
+
+All sequences stand in one order (`engine.sequence.place_in_order`). Those that decode are served before those
+with prompts to compute (`engine.budget` says how many tokens each gets), and both in order. Who lacks blocks
+takes them from the last in order. So the first in order always goes on: everyone gets to its end.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
-from engine.blocks import BlockPool, blocks_for
+from engine.budget import Demand, Share, share_of
 from engine.errors import EngineError, RequestError
-from engine.grammar import Follow, Matcher
+from engine.grammar import Follow
 from engine.plan import Join, Mask, Row, Sampled, StepPlan, join
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, Timing
+from engine.sequence import InOrder, Sequence, place_in_order
+from engine.tables import BlockTables, Start
 from engine.validation import Limits, validate
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One choice of a request. `computed` tokens have their KV; `handle` is None while it waits."""
+@dataclass(slots=True)
+class _Draft:
+    """A plan while it is made."""
 
-    request: Request
-    choice: int
-    arrival: int
-    queued: float
-    output: list[int] = field(default_factory=list)
-    computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    handle: int | None = None
-    in_flight: bool = False
-    cancelled: bool = False
-    scheduled: float | None = None
-    first_token: float | None = None
-    matcher: Matcher | None = None
-    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Tokens known: prompt and output."""
-        return len(self.request.prompt_ids) + len(self.output)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens known whose KV is not computed; 1 while it decodes."""
-        return self.length - self.computed
-
-    def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens at positions `start` to `end`."""
-        prompt = self.request.prompt_ids
-        split = len(prompt)
-        return prompt[start:end] + tuple(self.output[max(start - split, 0) : max(end - split, 0)])
+    joins: list[Join] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
+    planned: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
@@ -68,13 +50,17 @@ class Scheduler:
         self._depth = depth
         self._step = 0
         self._arrivals = 0
-        self._pool = BlockPool(limits.kv_blocks)
+        self._tables = BlockTables(limits)
         self._handles = list(range(limits.max_running - 1, -1, -1))
-        self._waiting: deque[Sequence] = deque()  # oldest first; all younger than any running
-        self._running: list[Sequence] = []  # oldest first
+        self._running = InOrder()
+        self._waiting = InOrder()
+        self._held: dict[str, list[Sequence]] = {}  # waiting until a choice of theirs has computed the prompt
         self._live: dict[str, list[Sequence]] = {}
+        self._count = 0  # of live sequences
         self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()
         self._leaves: list[int] = []  # handles to give up in the next plan
+        self._prefix_tokens = 0
+        self._prefix_hits = 0
 
     @property
     def has_work(self) -> bool:
@@ -89,7 +75,9 @@ class Scheduler:
     @property
     def load(self) -> Load:
         """How busy the replica is."""
-        return Load(len(self._running), len(self._waiting), self._pool.free, self._pool.size)
+        running = len(self._running)
+        blocks = self._tables.available, self._tables.size
+        return Load(running, self._count - running, *blocks, self._prefix_tokens, self._prefix_hits)
 
     def submit(self, request: Request, now: float, follow: Follow | None = None) -> tuple[Delta, ...]:
         """Queue a request. Choices whose prior output has ended already finish at once.
@@ -104,23 +92,25 @@ class Scheduler:
             raise RequestError("DUPLICATE_REQUEST", f"request {request.id} is live already")
         if request.max_tokens == 0:
             request = replace(request, max_tokens=self._limits.max_model_len - len(request.prompt_ids))
-        matchers: list[Matcher | None] = [None] * request.n
-        if follow is not None:
-            matchers = [follow(request.prior[choice] if request.prior else ()) for choice in range(request.n)]
-        deltas = []
+        sequences = []
         for choice in range(request.n):
             if request.finished and request.finished[choice]:
                 continue
             prior = request.prior[choice] if request.prior else ()
-            sequence = Sequence(request, choice, self._arrivals, now, list(prior))
-            self._arrivals += 1
-            sequence.matcher = matchers[choice]
-            if prior and (finish := self._finish_reason(sequence)):
-                timing = Timing(now, now, now, now)
-                deltas.append(Delta(request.id, choice, len(prior), (), finish=finish, timing=timing))
+            order = place_in_order(request.priority, self._step, self._arrivals + choice)
+            sequence = Sequence(request, choice, order, now, list(prior))
+            sequence.matcher = None if follow is None else follow(prior)
+            sequences.append(sequence)
+        self._arrivals += request.n
+        deltas = []
+        for sequence in sequences:
+            if sequence.output and (finish := self._finish_reason(sequence)):
+                index, timing = len(sequence.output), Timing(now, now, now, now)
+                deltas.append(Delta(request.id, sequence.choice, index, (), finish=finish, timing=timing))
                 continue
-            self._waiting.append(sequence)
+            self._waiting.add(sequence)
             self._live.setdefault(request.id, []).append(sequence)
+            self._count += 1
         return tuple(deltas)
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -131,67 +121,34 @@ class Scheduler:
                 self._remove(sequence)
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next plan, or None when `depth` plans are in flight or nothing can be computed now.
-
-        Tokens of sequences that decode come first, so that a long prompt never holds them up; the rest
-        of the budget goes to prefills, oldest first.
-        """
+        """The next plan, or None when `depth` plans are in flight or nothing can be computed now."""
         if len(self._in_flight) == self._depth:
             return None
-        budget = self._limits.max_batch_tokens
-        joins: list[Join] = []
-        rows: list[Row] = []
-        planned: list[Sequence] = []
-        masks: list[Mask] = []
-        may_admit = True
-
-        def plan(sequence: Sequence, count: int) -> None:
-            nonlocal budget
-            end = sequence.computed + count
-            new_blocks = self._grow(sequence, end)
-            sample = end == sequence.length
-            tokens = sequence.tokens(sequence.computed, end)
-            rows.append(Row(_handle(sequence), sequence.computed, tokens, new_blocks, sample))
-            planned.append(sequence)
-            if sample and sequence.matcher is not None:
-                masks.append(Mask(_handle(sequence), sequence.matcher.mask()))
-            sequence.in_flight = True
-            budget -= count
-
-        # With several plans in flight each takes its share of the sequences, or the pipeline is serial.
-        share = blocks_for(len(self._running), self._depth)
-        ready = [sequence for sequence in self._running if not sequence.in_flight]
-        for sequence in sorted(ready, key=lambda sequence: sequence.remaining > 1):
-            if budget == 0 or len(rows) == share:
-                may_admit = False
-                break
-            if sequence.handle is None:  # preempted by an older one in this loop
-                continue
-            count = min(sequence.remaining, budget)
-            if self._make_room(sequence, sequence.computed + count):
-                plan(sequence, count)
-            else:
-                may_admit = False
-
-        # Nobody is admitted past a running sequence that may lack blocks, or it might lack them for ever.
-        while self._waiting and self._handles and budget > 0 and may_admit:
-            sequence = self._waiting[0]
-            if blocks_for(sequence.length, self._limits.block_size) > self._pool.free:
-                break
-            joins.append(self._admit(sequence, now))
-            plan(sequence, min(sequence.remaining, budget))
-
-        if not rows:
+        draft = _Draft()
+        self._displace()
+        decodes, prompts, share = self._survey()
+        left = self._go_on(draft, decodes, share.tokens - share.prompt_tokens)
+        left = self._go_on(draft, prompts, left + share.prompt_tokens)
+        left = self._admit_waiting(draft, left, now)
+        self._go_on(draft, decodes, left)  # what was set aside for prompts, and they could not use
+        self._tables.unpin()
+        if not draft.rows:
             if self._live and not self._in_flight:
                 raise EngineError("INTERNAL", "the scheduler cannot go on although sequences live")
             return None
         self._step += 1
-        result = StepPlan(
-            self._epoch, self._step, tuple(self._leaves), tuple(joins), tuple(rows), tuple(masks)
+        plan = StepPlan(
+            self._epoch,
+            self._step,
+            tuple(self._leaves),
+            tuple(draft.joins),
+            tuple(draft.rows),
+            tuple(draft.masks),
+            tuple(draft.copies),
         )
         self._leaves.clear()
-        self._in_flight.append((result, planned))
-        return result
+        self._in_flight.append((plan, draft.planned))
+        return plan
 
     def apply(self, sampled: Sampled, now: float) -> tuple[Delta, ...]:
         """Take in what the oldest plan in flight drew; returns the new tokens."""
@@ -204,10 +161,12 @@ class Scheduler:
             planned[prompt.row].prompt_logprobs += prompt.positions
         for row, sequence in zip(plan.rows, planned, strict=True):
             token = next(drawn) if row.sample else None
-            sequence.in_flight = False
+            count, sequence.in_flight = sequence.in_flight, 0
             if sequence.cancelled:
                 continue
-            sequence.computed += len(row.token_ids)
+            self._tables.advance(sequence, count)
+            if row.start < sequence.prompt_len <= sequence.computed:
+                self._let_go(sequence.request.id)
             if token is not None:
                 deltas.append(self._append(sequence, *token, now))
         return tuple(deltas)
@@ -215,35 +174,217 @@ class Scheduler:
     def check_integrity(self) -> None:
         """See that the books agree. Raises AssertionError."""
         live = [sequence for sequences in self._live.values() for sequence in sequences]
-        assert {id(s) for s in live} == {id(s) for s in [*self._running, *self._waiting]}
-        assert len(live) == len(self._running) + len(self._waiting)
-        self._pool.check_integrity([sequence.blocks for sequence in self._running])
-        arrivals = [sequence.arrival for sequence in [*self._running, *self._waiting]]
-        assert arrivals == sorted(arrivals), "a younger sequence has overtaken an older one"
-        handles = [_handle(sequence) for sequence in self._running]
+        running, waiting = list(self._running), list(self._waiting)
+        held = [sequence for sequences in self._held.values() for sequence in sequences]
+        assert {id(s) for s in live} == {id(s) for s in [*running, *waiting, *held]}
+        assert len(live) == self._count == len(running) + len(waiting) + len(held)
+        for sequences in (running, waiting):
+            assert sequences == sorted(sequences, key=lambda sequence: sequence.order)
+        handles = [_handle(sequence) for sequence in running]
         assert sorted(handles + self._handles) == list(range(self._limits.max_running))
-        for sequence in self._running:
+        self._tables.check_integrity(running)
+        for sequence in live:
+            assert not sequence.cancelled
+            assert sequence.length == sequence.prompt_len + len(sequence.output)
             assert sequence.remaining > 0, "nothing is left to compute"
-            assert len(sequence.blocks) * self._limits.block_size >= sequence.computed
-        for sequence in self._waiting:
+        for sequence in [*waiting, *held]:
             assert sequence.handle is None
             assert not sequence.blocks
-            assert sequence.computed == 0
-            assert not sequence.in_flight
+            assert (sequence.computed, sequence.passed, sequence.told, sequence.in_flight) == (0, 0, 0, 0)
+        for request_id, sequences in self._held.items():
+            assert sequences
+            assert any(s.handle is not None and s.computed < s.prompt_len for s in self._live[request_id])
         planned = [s for _, sequences in self._in_flight for s in sequences]
         assert len({id(s) for s in planned}) == len(planned), "a sequence is in two plans in flight"
-        for sequence in live:
-            assert sequence.in_flight == any(sequence is other for other in planned)
+        assert {id(s) for s in live if s.in_flight} == {id(s) for s in planned if not s.cancelled}
+
+    # Planning
+
+    def _survey(self) -> tuple[list[Sequence], list[Sequence], Share]:
+        """Who decodes and who computes a prompt, of those not in flight, and the plan's share for each."""
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        all_prompts = ready = in_flight = reading = 0
+        for sequence in self._running:
+            remaining = sequence.length - sequence.computed
+            if remaining == 1:
+                if not sequence.in_flight:
+                    decodes.append(sequence)
+                continue
+            reading += 1
+            all_prompts += remaining
+            if sequence.in_flight:
+                in_flight += sequence.in_flight
+            else:
+                prompts.append(sequence)
+                ready += remaining
+        most = self._depth * self._limits.max_batch_tokens
+        for sequence in islice(self._waiting, max(1, len(self._handles))):
+            if ready >= most:
+                break
+            ready += sequence.length
+            all_prompts += sequence.length
+        demand = Demand(
+            len(self._running) - reading,
+            self._count - len(self._running) + reading,
+            all_prompts,
+            ready,
+            in_flight,
+        )
+        return decodes, prompts, share_of(self._limits, self._depth, demand)
+
+    def _go_on(self, draft: _Draft, sequences: Iterable[Sequence], tokens: int) -> int:
+        """Plan the next tokens of those running that are not in flight; returns how many are left over."""
+        for sequence in sequences:
+            if tokens == 0:
+                break
+            if sequence.in_flight or sequence.handle is None:  # planned, or preempted, in this very plan
+                continue
+            count = min(sequence.remaining, tokens)
+            if self._room_to_go_on(sequence, sequence.computed + count):
+                self._plan(draft, sequence, count)
+                tokens -= count
+        return tokens
+
+    def _admit_waiting(self, draft: _Draft, tokens: int, now: float) -> int:
+        """Let those that wait run, in order, until one has no place; returns how many tokens are left."""
+        while tokens > 0 and self._waiting:
+            sequence = self._waiting.first
+            sibling, held = self._sibling(sequence)
+            if held:
+                self._waiting.remove(sequence)
+                self._held.setdefault(sequence.request.id, []).append(sequence)
+                continue
+            if not self._handles:
+                break
+            start = self._tables.start_of(sequence, sibling)
+            if not self._fits(sequence, start):
+                break
+            self._admit(draft, sequence, start, forked=sibling is not None, now=now)
+            count = min(sequence.remaining, tokens)
+            self._plan(draft, sequence, count)
+            tokens -= count
+        return tokens
+
+    def _plan(self, draft: _Draft, sequence: Sequence, count: int) -> None:
+        start = sequence.computed
+        end = start + count
+        handle, blocks = _handle(sequence), self._tables.grow(sequence, end)
+        sample = end == sequence.length
+        draft.rows.append(Row(handle, start, sequence.tokens(start, end), blocks, sample))
+        draft.planned.append(sequence)
+        if sample and sequence.matcher is not None:
+            draft.masks.append(Mask(handle, sequence.matcher.mask()))
+        sequence.in_flight = count
+
+    def _admit(self, draft: _Draft, sequence: Sequence, start: Start, *, forked: bool, now: float) -> None:
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
+        sequence.handle = self._handles.pop()
+        copy = self._tables.open(sequence, start)
+        if copy is not None:
+            draft.copies.append(copy)
+        if sequence.scheduled is None:
+            sequence.scheduled = now
+            sequence.cached_tokens = min(start.computed, sequence.prompt_len)
+            if self._limits.prefix_cache and not forked:
+                self._prefix_tokens += sequence.prompt_len
+                self._prefix_hits += sequence.cached_tokens
+        request, eos = sequence.request, self._limits.eos_token_ids
+        draft.joins.append(join(request, sequence.choice, sequence.output, sequence.handle, eos))
+
+    def _sibling(self, sequence: Sequence) -> tuple[Sequence | None, bool]:
+        """The running choice of the same request that lends its prompt's KV; or whether one computes it."""
+        computing = False
+        if sequence.request.n == 1 or sequence.prompt_len == 1 or sequence.scores_prompt:
+            return None, False
+        for sibling in self._live[sequence.request.id]:
+            if sibling.handle is None:
+                continue
+            if sibling.computed < sibling.prompt_len:
+                computing = True
+            elif self._tables.can_lend(sibling, sequence):
+                return sibling, False
+        return None, computing
+
+    # Making room
+
+    def _room_to_go_on(self, sequence: Sequence, end: int) -> bool:
+        """See that a running sequence can take the blocks for `end` tokens, if need be from those behind it.
+
+        The last in order gives way, and nobody does while it is in flight: then results follow, so that
+        whoever lacks blocks never waits for ever.
+        """
+        lacking = self._tables.lacking_until(sequence, end)
+
+        def short(victims: list[Sequence]) -> bool:
+            gain = self._tables.gain(victims) if victims else 0
+            return lacking > self._tables.available + gain
+
+        return self._preempt_while(short, lambda last: last is not sequence and not last.in_flight)
+
+    def _displace(self) -> None:
+        """Preempt those of less priority for the first of those that wait, before any of them is planned."""
+        if not self._waiting or not self._running:
+            return
+        first = self._waiting.first
+
+        def may_go(last: Sequence) -> bool:
+            behind = last.request.priority > first.request.priority and last.order > first.order
+            return behind and not last.in_flight
+
+        if may_go(self._running.last):
+            sibling, held = self._sibling(first)
+            if not held:
+                start = self._tables.start_of(first, sibling)
+                self._preempt_while(lambda victims: not self._fits(first, start, victims), may_go)
+
+    def _fits(self, sequence: Sequence, start: Start, without: Iterable[Sequence] = ()) -> bool:
+        """Whether there are a handle and blocks for a sequence that waits, perhaps without some that run.
+
+        Blocks that those running lack for the tokens they know by now are theirs.
+        """
+        victims = list(without)
+        if not self._handles and not victims:
+            return False
+        cost = self._tables.cost(sequence, start) + sum(map(self._tables.lacking, self._running))
+        cost -= sum(map(self._tables.lacking, victims))
+        return cost <= self._tables.available + self._tables.gain(victims, start.shared)
+
+    def _preempt_while(
+        self, short: Callable[[list[Sequence]], bool], may_go: Callable[[Sequence], bool]
+    ) -> bool:
+        """Preempt as few of the last as it takes, while they may go; nobody in vain."""
+        victims: list[Sequence] = []
+        candidates = reversed(self._running)
+        while short(victims):
+            last = next(candidates, None)
+            if last is None or not may_go(last):
+                return False
+            victims.append(last)
+        for victim in victims:
+            self._preempt(victim)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give up a running sequence's KV, not its tokens: what is no longer cached is computed again."""
+        self._vacate(sequence)
+        sequence.prompt_logprobs.clear()  # they come again
+        self._waiting.add(sequence)
+
+    # What becomes of a sequence
 
     def _append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None, now: float) -> Delta:
         index = len(sequence.output)
-        sequence.output.append(token)
-        if sequence.matcher is not None:
-            sequence.matcher.accept(token)
+        sequence.append(token)
         if sequence.first_token is None:
             sequence.first_token = now
         finish = self._finish_reason(sequence)
-        prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+        prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+        if sequence.prompt_logprobs:
+            prompt_logprobs = tuple(sequence.prompt_logprobs)
+            sequence.prompt_logprobs.clear()
+        cached, sequence.cached_tokens = sequence.cached_tokens, None
         timing = None
         if finish:
             self._remove(sequence)
@@ -258,6 +399,7 @@ class Scheduler:
             finish=finish,
             timing=timing,
             prompt_logprobs=prompt_logprobs,
+            cached_tokens=cached or 0,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -270,66 +412,36 @@ class Scheduler:
             return sequence.matcher.finish
         return "length" if len(sequence.output) >= request.max_tokens else None
 
-    def _admit(self, sequence: Sequence, now: float) -> Join:
-        self._waiting.popleft()
-        self._running.append(sequence)
-        sequence.handle = self._handles.pop()
-        if sequence.scheduled is None:
-            sequence.scheduled = now
-        return join(
-            sequence.request, sequence.choice, sequence.output, sequence.handle, self._limits.eos_token_ids
-        )
-
-    def _make_room(self, sequence: Sequence, end: int) -> bool:
-        """Preempt the youngest sequences until blocks for `end` tokens can be taken, or none at all.
-
-        Only the youngest gives way, or it would overtake whoever did: while it is in flight, nobody does.
-        Then results follow, so that whoever lacks blocks never waits for ever.
-        """
-        lacking = blocks_for(end, self._limits.block_size) - len(sequence.blocks) - self._pool.free
-        victims: list[Sequence] = []
-        for youngest in reversed(self._running):
-            if lacking <= 0:
-                break
-            if youngest is sequence or youngest.in_flight:
-                return False
-            victims.append(youngest)
-            lacking -= len(youngest.blocks)
-        for victim in victims:
-            self._preempt(victim)
-        return True
-
-    def _grow(self, sequence: Sequence, end: int) -> tuple[int, ...]:
-        blocks = self._pool.take(blocks_for(end, self._limits.block_size) - len(sequence.blocks))
-        sequence.blocks.extend(blocks)
-        return tuple(blocks)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Give up the youngest running sequence's KV, not its tokens: it will be recomputed."""
-        self._vacate(sequence)
-        sequence.computed = 0
-        sequence.prompt_logprobs.clear()  # they come again
-        self._waiting.appendleft(sequence)
+    def _let_go(self, request_id: str) -> None:
+        """The choices held back for one that computes their prompt wait again like everyone."""
+        for sequence in self._held.pop(request_id, ()):
+            self._waiting.add(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
         handle = _handle(sequence)
         self._running.remove(sequence)
         self._leaves.append(handle)
         self._handles.append(handle)
-        self._pool.release(sequence.blocks)
+        self._tables.drop(sequence)
         sequence.handle = None
-        sequence.blocks = []
+        self._let_go(sequence.request.id)
 
     def _remove(self, sequence: Sequence) -> None:
         """The end of a sequence, wherever it is."""
-        if sequence.handle is None:
-            self._waiting.remove(sequence)
-        else:
+        request_id = sequence.request.id
+        if sequence.handle is not None:
             self._vacate(sequence)
-        siblings = self._live[sequence.request.id]
+        elif sequence in self._held.get(request_id, ()):
+            self._held[request_id].remove(sequence)
+            if not self._held[request_id]:
+                del self._held[request_id]
+        else:
+            self._waiting.remove(sequence)
+        self._count -= 1
+        siblings = self._live[request_id]
         siblings.remove(sequence)
         if not siblings:
-            del self._live[sequence.request.id]
+            del self._live[request_id]
 
 
 def _handle(sequence: Sequence) -> int:

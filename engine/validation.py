@@ -21,7 +21,13 @@ MAX_PROMPT_LOGPROBS = 100_000  # of all a prompt's tokens together: they travel 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engine can hold. `kv_blocks` blocks hold at least one sequence of `max_model_len`."""
+    """What the engine can hold and how it divides a step.
+
+    `kv_blocks` blocks hold at least one sequence of `max_model_len`. `window`: keys, counted back from a
+    query and with its own, that any layer looks at; None for all. `weight_tokens`: the tokens whose computing
+    takes as long as reading the weights once, by which prompts are measured out beside decodes (see
+    `engine.budget`), unless `max_prefill_tokens` says how many of theirs a step takes.
+    """
 
     vocab_size: int
     max_model_len: int
@@ -30,12 +36,28 @@ class Limits:
     block_size: int = 16
     max_batch_tokens: int = 512
     max_running: int = 64
+    window: int | None = None
+    prefix_cache: bool = True
+    max_prefill_tokens: int = 0
+    weight_tokens: int = 16
 
     def __post_init__(self) -> None:
-        if self.kv_blocks * self.block_size < self.max_model_len:
+        if self.kv_blocks < self.blocks_per_sequence:
             raise ValueError(
                 f"{self.kv_blocks} KV blocks of {self.block_size} cannot hold {self.max_model_len} tokens"
             )
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks that a sequence holds at most at once."""
+        return blocks_per_sequence(self.max_model_len, self.window, self.max_batch_tokens, self.block_size)
+
+
+def blocks_per_sequence(length: int, window: int | None, chunk: int, block_size: int) -> int:
+    """Blocks that a sequence of `length` tokens holds at most at once, computed in chunks of that size."""
+    blocks = -(-length // block_size)
+    # What a chunk looks at may begin with the last token of a block.
+    return blocks if window is None else min(blocks, -(-(window + chunk) // block_size) + 1)
 
 
 def validate(request: Request, limits: Limits) -> None:

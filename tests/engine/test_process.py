@@ -68,7 +68,8 @@ def test_a_request_is_accepted_before_its_first_token(ready: Child) -> None:
     assert last.finish == "length"
     assert last.timing is not None
     assert last.timing.queued <= last.timing.scheduled <= last.timing.first_token <= last.timing.finished
-    assert steps[-1].load == Load(0, 0, last_free := steps[-1].load.kv_blocks_total, last_free)
+    load = steps[-1].load
+    assert load == Load(0, 0, load.kv_blocks_total, load.kv_blocks_total, load.prefix_tokens)
 
 
 def test_a_seeded_continuation_is_the_undisturbed_run(ready: Child) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -9,17 +10,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.errors import RequestError
 from engine.plan import StepPlan
-from engine.request import Delta, Load, Request, SamplingParams
+from engine.request import Delta, Request, SamplingParams
 from engine.scheduler import Scheduler
+from engine.sequence import AGING_STEPS
 from engine.validation import Limits
 from tests.unit.engine.fake_model import EOS, VOCABULARY, FakeRank, expected, next_token
 
 GREEDY = SamplingParams(temperature=0)
 
 
-def limits(**overrides: int) -> Limits:
+def limits(**overrides: Any) -> Limits:
     shape = {"kv_blocks": 8, "block_size": 4, "max_model_len": 32, "max_batch_tokens": 16, "max_running": 8}
-    return Limits(VOCABULARY, eos_token_ids=(EOS,), **{**shape, **overrides})
+    return Limits(VOCABULARY, eos_token_ids=(EOS,), **{**shape, "prefix_cache": False, **overrides})
 
 
 def request(name: str, prompt: int = 4, max_tokens: int = 4, **fields: object) -> Request:
@@ -44,6 +46,12 @@ def run(scheduler: Scheduler, rank: FakeRank, steps: int = 10_000) -> list[Delta
     return deltas
 
 
+def busy(scheduler: Scheduler) -> tuple[int, int, int]:
+    """Sequences running and waiting, blocks available."""
+    load = scheduler.load
+    return load.running, load.waiting, load.kv_blocks_free
+
+
 def stream(deltas: list[Delta], name: str, choice: int = 0) -> list[int]:
     return [token for d in deltas if (d.id, d.choice) == (name, choice) for token in d.token_ids]
 
@@ -56,13 +64,22 @@ class Arrivals(RuleBasedStateMachine):
         budget=st.integers(1, 12),
         blocks=st.integers(6, 14),
         running=st.integers(1, 5),
+        window=st.none() | st.integers(1, 12),
+        cache=st.booleans(),
     )
-    def start(self, depth: int, budget: int, blocks: int, running: int) -> None:
+    def start(
+        self, depth: int, budget: int, blocks: int, running: int, window: int | None, cache: bool
+    ) -> None:
         self.limits = limits(
-            kv_blocks=blocks, block_size=4, max_model_len=24, max_batch_tokens=budget, max_running=running
+            kv_blocks=blocks,
+            max_model_len=24,
+            max_batch_tokens=budget,
+            max_running=running,
+            window=window,
+            prefix_cache=cache,
         )
         self.scheduler = Scheduler(self.limits, depth=depth)
-        self.rank = FakeRank(4)
+        self.rank = FakeRank(4, window)
         self.flying: deque[StepPlan] = deque()
         self.requests: dict[str, Request] = {}
         self.streams: dict[tuple[str, int], list[int]] = {}
@@ -70,17 +87,22 @@ class Arrivals(RuleBasedStateMachine):
         self.cancelled: set[tuple[str, int]] = set()
 
     @rule(
-        prompt=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=14),
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
         max_tokens=st.integers(1, 10),
         n=st.integers(1, 3),
         ignore_eos=st.booleans(),
         delivered=st.integers(0, 4),
+        priority=st.integers(-1, 1),
     )
-    def submit(self, prompt: list[int], max_tokens: int, n: int, ignore_eos: bool, delivered: int) -> None:
+    def submit(
+        self, prompt: list[int], max_tokens: int, n: int, ignore_eos: bool, delivered: int, priority: int
+    ) -> None:
         name = f"r{len(self.requests)}"
-        output, _ = expected(prompt, max_tokens, ignore_eos)
+        output, _ = expected(prompt, max_tokens, ignore_eos, self.limits.window)
         prior = tuple(tuple(output[: delivered + choice]) for choice in range(n)) if delivered else ()
-        asked = Request(name, tuple(prompt), GREEDY, max_tokens, (), ignore_eos, n, prior=prior)
+        asked = Request(
+            name, tuple(prompt), GREEDY, max_tokens, (), ignore_eos, n, prior=prior, priority=priority
+        )
         for choice in range(n):
             self.streams[name, choice] = list(prior[choice]) if prior else []
         self.requests[name] = asked
@@ -132,10 +154,12 @@ class Arrivals(RuleBasedStateMachine):
             if self.flying:
                 self.complete()
         assert not self.scheduler.has_work, "a sequence starves"
-        assert self.scheduler.load == Load(0, 0, self.limits.kv_blocks, self.limits.kv_blocks)
+        assert busy(self.scheduler) == (0, 0, self.limits.kv_blocks)
         for (name, choice), tokens in self.streams.items():
             asked = self.requests[name]
-            output, finish = expected(asked.prompt_ids, asked.max_tokens, asked.ignore_eos)
+            output, finish = expected(
+                asked.prompt_ids, asked.max_tokens, asked.ignore_eos, self.limits.window
+            )
             if (name, choice) in self.cancelled:
                 assert tokens == output[: len(tokens)]
             else:
@@ -187,34 +211,26 @@ def test_nobody_overtakes_a_request_that_waits_for_blocks() -> None:
     assert scheduler.load.waiting == 2
 
 
-def test_nobody_is_admitted_past_a_running_sequence_that_lacks_blocks() -> None:
+def test_blocks_that_a_running_prompt_still_lacks_are_not_given_to_newcomers() -> None:
     scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
     scheduler.submit(request("older", prompt=28), 0.0)
     first = scheduler.schedule(1.0)
     scheduler.submit(request("younger", prompt=11), 0.0)
-    second = scheduler.schedule(1.0)
-    assert first is not None
-    assert second is not None
-    scheduler.apply(rank.run(first), 2.0)
-    scheduler.apply(rank.run(second), 2.0)
-    scheduler.submit(request("newcomer", prompt=1), 0.0)
-    decode = scheduler.schedule(1.0)
-    assert decode is not None
-    assert [len(row.token_ids) for row in decode.rows] == [1]
-    assert scheduler.load.kv_blocks_free == 1
     assert scheduler.schedule(1.0) is None
+    assert busy(scheduler) == (1, 1, 4)
+    assert first is not None
+    scheduler.apply(rank.run(first), 2.0)
+    scheduler.submit(request("later", prompt=1), 0.0)
+    second = scheduler.schedule(1.0)
+    assert second is not None
+    assert [len(row.token_ids) for row in second.rows] == [12]
 
 
 def test_the_younger_gives_way_when_neither_has_blocks_to_go_on() -> None:
     scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
-    scheduler.submit(request("older", prompt=28), 0.0)
-    first = scheduler.schedule(1.0)
-    scheduler.submit(request("younger", prompt=12, max_tokens=20), 0.0)
-    second = scheduler.schedule(1.0)
-    assert first is not None
-    assert second is not None
-    deltas = [*scheduler.apply(rank.run(first), 2.0), *scheduler.apply(rank.run(second), 2.0)]
-    deltas += run(scheduler, rank)
+    for name in ("older", "younger"):
+        scheduler.submit(request(name, prompt=12, max_tokens=20), 0.0)
+    deltas = run(scheduler, rank)
     assert [delta.id for delta in deltas if delta.finish] == ["older", "younger"]
     assert stream(deltas, "younger") == expected(range(1, 13), 20, True)[0]
 
@@ -231,32 +247,71 @@ def test_nobody_gives_way_while_a_younger_sequence_is_in_flight() -> None:
         flying.append(scheduler.schedule(1.0))
         plan = flying.popleft() if flying[-1] else None
     (cd, _) = flying  # a and b lack their third block
-    assert scheduler.load == Load(4, 0, 0, 8)
+    assert busy(scheduler) == (4, 0, 0)
     scheduler.check_integrity()
     assert cd is not None
     scheduler.apply(rank.run(cd), 2.0)
     assert scheduler.schedule(1.0) is not None  # a and b have taken the blocks of d
-    assert scheduler.load == Load(3, 1, 0, 8)
+    assert busy(scheduler) == (3, 1, 0)
     scheduler.check_integrity()
 
 
 def test_nobody_is_preempted_in_vain() -> None:
-    shape = limits(kv_blocks=7, max_model_len=28, max_batch_tokens=8)
-    scheduler, rank = Scheduler(shape, depth=2), FakeRank(4)
-    for name, prompt in (("a", 24), ("b", 4), ("c", 16)):
-        scheduler.submit(request(name, prompt), 0.0)
-    flying = deque([scheduler.schedule(1.0), scheduler.schedule(1.0)])
-    for _ in range(2):
-        plan = flying.popleft()
-        assert plan is not None
-        scheduler.apply(rank.run(plan), 2.0)
-        flying.append(scheduler.schedule(1.0))
-    a, b = flying
+    scheduler, rank = Scheduler(limits(kv_blocks=5, max_model_len=20), depth=2), FakeRank(4)
+    for name in ("a", "b"):
+        scheduler.submit(request(name, prompt=5, max_tokens=8, priority=1), 0.0)
+    a, b = scheduler.schedule(1.0), scheduler.schedule(1.0)
     assert a is not None
     assert b is not None
     scheduler.apply(rank.run(a), 2.0)
-    assert scheduler.schedule(1.0) is None  # a lacks two blocks: c has one of them, b is in flight
-    assert scheduler.load == Load(3, 0, 0, 7)
+    a = scheduler.schedule(1.0)
+    assert a is not None
+    scheduler.apply(rank.run(b), 2.0)
+    scheduler.submit(request("urgent", prompt=16), 0.0)  # needs the blocks of both, and a is in flight
+    assert scheduler.schedule(1.0) is not None
+    assert busy(scheduler) == (2, 1, 1)
+    scheduler.check_integrity()
+
+
+def test_a_request_of_lower_number_runs_first() -> None:
+    scheduler, rank = Scheduler(limits(max_running=1)), FakeRank(4)
+    for name, priority in (("later", 1), ("first", -1), ("second", 0), ("third", 0)):
+        scheduler.submit(request(name, priority=priority), 0.0)
+    finished = [delta.id for delta in run(scheduler, rank) if delta.finish]
+    assert finished == ["first", "second", "third", "later"]
+
+
+def test_less_priority_gives_way_and_loses_no_token() -> None:
+    scheduler, rank = Scheduler(limits(max_running=2)), FakeRank(4)
+    for name in ("a", "b"):
+        scheduler.submit(request(name, max_tokens=12, priority=1), 0.0)
+    deltas = run(scheduler, rank, steps=3)
+    scheduler.submit(request("urgent", max_tokens=2), 0.0)
+    deltas += run(scheduler, rank)
+    assert [delta.id for delta in deltas if delta.finish] == ["urgent", "a", "b"]
+    for name in ("a", "b"):
+        assert stream(deltas, name) == expected(range(1, 5), 12, True)[0]
+
+
+def test_equal_priority_does_not_give_way_to_newcomers() -> None:
+    scheduler, rank = Scheduler(limits(max_running=1)), FakeRank(4)
+    scheduler.submit(request("a", max_tokens=12), 0.0)
+    run(scheduler, rank, steps=3)
+    scheduler.submit(request("b"), 0.0)
+    assert [delta.id for delta in run(scheduler, rank) if delta.finish] == ["a", "b"]
+
+
+def test_low_priority_gets_its_turn_under_a_stream_of_high() -> None:
+    scheduler, rank = Scheduler(limits(max_running=1)), FakeRank(4)
+    scheduler.submit(request("patient", max_tokens=2, priority=1), 0.0)
+    deltas: list[Delta] = []
+    for i in range(AGING_STEPS):
+        scheduler.submit(request(f"high{i}", max_tokens=2), 0.0)
+        deltas += run(scheduler, rank, steps=2)
+        if any(delta.id == "patient" for delta in deltas):
+            break
+    assert i >= AGING_STEPS // 2 - 1
+    assert deltas[-1].id == "patient"
 
 
 def test_a_budget_of_0_is_as_many_tokens_as_fit() -> None:
@@ -285,7 +340,7 @@ def test_a_cancelled_request_frees_its_blocks_at_once_even_in_flight() -> None:
     plan = scheduler.schedule(1.0)
     assert plan is not None
     scheduler.cancel("a")
-    assert scheduler.load == Load(0, 0, 8, 8)
+    assert busy(scheduler) == (0, 0, 8)
     assert scheduler.apply(rank.run(plan), 2.0) == ()
     assert not scheduler.has_work
 
