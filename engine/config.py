@@ -95,6 +95,8 @@ class EngineConfig:
     max_model_len: int = 0
     max_batch_tokens: int = 512  # tokens per step, over all sequences
     max_running: int = 64  # sequences that hold KV blocks at once
+    max_prefill_tokens: int = 0  # prompt tokens in a step beside decodes; 0: as `engine.budget` has it
+    prefix_cache: bool = True  # whether prompts start from what is left of others with the same beginning
     # KV memory of one rank: 1 GiB on a CPU, most of what is left on a GPU, divided among the replica's
     # ranks on it. Replicas that share a GPU know nothing of each other and must be given theirs.
     kv_bytes: int = 0

@@ -24,6 +24,7 @@ from engine.config import (
 from engine.errors import ModelError
 from engine.locate import check_weights
 from engine.request import Request, SamplingParams
+from engine.validation import blocks_per_sequence
 
 if TYPE_CHECKING:
     from engine.channel import PlanLink
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _CPU_KV_BYTES = 1 << 30
 _GPU_FREE_SHARE = 0.9
+_CPU_WEIGHT_TOKENS = 16  # Limits.weight_tokens: arithmetic per byte read is 10 to 20 times less on a CPU
+_GPU_WEIGHT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +176,15 @@ def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[i
             "INVALID_LAYOUT",
             f"max_model_len {longest} exceeds the model's {config.max_position} positions{why}",
         )
-    if most * BLOCK_SIZE < longest:
+    needed = blocks_per_sequence(longest, config.kv_window, engine.max_batch_tokens, BLOCK_SIZE)
+    if most < needed:
         if engine.max_model_len or most == 0:
             raise ModelError(
                 "INVALID_LAYOUT",
                 f"the KV memory holds {most * BLOCK_SIZE} tokens, fewer than max_model_len {longest}",
             )
-        longest = most * BLOCK_SIZE
-    per_sequence = -(-longest // BLOCK_SIZE)
-    return min(most, per_sequence * engine.max_running), longest
+        longest, needed = most * BLOCK_SIZE, most
+    return min(most, needed * engine.max_running), longest
 
 
 def _core(
@@ -207,6 +210,10 @@ def _core(
         BLOCK_SIZE,
         engine.max_batch_tokens,
         engine.max_running,
+        config.kv_window,
+        engine.prefix_cache,
+        engine.max_prefill_tokens,
+        _CPU_WEIGHT_TOKENS if engine.device == "cpu" else _GPU_WEIGHT_TOKENS,
     )
     assert hub is None or isinstance(hub, PlanHub)
     grammars = Grammars(engine.model, config.vocab_size, config.eos_token_ids)

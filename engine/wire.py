@@ -45,6 +45,8 @@ class StartEngine:
     max_model_len: int = 0
     max_batch_tokens: int = 512
     max_running: int = 64
+    max_prefill_tokens: int = 0
+    prefix_cache: bool = True
     kv_bytes: int = 0
     threads: int = 0
     quantization: str = ""
