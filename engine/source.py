@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Protocol, Self
 
@@ -18,6 +19,31 @@ from engine.tensors import Slice
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS_PER_SEED = 64
+_ELEMENTS_PER_READ = 8 << 20
+
+
+def pieces(part: Slice) -> Iterator[Slice]:
+    """A slice's rows, cut so that reading none of them needs more than a buffer of bounded size."""
+    step = max(1, _ELEMENTS_PER_READ // max(1, math.prod(part.whole[1:])))
+    for start in range(0, len(part.rows), step):
+        yield replace(part, rows=part.rows[start : start + step])
+
+
+def check_finite(values: torch.Tensor, part: Slice, source: Source) -> None:
+    """See that all values of a slice are numbers.
+
+    Raises:
+        ModelError: INVALID_MODEL, with tensor, file and place of the first that is not.
+    """
+    finite = values.isfinite()
+    if finite.all():
+        return
+    place = (~finite).nonzero()[0].tolist()
+    kind = "NaN" if values[tuple(place)].isnan() else "infinite"
+    place[0] += part.rows.start
+    if part.columns is not None:
+        place[1] += part.columns.start
+    raise invalid_model(f"{part.name} in {source.describe(part.name)} is {kind} at {place}")
 
 
 class Source(Protocol):

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoint import invalid_model
 from engine.config import ModelConfig, MoeConfig
 from engine.grid import Grid
 from engine.kernels import HeadNorms, Kernels, Matrix
 from engine.locate import Found, find_tensors
-from engine.source import DummySource, FileSource, Source
+from engine.source import DummySource, FileSource, Source, check_finite, pieces
 from engine.tensors import EMBEDDING, FINAL_NORM, HEAD, Slice, rank_slices, vocab_rows
 
 _log = logging.getLogger(__name__)
 
-_ELEMENTS_PER_READ = 8 << 20
 _PROGRESS_STEP = 0.01
 
 
@@ -101,11 +99,6 @@ class _Read:
     into: Matrix | torch.Tensor
     at: int
 
-    @property
-    def cost(self) -> int:
-        """Elements that are read: whole rows, even where only some columns are kept."""
-        return len(self.part.rows) * math.prod(self.part.whole[1:])
-
 
 def load_weights(
     model_dir: str,
@@ -142,46 +135,27 @@ def load_weights(
         builder = _Builder(config, grid, kernels)
         stage = builder.stage()
         reads = sorted(builder.reads, key=lambda read: source.place(read.part.name))
-        total, done, told = sum(read.cost for read in reads), 0, 0.0
-        for read in _in_pieces(reads):
-            values = source.read(read.part)
-            if check:
-                check_finite(values, read.part, source)
-            if isinstance(read.into, torch.Tensor):
-                read.into[read.at : read.at + len(read.part.rows)].copy_(values)
-            else:
-                read.into.write(read.at, values)
-            done += read.cost
-            if done == total or done / total >= told + _PROGRESS_STEP:
-                told = done / total
-                progress(told)
+        total, done, told = sum(_cost(read.part) for read in reads), 0, 0.0
+        for read in reads:
+            for part in pieces(read.part):
+                values = source.read(part)
+                if check:
+                    check_finite(values, part, source)
+                at = read.at + part.rows.start - read.part.rows.start
+                if isinstance(read.into, torch.Tensor):
+                    read.into[at : at + len(part.rows)].copy_(values)
+                else:
+                    read.into.write(at, values)
+                done += _cost(part)
+                if done == total or done / total >= told + _PROGRESS_STEP:
+                    told = done / total
+                    progress(told)
     return stage
 
 
-def check_finite(values: torch.Tensor, part: Slice, source: Source) -> None:
-    """See that all values of a slice are numbers.
-
-    Raises:
-        ModelError: INVALID_MODEL, with tensor, file and place of the first that is not.
-    """
-    finite = values.isfinite()
-    if finite.all():
-        return
-    place = (~finite).nonzero()[0].tolist()
-    kind = "NaN" if values[tuple(place)].isnan() else "infinite"
-    place[0] += part.rows.start
-    if part.columns is not None:
-        place[1] += part.columns.start
-    raise invalid_model(f"{part.name} in {source.describe(part.name)} is {kind} at {place}")
-
-
-def _in_pieces(reads: Iterable[_Read]) -> Iterable[_Read]:
-    """The reads, cut into rows so that none needs more than the buffer."""
-    for read in reads:
-        rows = read.part.rows
-        step = max(1, _ELEMENTS_PER_READ // max(1, math.prod(read.part.whole[1:])))
-        for start in range(0, len(rows), step):
-            yield _Read(replace(read.part, rows=rows[start : start + step]), read.into, read.at + start)
+def _cost(part: Slice) -> int:
+    """Elements that are read: whole rows, even where only some columns are kept."""
+    return len(part.rows) * math.prod(part.whole[1:])
 
 
 def _warn(model_dir: str, found: Found) -> None:

@@ -14,6 +14,8 @@ _COMMANDS = {
     "get": "phalanx.cli.get:get",
     "delete": "phalanx.cli.delete:delete",
     "generate": "phalanx.cli.generate:generate",
+    "check-model": "phalanx.cli.check_model:check_model",
+    "shard-model": "phalanx.cli.shard_model:shard_model",
     "demo-model": "phalanx.cli.demo_model:demo_model",
     "demo": "phalanx.cli.demo:demo",
 }

@@ -1,4 +1,4 @@
-"""Tiny random Llamas with a byte-level tokeniser, as ordinary Hugging Face directories."""
+"""Tiny random models with a byte-level tokeniser, as ordinary Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -45,11 +45,15 @@ def save_tokenizer(directory: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Writes a model directory; arguments are LlamaConfig's. Logits are steep, so that ties are far off."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Writes a model directory; `family` is transformers' name and arguments are its configuration's.
 
-    def make(*, shards: int = 1, **overrides: Any) -> Path:
+    Logits are steep, so that ties are far off. Norms and biases are random too: at their start values
+    they would hide what is left out.
+    """
+    import torch
+    import transformers
+
+    def make(*, family: str = "Llama", shards: int = 1, fused: bool = False, **overrides: Any) -> Path:
         shape = {
             "vocab_size": VOCABULARY,
             "hidden_size": 64,
@@ -62,12 +66,19 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             "eos_token_id": 0,
             "bos_token_id": None,
         }
-        config = LlamaConfig(**{**shape, **overrides})
+        config = getattr(transformers, f"{family}Config")(**{**shape, **overrides})
         torch.manual_seed(7)
-        model = LlamaForCausalLM(config)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.uniform_(0.5, 1.5)
+                elif name.endswith(".bias"):
+                    parameter.normal_(0, 0.3)
         directory = tmp_path_factory.mktemp("model")
         size = sum(p.numel() * p.itemsize for p in model.parameters())
-        model.save_pretrained(directory, max_shard_size=int(size / (shards - 0.5)) if shards > 1 else "1GB")
+        limit = int(size / (shards - 0.5)) if shards > 1 else "1GB"
+        model.save_pretrained(directory, max_shard_size=limit, save_original_format=not fused)
         save_tokenizer(directory)
         generation = directory / "generation_config.json"
         generation.write_text(json.dumps({"eos_token_id": 0}))

@@ -11,7 +11,10 @@ from phalanx.cli.failure import UNREACHABLE, USAGE
 from phalanx.cli.main import main
 
 
-@pytest.mark.parametrize("name", ["up", "down", "apply", "get", "delete", "generate", "demo-model", "demo"])
+@pytest.mark.parametrize(
+    "name",
+    ["up", "down", "apply", "get", "delete", "generate", "check-model", "shard-model", "demo-model", "demo"],
+)
 def test_every_command_explains_itself(name: str):
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0

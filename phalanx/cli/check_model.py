@@ -1,0 +1,37 @@
+"""`phalanx check-model`: whether a model directory can be served, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from phalanx.cli.failure import Failure
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--check-nan", is_flag=True, help="Also read every value; refuse what is NaN or infinite.")
+def check_model(model: Path, check_nan: bool) -> None:
+    """See that MODEL has every tensor of its architecture, whole and of the right shape.
+
+    What is wrong is named: file, tensor, and with --check-nan the first place in it.
+    """
+    from rich.progress import Progress
+
+    from engine.check_model import check_model as check
+    from engine.errors import ModelError
+
+    with Progress(transient=True, disable=not check_nan) as bar:
+        task = bar.add_task("reading", total=None)
+        try:
+            unknown = check(
+                model,
+                values=check_nan,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except ModelError as error:
+            raise Failure(error.message) from error
+    for name in unknown:
+        click.echo(f"{name} is no part of the model and will not be loaded", err=True)
+    click.echo(f"{model} can be served")
