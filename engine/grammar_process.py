@@ -109,7 +109,7 @@ def _compile(compiler: Any, grammar: Grammar) -> Any:
         case "regex":
             return compiler.compile_regex(grammar.source)
         case "choice":
-            texts = map(json.dumps, json.loads(grammar.source))
+            texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(grammar.source))
             return compiler.compile_grammar(f"root ::= {' | '.join(texts)}")
 
 

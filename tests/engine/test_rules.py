@@ -77,7 +77,7 @@ def applied(
 
 
 @given(requests, st.lists(tokens, max_size=70))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_every_rule_is_applied_as_documented(request: Request, output: list[int]) -> None:
     rules = Rules()
     rules.follow(StepPlan(1, 1, joins=(joined(request, 5, []),)))
@@ -92,7 +92,7 @@ def test_every_rule_is_applied_as_documented(request: Request, output: list[int]
 
 
 @given(requests, st.lists(tokens, max_size=40), st.integers(0, 40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_output_that_a_join_brings_counts_like_output_drawn_here(
     request: Request, output: list[int], cut: int
 ) -> None:
@@ -110,7 +110,7 @@ def test_output_that_a_join_brings_counts_like_output_drawn_here(
 
 
 @given(st.lists(requests, min_size=1, max_size=4), st.lists(st.integers(0, 11), min_size=4, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_wherever_outputs_are_cut_their_continuation_is_the_same(
     asked: list[Request], cuts: list[int]
 ) -> None:
