@@ -86,18 +86,19 @@ class ChoiceText:
         self._detokenizer = detokenizer
         self._cutter = StopCutter(stop)
         self._too_early = min_tokens  # tokens to come that complete no stop text
+        self._may_stop = True
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that this token makes visible."""
-        may_stop = self._too_early == 0
-        self._too_early -= not may_stop
-        text, self.stopped = self._cutter.push(self._detokenizer.push(token_id), may_stop=may_stop)
+        self._may_stop = self._too_early == 0
+        self._too_early -= not self._may_stop
+        text, self.stopped = self._cutter.push(self._detokenizer.push(token_id), may_stop=self._may_stop)
         return text
 
     def flush(self) -> str:
         """The rest, when the choice ends without a stop text; the rest may still complete one."""
-        text, self.stopped = self._cutter.push(self._detokenizer.flush(), may_stop=self._too_early == 0)
+        text, self.stopped = self._cutter.push(self._detokenizer.flush(), may_stop=self._may_stop)
         return text if self.stopped else text + self._cutter.flush()
 
 
