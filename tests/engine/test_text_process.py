@@ -61,6 +61,26 @@ def test_a_conversation_goes_through_the_chat_template(text: Child) -> None:
     assert chat.token_ids == encode(text, "user: when\nassistant: again\nassistant:")
 
 
+def test_bad_words_are_spelled_alone_and_after_a_space(text: Child) -> None:
+    text.send(Encode("b", text="when", bad_words=(" wall", "zq")))
+    encoded = text.expect(Encoded)
+    assert encoded.token_ids == encode(text, "when")
+    assert set(encoded.bad_words) >= {encode(text, "wall"), encode(text, "zq")}
+    assert encode(text, " wall") in encoded.bad_words or len(encode(text, " wall")) != len(
+        encode(text, "wall")
+    )
+    text.send(Encode("b", bad_words=("zq",)))
+    assert text.expect(Encoded) == Encoded("b", (), (encode(text, "zq"),))
+
+
+def test_a_stop_text_before_the_least_tokens_is_text(text: Child) -> None:
+    ids = encode(text, "ab ab")
+    text.send(Track("m", 1, stop=("b",), min_tokens=3))
+    (delta,) = feed(text, Delta("m", 0, 0, ids))
+    assert ("".join(delta.pieces), delta.finish) == ("ab a", "stop")
+    text.send(Forget("m"))
+
+
 def test_a_stop_text_cuts_the_delta_and_finishes(text: Child) -> None:
     ids = encode(text, "the wall stands again")
     text.send(Track("a", 2, stop=("wall st",)))

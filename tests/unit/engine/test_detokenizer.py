@@ -11,8 +11,8 @@ def decode(token_ids: list[int]) -> str:
     return bytes(token for token in token_ids if token < 256).decode(errors="replace")
 
 
-def choice(*stop: str) -> ChoiceText:
-    return ChoiceText(Detokenizer(decode), stop)
+def choice(*stop: str, min_tokens: int = 0) -> ChoiceText:
+    return ChoiceText(Detokenizer(decode), stop, min_tokens)
 
 
 def pieces(text: ChoiceText, tokens: list[int]) -> list[str]:
@@ -108,3 +108,21 @@ def test_a_stop_text_is_found_in_bytes_that_only_the_end_released() -> None:
     text = choice("\N{REPLACEMENT CHARACTER}")
     assert pieces(text, [ord("a"), 0xF0]) == ["a", ""]
     assert text.stopped
+
+
+@given(st.text("ab", min_size=1, max_size=12), st.text("ab", min_size=1, max_size=3), st.integers(0, 12))
+def test_stop_texts_count_from_where_they_end_after_the_least_tokens(
+    text: str, stop: str, min_tokens: int
+) -> None:
+    ends = (end for end in range(min_tokens + 1, len(text) + 1) if text[:end].endswith(stop))
+    end = next(ends, None)
+    got = choice(stop, min_tokens=min_tokens)
+    shown = "".join(pieces(got, list(text.encode())))
+    assert (shown, got.stopped) == ((text, False) if end is None else (text[: end - len(stop)], True))
+
+
+def test_a_stop_text_that_only_the_last_token_releases_may_come_too_early() -> None:
+    assert pieces(choice("\N{REPLACEMENT CHARACTER}", min_tokens=2), [ord("a"), 0xF0]) == [
+        "a",
+        "\N{REPLACEMENT CHARACTER}",
+    ]

@@ -198,3 +198,23 @@ def test_an_attempt_that_the_topology_ended_is_not_held_against_the_request() ->
     journal = begun()
     journal.lose(blame=False)
     assert journal.fruitless == 0
+
+
+def test_log_probabilities_of_the_prompt_are_asked_for_until_they_are_there() -> None:
+    submit = shard_pb2.Submit(request_id="r", n=2, text="hello", prompt_logprobs=1)
+    submit.stopping.max_tokens = 8
+    journal = Journal("demo", submit)
+    assert journal.begin(1, "demo-0", LEADER).prompt_logprobs == 1
+    journal.accept([7, 8])
+    assert journal.append(delta(0, 20, choice=1))
+    journal.lose()
+    assert journal.begin(1, "demo-1", LEADER).HasField("prompt_logprobs"), "choice 0 has not begun"
+    first = delta(0, 10)
+    first.prompt_logprobs.add().chosen.token_id = 8
+    assert journal.append(first)
+    journal.lose()
+    assert not journal.begin(1, "demo-2", LEADER).HasField("prompt_logprobs")
+    assert journal.append(delta(1, 11))
+    chunks = journal.read(journal.start)
+    assert [[entry.chosen.token_id for entry in chunk.prompt_logprobs] for chunk in chunks] == [[8], []]
+    assert all(not chunk.prompt_logprobs for chunk in journal.read((1, 0)))

@@ -76,6 +76,20 @@ def test_given_ids_go_to_the_engine_at_once_after_they_are_tracked() -> None:
     assert text(todo) == [Track(queued.request.id, 1, (), ("x",))]
 
 
+def test_bad_words_are_tokenised_before_given_ids_go_to_the_engine() -> None:
+    requests = book(1)
+    sampling, stopping = types_pb2.Sampling(bad_words=["mud"]), types_pb2.Stopping(min_tokens=2)
+    (asked,) = text(requests.submit(1, submit(sampling=sampling, stopping=stopping), now=0.0))
+    assert isinstance(asked, Encode)
+    assert (asked.text, asked.messages, asked.bad_words) == (None, (), ("mud",))
+    todo = requests.encoded(Encoded(asked.id, (), ((5, 6), (7,))))
+    (queued,) = engine(todo)
+    assert isinstance(queued, SubmitRequest)
+    assert queued.request.prompt_ids == (1, 2)
+    assert queued.request.sampling.bad_words == ((5, 6), (7,))
+    assert text(todo) == [Track(asked.id, 1, min_tokens=2)]
+
+
 def test_a_text_is_tokenised_first() -> None:
     requests = book(1)
     (encode,) = text(requests.submit(1, submit(text="hello", token_ids=None), now=0.0))

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dataplane.shard.convert import to_delta, to_request
+from engine.request import Delta, Grammar, PositionLogprobs, SamplingParams, TokenLogprob
+from phalanx.v1 import shard_pb2, types_pb2
+
+
+def submit(**fields: object) -> shard_pb2.Submit:
+    return shard_pb2.Submit(n=1, **fields)  # type: ignore[arg-type]
+
+
+def test_what_a_gateway_sets_reaches_the_engine() -> None:
+    sampling = types_pb2.Sampling(
+        temperature=0.0,
+        repetition_penalty=1.5,
+        presence_penalty=-1.0,
+        frequency_penalty=0.25,
+        logit_bias={9: 1.0, 3: -2.0},
+        bad_words=["mud"],
+        grammar=types_pb2.Grammar(regex="a+"),
+    )
+    stopping = types_pb2.Stopping(max_tokens=9, min_tokens=4)
+    got = to_request(
+        "r", submit(sampling=sampling, stopping=stopping, prompt_logprobs=0, priority=-3), (1,), ((5, 6),)
+    )
+    assert got.sampling == SamplingParams(
+        0.0,
+        repetition_penalty=1.5,
+        presence_penalty=-1.0,
+        frequency_penalty=0.25,
+        logit_bias=((3, -2.0), (9, 1.0)),
+        min_tokens=4,
+        bad_words=((5, 6),),
+        grammar=Grammar("regex", "a+"),
+    )
+    assert (got.max_tokens, got.prompt_logprobs, got.priority) == (9, 0, -3)
+
+
+def test_what_a_gateway_leaves_out_keeps_its_default() -> None:
+    got = to_request("r", submit(), (1,))
+    assert got.sampling == SamplingParams()
+    assert got.prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("grammar", "wanted"),
+    [
+        (types_pb2.Grammar(json_schema="{}"), Grammar("json_schema", "{}")),
+        (types_pb2.Grammar(json_object=types_pb2.Grammar.JsonObject()), Grammar("json_object")),
+        (types_pb2.Grammar(regex="a"), Grammar("regex", "a")),
+        (
+            types_pb2.Grammar(choice=types_pb2.Grammar.Choice(texts=["a", "é"])),
+            Grammar("choice", json.dumps(["a", "é"])),
+        ),
+    ],
+)
+def test_every_kind_of_grammar_has_its_counterpart(grammar: types_pb2.Grammar, wanted: Grammar) -> None:
+    assert (
+        to_request("r", submit(sampling=types_pb2.Sampling(grammar=grammar)), (1,)).sampling.grammar == wanted
+    )
+
+
+def test_log_probabilities_of_the_prompt_come_with_their_delta() -> None:
+    entry = PositionLogprobs(TokenLogprob(4, -1.0, "d"), (TokenLogprob(5, -0.5, "e"),))
+    got = to_delta("r", 2, Delta("x", 0, 0, (7,), ("g",), prompt_logprobs=(entry,)))
+    (position,) = got.prompt_logprobs
+    assert (position.chosen.token_id, position.chosen.text, position.top[0].logprob) == (4, "d", -0.5)
