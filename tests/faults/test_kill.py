@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from phalanx.client import Client
+from phalanx.v1 import types_pb2
 from tests.cluster import Cluster
 from tests.until import until_sync
 
@@ -35,7 +36,26 @@ PROMPTS = [
 ]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 0.9, "top_p": 0.95, "top_k": 200},
+    "sampled": {
+        "temperature": 0.9,
+        "top_p": 0.95,
+        "top_k": 200,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.1,
+        "logit_bias": {40: 1.5},
+        "bad_words": ["self", "return"],
+        "min_tokens": 20,
+    },
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "ranks": {"type": "array", "items": {"type": "integer"}, "minItems": 12, "maxItems": 16},
+        "kind": {"enum": ["hoplite", "sarissa"]},
+    },
+    "required": ["name", "ranks", "kind"],
 }
 
 Worker = dict[str, Any]
@@ -66,20 +86,21 @@ def cluster(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster) -> dict[str, list[Stream]]:
     """Every mode's streams in a cluster that nobody hurts."""
-    return {mode: asyncio.run(stream_all(cluster, mode)) for mode in MODES}
+    return {mode: asyncio.run(stream_all(cluster, options)) for mode, options in MODES.items()}
 
 
-async def stream_all(cluster: Cluster, mode: str, on_kill: Callable[[], None] | None = None) -> list[Stream]:
+async def stream_all(
+    cluster: Cluster, options: dict[str, Any], on_kill: Callable[[], None] | None = None
+) -> list[Stream]:
     """Run all streams to their ends; `on_kill` is called once, when every one has `KILL_AT` tokens."""
+    options = {"max_tokens": TOKENS, "ignore_eos": True} | options
     streams = [Stream() for _ in range(STREAMS)]
     killed = False
 
     async def run(client: Client, number: int) -> None:
         nonlocal killed
         stream = streams[number]
-        async for event in client.generate(
-            cluster.model, PROMPTS[number], max_tokens=TOKENS, seed=number, ignore_eos=True, **MODES[mode]
-        ):
+        async for event in client.generate(cluster.model, PROMPTS[number], seed=number, **options):
             if event.HasField("chunk"):
                 assert event.chunk.index == len(stream.ids), "a token was repeated or skipped"
                 stream.ids += event.chunk.token_ids
@@ -130,7 +151,8 @@ def test_no_stream_notices_a_kill(
     before = shards(cluster, replica)
     failovers = counter(cluster, "phalanx_failovers_total")
 
-    disturbed = asyncio.run(stream_all(cluster, mode, lambda: cluster.kill(VICTIMS[victim](before))))
+    kill = VICTIMS[victim](before)
+    disturbed = asyncio.run(stream_all(cluster, MODES[mode], lambda: cluster.kill(kill)))
 
     assert disturbed == undisturbed[mode]
     assert all(len(stream.ids) == stream.completion_tokens == TOKENS for stream in disturbed)
@@ -139,5 +161,27 @@ def test_no_stream_notices_a_kill(
 
     epoch = max(worker["epoch"] for worker in before)
     until_sync(lambda: has_come_back(cluster, replica, epoch), deadline_s=60)
-    again = asyncio.run(stream_all(cluster, mode))
+    again = asyncio.run(stream_all(cluster, MODES[mode]))
     assert again == undisturbed[mode]
+
+
+@pytest.mark.timeout(180)
+def test_answers_under_a_schema_survive_the_death_of_their_leader(cluster: Cluster) -> None:
+    options = {"temperature": 1.0, "max_tokens": 600, "json_schema": json.dumps(SCHEMA)}
+    whole = asyncio.run(stream_all(cluster, options))
+    for stream in whole:
+        assert stream.finish == types_pb2.FINISH_REASON_STOP
+        answer = json.loads(stream.text)
+        assert answer.keys() == {"name", "ranks", "kind"}
+        assert len(answer["name"]) <= 12
+        assert 12 <= len(answer["ranks"]) <= 16
+        assert all(type(rank) is int for rank in answer["ranks"])
+        assert answer["kind"] in ("hoplite", "sarissa")
+
+    before = shards(cluster, f"{cluster.model}-0")
+    failovers = counter(cluster, "phalanx_failovers_total")
+    leader = VICTIMS["the leader's engine"](before)
+    assert asyncio.run(stream_all(cluster, options, lambda: cluster.kill(leader))) == whole
+    assert counter(cluster, "phalanx_failovers_total") > failovers
+    epoch = max(worker["epoch"] for worker in before)
+    until_sync(lambda: has_come_back(cluster, f"{cluster.model}-0", epoch), deadline_s=60)
