@@ -55,7 +55,7 @@ $(ENV): pyproject.toml hatch_build.py
 	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(STUBS)
 
-$(STUBS): $(ENV) $(wildcard protos/phalanx/v1/*.proto engine/kernels/*.cpp)
+$(STUBS): $(ENV) $(wildcard protos/phalanx/v1/*.proto engine/kernels/*.cpp engine/kernels/*.h)
 	$(BIN)/python hatch_build.py > /dev/null
 
 $(MODEL): | $(ENV) $(STUBS)

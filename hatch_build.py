@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-KERNELS = "engine/kernels/cpu.cpp"
+KERNELS = "engine/kernels"
 # Instruction sets that engine/kernels/native.py chooses from, as the compiler names them.
 CPUS = {"avx512_bf16": "x86_64_v4+avx512bf16", "avx512": "x86_64_v4", "avx2": "x86_64_v3"}
 FLAGS = [
-    *("-target", "x86_64-linux-gnu.2.17", "-std=c++20", "-O3", "-fPIC", "-shared", "-s"),
+    *("-target", "x86_64-linux-gnu.2.17", "-std=c++20", "-O3", "-fPIC", "-shared", "-s", "-lpthread"),
     *("-nostdlib++", "-fno-exceptions", "-fno-rtti", "-fno-sanitize=all", "-Wall", "-Wextra", "-Werror"),
     "-ffp-contract=off",  # every fused multiply-add is written as one
 ]
@@ -47,14 +47,15 @@ def build_kernels(root: Path) -> list[str]:
     """
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return []
-    source = root / KERNELS
-    libraries = {cpu: source.with_name(f"cpu_{name}.so") for name, cpu in CPUS.items()}
+    folder = root / KERNELS
+    newest = max(path.stat().st_mtime for path in (*folder.glob("*.cpp"), *folder.glob("*.h")))
+    libraries = {cpu: folder / f"cpu_{name}.so" for name, cpu in CPUS.items()}
     compiler = [sys.executable, "-m", "ziglang", "c++", *FLAGS]
     running = []
     for cpu, library in libraries.items():
-        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        if not library.exists() or library.stat().st_mtime < newest:
             part = library.with_suffix(".part")
-            command = [*compiler, f"-mcpu={cpu}", str(source), "-o", str(part)]
+            command = [*compiler, f"-mcpu={cpu}", str(folder / "cpu.cpp"), "-o", str(part)]
             running.append((subprocess.Popen(command), part, library))
     failed = [library.name for process, _, library in running if process.wait() != 0]
     if failed:

@@ -5,6 +5,7 @@ Imports torch only where it is used, so that whoever reads this module's values 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from engine.core import EngineCore
     from engine.runner import Runner
 
+_log = logging.getLogger(__name__)
+
 _CPU_KV_BYTES = 1 << 30
 _GPU_FREE_SHARE = 0.9
 _CPU_WEIGHT_TOKENS = 16  # Limits.weight_tokens: arithmetic per byte read is 10 to 20 times less on a CPU
@@ -48,13 +51,11 @@ class Member:
     plans: PlanLink | None
 
 
-def prepare_process(engine: EngineConfig) -> None:
-    """Give this rank its share of the cores."""
-    import torch
-
+def thread_count(engine: EngineConfig) -> int:
+    """Threads of a rank: those asked for, else OMP_NUM_THREADS, else its share of the cores."""
     cores = len(os.sched_getaffinity(0))
-    threads = engine.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cores // (engine.tp * engine.pp)
-    torch.set_num_threads(max(1, threads))
+    asked = engine.threads or int(os.environ.get("OMP_NUM_THREADS", 0))
+    return max(1, asked or cores // (engine.tp * engine.pp))
 
 
 def join(
@@ -88,8 +89,6 @@ def join(
             "INVALID_LAYOUT",
             f"quantization {engine.quantization} is not one of {', '.join(filter(None, QUANTIZATIONS))}",
         )
-    prepare_process(engine)
-
     import torch
 
     from engine.channel import PlanHub, PlanLink
@@ -102,7 +101,9 @@ def join(
     device, dtype = torch.device(engine.device), getattr(torch, engine.dtype_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    kernels = choose(device, dtype, engine.quantization)
+    kernels = choose(device, dtype, engine.quantization, threads=thread_count(engine))
+    torch.set_num_threads(kernels.torch_threads)
+    _log.info("rank %d of %d: %s", grid.rank, grid.world, kernels.name)
     with ExitStack() as undo:
         store = hub = link = None
         if grid.world > 1 and grid.rank == 0:

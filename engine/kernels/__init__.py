@@ -75,9 +75,10 @@ class HeadNorms:
 class Kernels(Protocol):
     """One device's compute. Activations, biases and norm weights have `activation_dtype`."""
 
-    name: str
+    name: str  # what was chosen, for people
     device: torch.device
     activation_dtype: torch.dtype
+    torch_threads: int  # that torch should use beside these kernels
 
     def matrix(self, rows: int, columns: int, *, gated: bool = False, quantise: bool = True) -> Matrix:
         """An empty matrix; `gated` stacks gate over up, for `swiglu`."""
@@ -125,8 +126,8 @@ class Kernels(Protocol):
         ...
 
 
-def choose(device: torch.device, dtype: torch.dtype, quantisation: str = "") -> Kernels:
-    """The fastest kernels that run here.
+def choose(device: torch.device, dtype: torch.dtype, quantisation: str = "", *, threads: int = 1) -> Kernels:
+    """The fastest kernels that run here, on `threads` threads of a CPU.
 
     Raises:
         ModelError: INVALID_LAYOUT, quantised weights where only the reference runs.
@@ -136,14 +137,14 @@ def choose(device: torch.device, dtype: torch.dtype, quantisation: str = "") -> 
     from engine.kernels.reference import ReferenceKernels
 
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library() is not None:
-        return NativeKernels(dtype, quantisation)
+        return NativeKernels(dtype, quantisation, threads=threads)
     if quantisation:
         raise ModelError(
             "INVALID_LAYOUT",
             f"{quantisation} weights need the native CPU kernels, in float32 or bfloat16; "
             f"here are device {device.type} and dtype {str(dtype).removeprefix('torch.')}",
         )
-    return ReferenceKernels(device, dtype)
+    return ReferenceKernels(device, dtype, threads=threads)
 
 
 __all__ = [

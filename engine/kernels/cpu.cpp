@@ -8,18 +8,15 @@
 // Shapes: M rows, N columns, K inner; T tokens, D hidden, E head size, V = 16 columns of a panel.
 // Activations are float32. Panels are stored by pairs of k (see the formats below).
 
+#include "threads.h"
+
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-
-extern "C" {
-void* memcpy(void*, const void*, size_t);
-void* aligned_alloc(size_t, size_t);
-void free(void*);
-float sqrtf(float);
-}
 
 namespace {
 
@@ -193,32 +190,7 @@ inline __attribute__((always_inline)) void multiply(vf (&acc)[M][NV], const floa
   }
 }
 
-// --- Threads: torch's own OpenMP team, so that there is one pool. -------------------------------------------
-
-extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
-
-struct Loop {
-  void (*body)(const void*, long);
-  const void* data;
-  long count;
-  long next;
-};
-
-void work(void* p) {
-  Loop* loop = static_cast<Loop*>(p);
-  for (long i; (i = __atomic_fetch_add(&loop->next, 1, __ATOMIC_RELAXED)) < loop->count;)
-    loop->body(loop->data, i);
-}
-
-// Calls f(i) for 0 <= i < count; whoever is free takes the next, so that a slow core delays nobody.
-template <class F>
-void parallel_for(int threads, long count, const F& f) {
-  Loop loop{[](const void* data, long i) { (*static_cast<const F*>(data))(i); }, &f, count, 0};
-  if (threads > 1 && count > 1 && GOMP_parallel)
-    GOMP_parallel(work, &loop, unsigned(threads), 0);
-  else
-    work(&loop);
-}
+// --- Linear ----------------------------------------------------------------------------------------------------
 
 struct Scratch {  // one thread's memory for packed rows, and what it holds; lives as long as the thread
   char* data;
@@ -241,8 +213,6 @@ Scratch& scratch() {
   }
   return *scratch_of_thread;
 }
-
-// --- Linear ---------------------------------------------------------------------------------------------------
 
 struct LinearCall {
   const float* x;  // [M, K]
@@ -508,7 +478,7 @@ void remember(const AttentionCall& c, long t) {
   for (long h = 0; h < c.H + c.K; ++h) {
     float* head = q + h * E;
     const float* norm = h < c.H ? c.q_norm : c.k_norm;
-    if (norm) scale_by(head, head, norm, 1.0f / sqrtf(mean_square(head, E) + c.eps), E);
+    if (norm) scale_by(head, head, norm, 1.0f / __builtin_sqrtf(mean_square(head, E) + c.eps), E);
     rotate(head, cosine, sine, half, h < c.H ? c.scale : 1.0f);
   }
   const int32_t* sequence = c.sequences + sequence_of(c, t) * 4;
@@ -744,8 +714,6 @@ long phalanx_panel_bytes(int format, long K) {
   return 0;
 }
 
-int phalanx_has_threads() { return GOMP_parallel != nullptr; }
-
 void phalanx_pack(int format, const PackCall* c, int threads) { FOR_FORMAT(format, pack<W>(*c, threads)) }
 
 void phalanx_unpack(int format, const char* w, const int64_t* rows, float* out, long count, long K, int threads) {
@@ -763,7 +731,7 @@ void phalanx_add_rms_norm(float* x, const float* delta, const float* weight, flo
       const float* more = delta + t * D;
       for (long i = 0; i < D; ++i) row[i] += more[i];
     }
-    scale_by(out + t * D, row, weight, 1.0f / sqrtf(mean_square(row, D) + eps), D);
+    scale_by(out + t * D, row, weight, 1.0f / __builtin_sqrtf(mean_square(row, D) + eps), D);
   });
 }
 

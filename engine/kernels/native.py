@@ -99,7 +99,7 @@ def cpu_flags() -> set[str]:
 
 def _is_right(candidate: Any) -> bool:
     """Whether a small product comes out right: a library meets CPUs that nobody had to test it on."""
-    kernels = NativeKernels(torch.bfloat16, "", ("", candidate))
+    kernels = NativeKernels(torch.bfloat16, found=("", candidate))
     x = torch.arange(-48, 48, dtype=torch.float32).view(3, 32) / 16
     weight = (torch.arange(40 * 32).view(40, 32) % 17 - 8).float()
     matrix = kernels.matrix(40, 32)
@@ -110,10 +110,10 @@ def _is_right(candidate: Any) -> bool:
 class NativeMatrix:
     """Panels of 16 rows; a gated matrix alternates panels of gate and up."""
 
-    def __init__(self, lib: Any, kind: int, rows: int, columns: int, gated: bool) -> None:
+    def __init__(self, lib: Any, threads: int, kind: int, rows: int, columns: int, gated: bool) -> None:
         if columns % 2:
             raise ValueError(f"{columns} columns: native matrices have an even number")
-        self._lib = lib
+        self._lib, self._threads = lib, threads
         self.kind, self.rows, self.columns, self.gated = kind, rows, columns, gated
         panels = 2 * -(-rows // 2 // _PANEL) if gated else 2 * -(-rows // (2 * _PANEL))
         self.nbytes = panels * lib.phalanx_panel_bytes(kind, columns)
@@ -127,7 +127,7 @@ class NativeMatrix:
             self.data.data_ptr(), values.data_ptr(), row, values.shape[0], self.columns,
             self.rows // 2 if self.gated else 0,
         )  # fmt: skip
-        self._lib.phalanx_pack(self.kind, ctypes.byref(call), torch.get_num_threads())
+        self._lib.phalanx_pack(self.kind, ctypes.byref(call), self._threads)
 
 
 class NativeCache:
@@ -152,23 +152,31 @@ class NativeKernels:
 
     device = torch.device("cpu")
     activation_dtype = torch.float32
+    torch_threads = 1  # or its waiting threads would keep the cores from ours
 
     def __init__(
-        self, dtype: torch.dtype, quantisation: str = "", found: tuple[str, Any] | None = None
+        self,
+        dtype: torch.dtype,
+        quantisation: str = "",
+        *,
+        threads: int = 1,
+        found: tuple[str, Any] | None = None,
     ) -> None:
         found = found or library()
         if found is None:
             raise RuntimeError("there are no native kernels for this CPU")
         variant, self._lib = found
-        self._dtype = dtype
+        self._dtype, self._threads = dtype, threads
         name = str(dtype).removeprefix("torch.")
         self._kind = _FORMATS[name]
         self._quantised = _FORMATS[quantisation or name]
-        self.name = f"native {variant}, {quantisation or name}"
+        self.name = f"native {variant}, {quantisation or name}, {threads} threads"
 
     def matrix(self, rows: int, columns: int, *, gated: bool = False, quantise: bool = True) -> Matrix:
         """An empty matrix."""
-        return NativeMatrix(self._lib, self._quantised if quantise else self._kind, rows, columns, gated)
+        return NativeMatrix(
+            self._lib, self._threads, self._quantised if quantise else self._kind, rows, columns, gated
+        )
 
     def linear(self, x_TD: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The product x W^T + b."""
@@ -185,7 +193,7 @@ class NativeKernels:
         out = torch.empty(ids.shape[0], matrix.columns)
         self._lib.phalanx_unpack(
             matrix.kind, matrix.data.data_ptr(), ids.data_ptr(), out.data_ptr(), ids.shape[0], matrix.columns,
-            torch.get_num_threads(),
+            self._threads,
         )  # fmt: skip
         return out
 
@@ -196,7 +204,7 @@ class NativeKernels:
         out_TD = torch.empty_like(x_TD)
         self._lib.phalanx_add_rms_norm(
             x_TD.data_ptr(), None if delta_TD is None else delta_TD.data_ptr(), weight_D.data_ptr(),
-            out_TD.data_ptr(), x_TD.shape[0], x_TD.shape[1], eps, torch.get_num_threads(),
+            out_TD.data_ptr(), x_TD.shape[0], x_TD.shape[1], eps, self._threads,
         )  # fmt: skip
         return out_TD
 
@@ -230,7 +238,7 @@ class NativeKernels:
             T, inputs.sequences_B4.shape[0], H, K, E, inputs.tables.shape[1], window or 0,
             0.0 if norms is None else norms.eps, E**-0.5,
         )  # fmt: skip
-        self._lib.phalanx_attend(self._kind, ctypes.byref(call), torch.get_num_threads())
+        self._lib.phalanx_attend(self._kind, ctypes.byref(call), self._threads)
         return out_TA
 
     def _product(
@@ -246,7 +254,7 @@ class NativeKernels:
             x_TD.data_ptr(), matrix.data.data_ptr(), None if bias is None else bias.data_ptr(),
             out.data_ptr(), x_TD.shape[0], rows, matrix.columns, gated,
         )  # fmt: skip
-        self._lib.phalanx_linear(matrix.kind, ctypes.byref(call), torch.get_num_threads())
+        self._lib.phalanx_linear(matrix.kind, ctypes.byref(call), self._threads)
         return out
 
 

@@ -50,8 +50,9 @@ class ReferenceCache:
 class ReferenceKernels:
     """See `engine.kernels.Kernels`."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.name = f"torch, {str(dtype).removeprefix('torch.')}"
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, threads: int = 1) -> None:
+        self.name = f"torch on {device}, {str(dtype).removeprefix('torch.')}, {threads} threads"
+        self.torch_threads = threads
         self.device = device
         self.activation_dtype = dtype
 

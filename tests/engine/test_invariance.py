@@ -1,4 +1,4 @@
-"""In float32 a sequence's logits do not depend, to the last bit, on what else the engine does."""
+"""On CPUs a sequence's logits do not depend, to the last bit, on what else the engine does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.kernels import choose
 from tests.engine.conftest import MakeModel
 from tests.engine.harness import Harness
 
@@ -33,18 +34,15 @@ def odd_model(make_model: MakeModel) -> Path:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def alone(odd_model: Path) -> Alone:
+def alone(odd_model: Path, dtype: torch.dtype) -> Alone:
     """Logits by number of tokens seen: one prefill of that length, nothing beside it."""
-    return functools.cache(lambda end: Harness(odd_model).step({0: TOKENS[:end]})[0])
+    return functools.cache(lambda end: Harness(odd_model, dtype).step({0: TOKENS[:end]})[0])
 
 
 def chunks_of(sizes: Iterator[int]) -> Iterator[tuple[int, list[int]]]:
@@ -63,8 +61,10 @@ def ends_of(sizes: tuple[int, ...], most: int = 12) -> set[int]:
 
 
 @pytest.mark.parametrize("sizes", [(1,), (7,), (1, 31, 2, 64), (128, 1), (15, 17)], ids=str)
-def test_chunking_does_not_change_a_bit(odd_model: Path, alone: Alone, sizes: tuple[int, ...]) -> None:
-    harness = Harness(odd_model)
+def test_chunking_does_not_change_a_bit(
+    odd_model: Path, alone: Alone, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> None:
+    harness = Harness(odd_model, dtype)
     compared = ends_of(sizes)
     assert len(compared) >= 5
     for end, chunk in chunks_of(itertools.cycle(sizes)):
@@ -74,9 +74,9 @@ def test_chunking_does_not_change_a_bit(odd_model: Path, alone: Alone, sizes: tu
     assert end == LENGTH
 
 
-def test_neighbours_do_not_change_a_bit(odd_model: Path, alone: Alone) -> None:
+def test_neighbours_do_not_change_a_bit(odd_model: Path, alone: Alone, dtype: torch.dtype) -> None:
     draw = random.Random(3)
-    harness = Harness(odd_model)
+    harness = Harness(odd_model, dtype)
     harness.step({7: [draw.randrange(320) for _ in range(200)]})  # more keys than the sequence tested
     for end, chunk in chunks_of(itertools.cycle((1, 40, 5))):
         others = {n: [draw.randrange(320) for _ in range(draw.choice((1, 1, 3, 20)))] for n in range(1, 8)}
@@ -87,11 +87,6 @@ def test_neighbours_do_not_change_a_bit(odd_model: Path, alone: Alone) -> None:
     assert end == LENGTH
 
 
-def test_threads_do_not_change_a_bit(odd_model: Path, alone: Alone) -> None:
-    expected = alone(LENGTH)
-    torch.set_num_threads(2)
-    try:
-        logits = Harness(odd_model).step({0: TOKENS})[0]
-    finally:
-        torch.set_num_threads(1)
-    assert torch.equal(logits, expected)
+def test_threads_do_not_change_a_bit(odd_model: Path, alone: Alone, dtype: torch.dtype) -> None:
+    kernels = choose(torch.device("cpu"), dtype, threads=2)
+    assert torch.equal(Harness(odd_model, dtype, kernels).step({0: TOKENS})[0], alone(LENGTH))

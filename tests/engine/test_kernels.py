@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -26,8 +28,9 @@ def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def kernels_of(variant: str, dtype: torch.dtype, quantisation: str = "") -> NativeKernels:
-    return NativeKernels(dtype, quantisation, (variant, native.open_library(variant)))
+def kernels_of(variant: str, dtype: torch.dtype, quantisation: str = "", threads: int = 2) -> NativeKernels:
+    found = (variant, native.open_library(variant))
+    return NativeKernels(dtype, quantisation, threads=threads, found=found)
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -170,18 +173,27 @@ def test_no_bit_of_attention_depends_on_chunks_or_neighbours(
 def test_no_bit_of_a_product_depends_on_the_rows_beside_it_or_on_threads(
     variant: str, dtype: torch.dtype, quantisation: str, gated: bool
 ) -> None:
-    kernels, x = kernels_of(variant, dtype, quantisation), numbers(70, 192)
-    matrix = kernels.matrix(150, 192, gated=gated)
-    matrix.write(0, numbers(150, 192, seed=1))
-    product = kernels.swiglu if gated else kernels.linear
-    together = product(x, matrix)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3 - min(threads, 2))
-        for rows in (1, 2, 3, 5, 8, 12, 13, 29):
-            assert torch.equal(product(x[:rows].contiguous(), matrix), together[:rows])
-    finally:
-        torch.set_num_threads(threads)
+    x, products = numbers(70, 192), []
+    for threads in (2, 1, 5):
+        kernels = kernels_of(variant, dtype, quantisation, threads)
+        matrix = kernels.matrix(150, 192, gated=gated)
+        matrix.write(0, numbers(150, 192, seed=1))
+        product = kernels.swiglu if gated else kernels.linear
+        products += [product(x[:rows].contiguous(), matrix) for rows in (70, 1, 2, 3, 5, 8, 12, 13, 29)]
+    assert all(torch.equal(part, products[0][: part.shape[0]]) for part in products)
+
+
+def test_callers_on_several_threads_disturb_nobody(variant: str) -> None:
+    def run(seed: int) -> list[torch.Tensor]:
+        kernels = kernels_of(variant, torch.float32)
+        matrix = kernels.matrix(96, 64)
+        matrix.write(0, numbers(96, 64, seed=seed))
+        return [kernels.linear(numbers(5, 64, seed=seed + i), matrix) for i in range(50)]
+
+    expected = [run(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for got, wanted in zip(threads.map(run, range(4)), expected, strict=True):
+            assert all(map(torch.equal, got, wanted))
 
 
 def test_what_a_block_held_before_does_not_matter(variant: str) -> None:
