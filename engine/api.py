@@ -197,13 +197,16 @@ class Engine:
     def _spawn(self, config: EngineConfig, rank: int, device: str) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "engine.process", "--survive-thread"]
-            command += ["--fd", str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            process = self._start(theirs)
         link = Link(ours)
         self._children.append((process, link))
         start = dataclasses.asdict(dataclasses.replace(config, rank=rank, device=device))
         link.send(StartEngine(**start))
+
+    def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        """A rank's process, which inherits its end of the socket."""
+        command = [sys.executable, "-m", "engine.process", "--survive-thread", "--fd", str(theirs.fileno())]
+        return subprocess.Popen(command, pass_fds=[theirs.fileno()])
 
     def _announce(self, address: str) -> None:
         for _, link in self._children:

@@ -1,0 +1,38 @@
+"""Engines whose ranks are forked from a process that has imported torch: for tests that start many."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import sys
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from engine import Engine
+from engine import process as rank_process
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["engine.runner", "engine.weights", "engine.channel", "engine.parallel", "engine.process"]
+)
+
+
+class _Rank(ForkServerProcess):
+    """A process with the methods of `subprocess.Popen` that an engine calls."""
+
+    def wait(self) -> None:
+        self.join()
+
+
+class ForkedEngine(Engine):
+    """An engine like any other but for how its ranks begin."""
+
+    def _start(self, theirs: socket.socket) -> Any:
+        process = _Rank(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        return process
+
+
+def _serve(ours: socket.socket) -> None:
+    sys.argv = ["rank", "--survive-thread", "--fd", str(ours.detach())]
+    rank_process.main()
