@@ -48,6 +48,7 @@ def main() -> None:
         help="outlive the thread that started this process: only the closed socket ends it",
     )
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
     link = Link.inherited(arguments.fd)
     if not arguments.survive_thread:
         die_with_parent()

@@ -103,7 +103,7 @@ def join(
         torch.cuda.set_device(device)
     kernels = choose(device, dtype, engine.quantization, threads=thread_count(engine))
     torch.set_num_threads(kernels.torch_threads)
-    _log.info("rank %d of %d: %s", grid.rank, grid.world, kernels.name)
+    _log.info("rank %d of %d: %s kernels", grid.rank, grid.world, kernels.name)
     with ExitStack() as undo:
         store = hub = link = None
         if grid.world > 1 and grid.rank == 0:
