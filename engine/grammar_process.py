@@ -68,7 +68,6 @@ def main() -> None:
     given = parser.parse_args()
     connection = socket.socket(fileno=given.fd)
     die_with_parent()
-    os.nice(5)  # beside the steps of the engine, which somebody waits for
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -81,6 +80,7 @@ def main() -> None:
         return
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     send(connection, READY, info.serialize_json())
+    os.nice(5)  # from now on what a client wants done is done beside steps that others wait for
     while True:
         try:
             _, text = receive(connection)

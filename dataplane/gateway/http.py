@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from dataplane.gateway import openai
+from dataplane.gateway import openai, openai_answer
 from dataplane.gateway.gateway import Gateway, Live
 from dataplane.gateway.journal import format_cursor
 from dataplane.gateway.normalize import journal_for
@@ -48,7 +48,7 @@ async def _generate(
 ) -> web.StreamResponse:
     asked = openai.parse(await request.read(), shape)
     journal = journal_for(openai.to_generate(asked))
-    answer = openai.Shape(asked, journal.request_id, int(time.time()))
+    answer = openai_answer.Shape(asked, journal.request_id, int(time.time()))
     parent = request.headers.get("traceparent", "")
     async with request.app[GATEWAY].request(journal, parent=parent) as live:
         # Nothing is written before a replica has accepted: bad input still gets its status code.
@@ -61,7 +61,7 @@ async def _generate(
 
 
 async def _stream(
-    request: web.Request, live: Live, answer: openai.Shape, headers: dict[str, str]
+    request: web.Request, live: Live, answer: openai_answer.Shape, headers: dict[str, str]
 ) -> web.StreamResponse:
     """Server-sent events; each one's id is the cursor after it."""
     response = web.StreamResponse(
@@ -75,7 +75,7 @@ async def _stream(
             await response.write(_event(cursor, answer.chunk(chunk)))
     except PhalanxError as error:
         # The status line is out; the stream ends with the error and without its [DONE].
-        await response.write(_event(cursor, openai.error_json(error)))
+        await response.write(_event(cursor, openai_answer.error_json(error)))
     else:
         if (last := answer.last(live.journal.usage)) is not None:
             await response.write(_event(cursor, last))
@@ -127,17 +127,17 @@ async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return await handler(request)
     except PhalanxError as error:
         headers = {"retry-after": "1"} if error.retryable else None
-        return _json(openai.error_json(error), error.http_status, headers)
+        return _json(openai_answer.error_json(error), error.http_status, headers)
     except web.HTTPRequestEntityTooLarge as error:
         too_large = PhalanxError("INVALID_ARGUMENT", f"the body exceeds {MAX_BODY_BYTES} bytes")
-        return _json(openai.error_json(too_large), error.status)
+        return _json(openai_answer.error_json(too_large), error.status)
     except web.HTTPException as error:
         refused = PhalanxError("INVALID_ARGUMENT", f"{request.method} {request.path}: {error.reason}")
-        return _json(openai.error_json(refused), error.status)
+        return _json(openai_answer.error_json(refused), error.status)
     except Exception:
         log.exception("request failed", extra={"path": request.path})
         bug = PhalanxError("INTERNAL", "the gateway failed on this request; its log says more")
-        return _json(openai.error_json(bug), bug.http_status)
+        return _json(openai_answer.error_json(bug), bug.http_status)
 
 
 def _json(data: openai.Json, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

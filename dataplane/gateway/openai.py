@@ -1,4 +1,4 @@
-"""The OpenAI-shaped JSON: requests into GenerateRequest, chunks into completion objects.
+"""The OpenAI-shaped JSON of requests, into GenerateRequest. Answers are in `openai_answer`.
 
 Field names are those of the OpenAI API reference; beside them stand `top_k`, `min_p`, `repetition_penalty`,
 `min_tokens`, `bad_words`, `structured_outputs`, `prompt_logprobs`, `priority`, `ignore_eos`, `stop_token_ids`
@@ -7,12 +7,11 @@ and `return_token_ids`, as other servers of open models name them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
 
-from dataplane.gateway.journal import Chunk
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, types_pb2
 
@@ -22,11 +21,6 @@ _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "seed",
     "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
-_FINISH = {
-    types_pb2.FINISH_REASON_UNSPECIFIED: None,
-    types_pb2.FINISH_REASON_STOP: "stop",
-    types_pb2.FINISH_REASON_LENGTH: "length",
-}
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -243,138 +237,3 @@ def _structured(request: CompletionRequest | ChatRequest) -> Iterator[types_pb2.
 
 def _schema_text(schema: Json | str) -> str:
     return schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
-
-
-class Shape:
-    """Builds the answer's objects for one request: `chunk` while streaming, `whole` at the end."""
-
-    def __init__(self, request: CompletionRequest | ChatRequest, request_id: str, created: int) -> None:
-        self._chat = isinstance(request, ChatRequest)
-        self._wants_ids = request.return_token_ids
-        self._wants_logprobs = request.logprobs is not None and request.logprobs is not False
-        self._wants_prompt = request.prompt_logprobs is not None
-        self._include_usage = bool(request.stream_options and request.stream_options.include_usage)
-        prefix = "chatcmpl" if self._chat else "cmpl"
-        self._head: Json = {"id": f"{prefix}-{request_id}", "created": created, "model": request.model}
-        self._offsets: dict[int, int] = {}
-
-    def chunk(self, chunk: Chunk) -> Json:
-        """One event of a stream."""
-        choice: Json = {"index": chunk.choice}
-        if self._chat:
-            first = {"role": "assistant"} if chunk.index == 0 else {}
-            choice["delta"] = {**first, "content": chunk.text}
-        else:
-            choice["text"] = chunk.text
-        choice["finish_reason"] = _FINISH[chunk.finish]
-        choice["logprobs"] = self._logprobs(chunk)
-        if self._wants_ids:
-            choice["token_ids"] = list(chunk.token_ids)
-        if self._wants_prompt and chunk.index == 0:
-            choice["prompt_logprobs"] = _prompt_logprobs(chunk)
-        event = self._event([choice])
-        if self._include_usage:
-            event["usage"] = None
-        return event
-
-    def last(self, usage: types_pb2.Usage) -> Json | None:
-        """The event after the last token: usage, where the client asked for it."""
-        return {**self._event([]), "usage": usage_json(usage)} if self._include_usage else None
-
-    def whole(self, chunks: Sequence[Chunk], usage: types_pb2.Usage) -> Json:
-        """The answer in one piece. `chunks` has every choice's tokens, in any cut."""
-        choices: dict[int, Json] = {}
-        for chunk in chunks:
-            choice = choices.setdefault(chunk.choice, {"index": chunk.choice, "text": "", "token_ids": []})
-            choice["text"] += chunk.text
-            choice["token_ids"] += chunk.token_ids
-            choice["finish_reason"] = _FINISH[chunk.finish]
-            choice["logprobs"] = _merge(choice.get("logprobs"), self._logprobs(chunk))
-            if self._wants_prompt:
-                choice.setdefault("prompt_logprobs", _prompt_logprobs(chunk))
-        for choice in choices.values():
-            if not self._wants_ids:
-                del choice["token_ids"]
-            if self._chat:
-                choice["message"] = {"role": "assistant", "content": choice.pop("text")}
-        whole = self._event([choices[number] for number in sorted(choices)])
-        whole["object"] = "chat.completion" if self._chat else "text_completion"
-        return {**whole, "usage": usage_json(usage)}
-
-    def _event(self, choices: list[Json]) -> Json:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices}
-
-    def _logprobs(self, chunk: Chunk) -> Json | None:
-        if not self._wants_logprobs:
-            return None
-        if self._chat:
-            content = [
-                {
-                    **_chat_logprob(position.chosen),
-                    "top_logprobs": [_chat_logprob(top) for top in position.top],
-                }
-                for position in chunk.logprobs
-            ]
-            return {"content": content}
-        offset = self._offsets.get(chunk.choice, 0)
-        offsets = []
-        for piece in chunk.pieces:
-            offsets.append(offset)
-            offset += len(piece)
-        self._offsets[chunk.choice] = offset
-        return {
-            "tokens": [position.chosen.text for position in chunk.logprobs],
-            "token_logprobs": [position.chosen.logprob for position in chunk.logprobs],
-            "top_logprobs": [{top.text: top.logprob for top in position.top} for position in chunk.logprobs],
-            "text_offset": offsets,
-        }
-
-
-def usage_json(usage: types_pb2.Usage) -> Json:
-    """The usage object."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
-
-
-def error_json(error: PhalanxError) -> Json:
-    """The error object."""
-    kind = "invalid_request_error" if error.http_status < 500 else "server_error"
-    return {
-        "error": {
-            "message": error.message,
-            "type": kind,
-            "param": error.param,
-            "code": error.reason.lower(),
-            "retryable": error.retryable,
-        }
-    }
-
-
-def _chat_logprob(token: types_pb2.TokenLogprob) -> Json:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
-
-
-def _prompt_logprobs(chunk: Chunk) -> list[Json | None] | None:
-    """One entry per prompt token, the first without; of the first choice, the others have none."""
-    if chunk.choice > 0:
-        return None
-    return [
-        None,
-        *(
-            {
-                str(token.token_id): {"logprob": token.logprob, "decoded_token": token.text}
-                for token in (*position.top, position.chosen)
-            }
-            for position in chunk.prompt_logprobs
-        ),
-    ]
-
-
-def _merge(before: Json | None, after: Json | None) -> Json | None:
-    if before is None or after is None:
-        return after
-    return {name: before[name] + after[name] for name in before}
