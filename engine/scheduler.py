@@ -128,7 +128,10 @@ class Scheduler:
         self._displace()
         decodes, prompts, share = self._survey()
         left = self._go_on(draft, decodes, share.tokens - share.prompt_tokens)
-        left = self._go_on(draft, prompts, left + share.prompt_tokens)
+        left += share.prompt_tokens
+        for sequence in prompts:
+            left = self._admit_waiting(draft, left, now, before=sequence)
+            left = self._go_on(draft, (sequence,), left)
         left = self._admit_waiting(draft, left, now)
         self._go_on(draft, decodes, left)  # what was set aside for prompts, and they could not use
         self._tables.unpin()
@@ -165,7 +168,7 @@ class Scheduler:
             if sequence.cancelled:
                 continue
             self._tables.advance(sequence, count)
-            if row.start < sequence.prompt_len <= sequence.computed:
+            if self._held and row.start < sequence.prompt_len <= sequence.computed:
                 self._let_go(sequence.request.id)
             if token is not None:
                 deltas.append(self._append(sequence, *token, now))
@@ -246,10 +249,15 @@ class Scheduler:
                 tokens -= count
         return tokens
 
-    def _admit_waiting(self, draft: _Draft, tokens: int, now: float) -> int:
-        """Let those that wait run, in order, until one has no place; returns how many tokens are left."""
+    def _admit_waiting(self, draft: _Draft, tokens: int, now: float, before: Sequence | None = None) -> int:
+        """Let those that wait run, in order, until one has no place; returns how many tokens are left.
+
+        With `before`, only those that come before that one.
+        """
         while tokens > 0 and self._waiting:
             sequence = self._waiting.first
+            if before is not None and sequence.order > before.order:
+                break
             sibling, held = self._sibling(sequence)
             if held:
                 self._waiting.remove(sequence)
@@ -316,6 +324,8 @@ class Scheduler:
         whoever lacks blocks never waits for ever.
         """
         lacking = self._tables.lacking_until(sequence, end)
+        if lacking <= 0 or lacking <= self._tables.available:
+            return True
 
         def short(victims: list[Sequence]) -> bool:
             gain = self._tables.gain(victims) if victims else 0
@@ -377,29 +387,31 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None, now: float) -> Delta:
         index = len(sequence.output)
         sequence.append(token)
-        if sequence.first_token is None:
-            sequence.first_token = now
         finish = self._finish_reason(sequence)
         prompt_logprobs: tuple[PositionLogprobs, ...] = ()
-        if sequence.prompt_logprobs:
+        cached = 0
+        if sequence.first_token is None:
+            sequence.first_token = now
+            cached = sequence.cached_tokens
             prompt_logprobs = tuple(sequence.prompt_logprobs)
             sequence.prompt_logprobs.clear()
-        cached, sequence.cached_tokens = sequence.cached_tokens, None
         timing = None
         if finish:
             self._remove(sequence)
             scheduled = now if sequence.scheduled is None else sequence.scheduled
             timing = Timing(sequence.queued, scheduled, sequence.first_token, now)
+        entries = () if logprobs is None else (logprobs,)
         return Delta(
             sequence.request.id,
             sequence.choice,
             index,
             (token,),
-            logprobs=() if logprobs is None else (logprobs,),
-            finish=finish,
-            timing=timing,
-            prompt_logprobs=prompt_logprobs,
-            cached_tokens=cached or 0,
+            (),
+            entries,
+            finish,
+            timing,
+            prompt_logprobs,
+            cached,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:

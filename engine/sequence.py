@@ -26,6 +26,7 @@ class Sequence:
     order: tuple[int, int]
     queued: float
     output: list[int]
+    prompt_len: int = field(init=False)
     length: int = field(init=False)  # tokens known: prompt and output
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -35,19 +36,15 @@ class Sequence:
     handle: int | None = None
     in_flight: int = 0  # tokens that a plan in flight computes
     cancelled: bool = False
-    cached_tokens: int | None = None  # prompt tokens found computed when it first ran
+    cached_tokens: int = 0  # prompt tokens that were computed when it first ran
     scheduled: float | None = None
     first_token: float | None = None
     matcher: Matcher | None = None
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.length = len(self.request.prompt_ids) + len(self.output)
-
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
+        self.prompt_len = len(self.request.prompt_ids)
+        self.length = self.prompt_len + len(self.output)
 
     @property
     def remaining(self) -> int:

@@ -89,8 +89,8 @@ class BlockTables:
         return self._lacking(sequence.length, entries, entries - sequence.passed)
 
     def lacking_until(self, sequence: Sequence, end: int) -> int:
-        """Blocks that a running sequence takes to compute its tokens up to `end`."""
-        return blocks_for(end, self._block_size) - len(sequence.blocks)
+        """Blocks that a running sequence takes to compute its tokens up to `end`; not above 0 for none."""
+        return -(-end // self._block_size) - len(sequence.blocks)
 
     def gain(self, sequences: Iterable[Sequence], keep: Collection[int] = ()) -> int:
         """Blocks that nobody would hold if all of these were dropped, without those to `keep`."""
@@ -122,13 +122,13 @@ class BlockTables:
 
     def grow(self, sequence: Sequence, end: int) -> tuple[int, ...]:
         """Blocks for the tokens up to `end`; returns the entries of the table that ranks do not know."""
-        count = blocks_for(end, self._block_size) - len(sequence.blocks)
+        count = self.lacking_until(sequence, end)
         if count > 0:
             sequence.blocks += self._pool.take(count)
-        entries = len(sequence.blocks)
-        if sequence.told == entries:
+        told, entries = sequence.told, len(sequence.blocks)
+        if told == entries:
             return ()
-        told, sequence.told = sequence.told, entries
+        sequence.told = entries
         return tuple(sequence.blocks[told:])
 
     def advance(self, sequence: Sequence, count: int) -> None:

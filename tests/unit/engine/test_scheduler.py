@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.errors import RequestError
-from engine.plan import StepPlan
+from engine.errors import EngineError, RequestError
+from engine.plan import Sampled, StepPlan
 from engine.request import Delta, Request, SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import AGING_STEPS
@@ -293,6 +293,16 @@ def test_less_priority_gives_way_and_loses_no_token() -> None:
         assert stream(deltas, name) == expected(range(1, 5), 12, True)[0]
 
 
+def test_an_urgent_request_overtakes_a_long_prompt_that_is_being_computed() -> None:
+    scheduler, rank = Scheduler(limits(kv_blocks=32, max_model_len=100)), FakeRank(4)
+    scheduler.submit(request("long", prompt=90, priority=1), 0.0)
+    run(scheduler, rank, steps=1)
+    scheduler.submit(request("urgent", prompt=12), 0.0)
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    assert [len(row.token_ids) for row in plan.rows] == [12, 4]
+
+
 def test_equal_priority_does_not_give_way_to_newcomers() -> None:
     scheduler, rank = Scheduler(limits(max_running=1)), FakeRank(4)
     scheduler.submit(request("a", max_tokens=12), 0.0)
@@ -398,6 +408,14 @@ def test_timing_has_the_milestones_of_the_choice() -> None:
     timing = run(scheduler, rank)[-1].timing
     assert timing is not None
     assert (timing.queued, timing.scheduled, timing.first_token, timing.finished) == (0.5, 1.0, 2.0, 2.0)
+
+
+def test_results_of_another_step_than_the_next_are_refused() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit(request("a"), 0.0)
+    assert scheduler.schedule(1.0) is not None
+    with pytest.raises(EngineError, match="results of step 2, expected 1"):
+        scheduler.apply(Sampled(2, (), ()), 1.0)
 
 
 def test_a_live_id_cannot_be_used_twice() -> None:
