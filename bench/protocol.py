@@ -58,10 +58,9 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A contestant is up: what it is, how long it took, and its peak memory so far (0: not known)."""
+    """A contestant is up: what it is, and its peak memory so far."""
 
     name: str
-    load_s: float
     peak_bytes: int
     details: str = ""
 
@@ -119,9 +118,7 @@ class Recorder:
         Raises:
             RuntimeError: a prompt was not completed to its length.
         """
-        for index, (ids, count) in enumerate(
-            zip(self._trace.token_ids, self._work.new_tokens, strict=True)
-        ):
+        for index, (ids, count) in enumerate(zip(self._trace.token_ids, self._work.new_tokens, strict=True)):
             if len(ids) != count:
                 raise RuntimeError(f"prompt {index} got {len(ids)} tokens of {count}")
         self._trace.peak_bytes = peak_bytes()
@@ -140,10 +137,8 @@ def serve(build: Callable[[Setup], Contestant]) -> None:
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    start = time.perf_counter()
     contestant = build(Setup(**json.loads(sys.stdin.readline())))
-    load_s = time.perf_counter() - start
-    ready = Ready(contestant.name, load_s, peak_bytes(), contestant.details)
+    ready = Ready(contestant.name, peak_bytes(), contestant.details)
     answers.write(json.dumps(asdict(ready)) + "\n")
     for line in sys.stdin:
         trace = contestant.run(Work(**json.loads(line)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from bench.protocol import Recorder, Setup, Trace, Work, serve
@@ -15,7 +17,9 @@ class Ours:
     name = "Phalanx"
 
     def __init__(self, setup: Setup) -> None:
-        options = {"max_batch_tokens": setup.max_batch_tokens} if setup.max_batch_tokens else {}
+        options: dict[str, Any] = (
+            {"max_batch_tokens": setup.max_batch_tokens} if setup.max_batch_tokens else {}
+        )
         self._engine = Engine(
             setup.model,
             dtype=setup.dtype,

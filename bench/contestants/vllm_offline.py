@@ -16,7 +16,7 @@ class Offline:
 
     def __init__(self, setup: Setup) -> None:
         os.environ |= environment(setup)
-        import vllm
+        import vllm  # type: ignore[import-not-found]  # another environment's
         from vllm import LLM
 
         self._llm: Any = LLM(
@@ -66,7 +66,7 @@ class Offline:
 
 def _sampling(new_tokens: int) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
     return SamplingParams(
         temperature=0.0,
@@ -89,8 +89,6 @@ def environment(setup: Setup) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        # A worker that finds an environment without g++ could not compile; OMP_NUM_THREADS is vLLM's to set.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
 
 

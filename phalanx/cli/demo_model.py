@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from phalanx.cli.training import Progress, Shape
 
 END = "<|end|>"
-_CHARS_PER_S = 40_000  # two cores read less than this in training, so nothing is seen often
+CHARS_PER_S = 40_000  # two cores read less than this in training, so nothing is seen often
 _TOKENIZER_CHARS = 1_000_000
 _SAVE_S = 1.5  # kept back from the time box for writing
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
@@ -70,7 +70,7 @@ def make(out: Path, deadline: float, seed: int, report: Callable[[Progress], Non
     from phalanx.cli.training import Shape, train
 
     shape = Shape()
-    texts = _head(corpus(seed), int(_CHARS_PER_S * (deadline - time.monotonic())))
+    texts = _head(corpus(seed), int(CHARS_PER_S * (deadline - time.monotonic())))
     tokenizer = _tokenizer(texts, shape.vocab)
     ids: list[int] = []
     end = tokenizer.token_to_id(END)

@@ -1,0 +1,201 @@
+"""Contestants as processes: built once, kept stopped while another one runs.
+
+Owns: the processes. Does not own: what they are asked, and what is made of the answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from bench.protocol import Ready, Setup, Trace, Work
+
+MODULES = {
+    "phalanx": "bench.contestants.ours",
+    "transformers": "bench.contestants.transformers_generate",
+    "transformers-batching": "bench.contestants.transformers_batching",
+    "vllm": "bench.contestants.vllm_offline",
+    "vllm-eager": "bench.contestants.vllm_offline",
+}
+DTYPES = ("bfloat16", "float32", "float16")
+QUANTIZATIONS = ("int8", "int4")
+_LOG_TAIL = 2000  # characters
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ContestantError(Exception):
+    """A contestant cannot be built or has died; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Who takes part, and with what weights: `phalanx`, `phalanx@int8`, `transformers@float32`."""
+
+    kind: str
+    dtype: str = "bfloat16"
+    quantization: str = ""
+
+    @staticmethod
+    def parse(text: str) -> Entry:
+        """Read `kind` or `kind@variant`.
+
+        Raises:
+            ValueError: there is no such contestant.
+        """
+        kind, _, variant = text.partition("@")
+        if kind not in MODULES:
+            raise ValueError(f"no contestant {kind}; known: {', '.join(MODULES)}")
+        if kind == "phalanx" and variant in QUANTIZATIONS:
+            return Entry(kind, quantization=variant)
+        if variant and variant not in DTYPES:
+            raise ValueError(f"{text}: no variant {variant}; known: {', '.join(DTYPES + QUANTIZATIONS)}")
+        return Entry(kind, variant or "bfloat16")
+
+    def __str__(self) -> str:
+        variant = self.quantization or ("" if self.dtype == "bfloat16" else self.dtype)
+        return f"{self.kind}@{variant}" if variant else self.kind
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Bytes of a matrix's parameter as a step reads it; int4 has a 16-bit scale per 64 of them."""
+        sizes = {"int8": 1.0, "int4": 0.5 + 2 / 64}
+        return sizes.get(self.quantization, 4.0 if self.dtype == "float32" else 2.0)
+
+    def setup(self, base: Setup) -> Setup:
+        """`base` with what is this entry's own."""
+        return replace(
+            base, dtype=self.dtype, quantization=self.quantization, eager=self.kind == "vllm-eager"
+        )
+
+
+class Contestant:
+    """A contestant in a process group of its own, which is stopped whenever nothing is asked of it.
+
+    `load_s` is the time from the start of its interpreter until it could be asked.
+    """
+
+    def __init__(self, entry: Entry, setup: Setup, python: str, log: Path, timeout_s: float) -> None:
+        self.entry = entry
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [python, "-m", MODULES[entry.kind]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=_ROOT,
+                env=environment(os.environ, entry, python, setup.threads),
+                start_new_session=True,
+            )
+        self._answers = ""
+        try:
+            self.ready = Ready(**self._ask(json.dumps(asdict(entry.setup(setup))), timeout_s))
+            self.load_s = time.monotonic() - start
+            self._signal(signal.SIGSTOP)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, work: Work, timeout_s: float) -> Trace:
+        """Wake, work, sleep."""
+        self._signal(signal.SIGCONT)
+        trace = Trace(**self._ask(json.dumps(asdict(work)), timeout_s))
+        self._signal(signal.SIGSTOP)
+        return trace
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                continue  # a question that it did not live to read
+
+    def _ask(self, question: str, timeout_s: float) -> dict[str, Any]:
+        stdin, stdout = _pipe(self._process.stdin), _pipe(self._process.stdout)
+        try:
+            stdin.write(question.encode() + b"\n")
+            stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("has died") from None
+        end = time.monotonic() + timeout_s
+        while "\n" not in self._answers:
+            readable, _, _ = select.select([stdout], [], [], max(0.0, end - time.monotonic()))
+            if not readable:
+                raise self._failure(f"has not answered within {timeout_s:.0f} s")
+            piece = os.read(stdout.fileno(), 1 << 16)
+            if not piece:
+                raise self._failure("has died")
+            self._answers += piece.decode()
+        line, _, self._answers = self._answers.partition("\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return  # the whole group has ended
+
+    def _failure(self, what: str) -> ContestantError:
+        tail = self._log.read_text(errors="replace")[-_LOG_TAIL:]
+        return ContestantError(f"{self.entry} {what}; the end of {self._log}:\n{tail}")
+
+
+@contextmanager
+def contest(
+    entries: Sequence[Entry], setup: Setup, vllm_python: str, logs: Path, timeout_s: float
+) -> Iterator[list[Contestant]]:
+    """All contestants, built one after another on an otherwise idle machine.
+
+    Raises:
+        ContestantError: one cannot be built.
+    """
+    running: list[Contestant] = []
+    try:
+        for entry in entries:
+            python = vllm_python if entry.kind.startswith("vllm") else sys.executable
+            running.append(Contestant(entry, setup, python, logs / f"{entry}.log", timeout_s))
+        yield running
+    finally:
+        for contestant in running:
+            contestant.close()
+
+
+def environment(base: Mapping[str, str], entry: Entry, python: str, threads: int) -> dict[str, str]:
+    """A contestant's environment: no network, our root to import from, and every thread.
+
+    vLLM's documentation asks for Intel's OpenMP and tcmalloc to be preloaded: they are, where they lie
+    in its environment or the system's libraries.
+    """
+    dropped = re.compile("OMP_|KMP_|GOMP_|MKL_|LD_PRELOAD|PYTHONPATH|VIRTUAL_ENV")
+    result = {name: value for name, value in base.items() if not dropped.match(name)}
+    result |= {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if not entry.kind.startswith("vllm"):
+        return result | {"OMP_NUM_THREADS": str(threads)}
+    libraries = [Path(python).parent.parent / "lib" / "libiomp5.so"]
+    libraries += sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))
+    found = [str(library.absolute()) for library in libraries if library.exists()]
+    path = os.pathsep.join([str(Path(python).parent), result.get("PATH", os.defpath)])
+    return result | {"PATH": path} | ({"LD_PRELOAD": ":".join(found)} if found else {})
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None
+    return pipe

@@ -1,0 +1,106 @@
+"""What is made of a trace: rates, gaps and shares of the machine's limits. Pure."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.protocol import Trace, Work
+from bench.shapes import Shape
+
+_FIRST_TOKEN_ID = 3  # below are the special tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of repeats with the least and the most."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return Spread(statistics.median(values), min(values), max(values), len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the machine can do with all its cores, in bytes read or floating-point operations per second."""
+
+    memory: float
+    gemm_float32: float
+    gemm_bfloat16: float
+
+    @property
+    def gemm(self) -> float:
+        """The better GEMM: nobody has to compute in the dtype of the weights."""
+        return max(self.gemm_float32, self.gemm_bfloat16)
+
+
+def prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    """Prompts of random tokens: no two share a prefix."""
+    draw = random.Random(seed)
+    return [[draw.randrange(_FIRST_TOKEN_ID, vocab) for _ in range(length)] for _ in range(count)]
+
+
+def first_token_s(trace: Trace) -> list[float]:
+    """Seconds from each prompt's arrival to its first token."""
+    firsts: dict[int, float] = {}
+    for at, indices in trace.events:
+        for index in indices:
+            firsts.setdefault(index, at)
+    return [firsts[index] - trace.submitted[index] for index in range(len(trace.submitted))]
+
+
+def decode_rate(trace: Trace) -> float:
+    """Tokens per second from when every prompt has its first token to the last token of all."""
+    start = max(at + wait for at, wait in zip(trace.submitted, first_token_s(trace), strict=True))
+    count = sum(len(indices) for at, indices in trace.events if at > start)
+    return count / (trace.events[-1][0] - start)
+
+
+def total_rate(trace: Trace) -> float:
+    """New tokens per second from the arrival of the first prompt on."""
+    return sum(map(len, trace.token_ids)) / trace.events[-1][0]
+
+
+def gaps_s(trace: Trace, indices: range, start: float, end: float) -> list[float]:
+    """Seconds between the tokens of each of these prompts, as far as they overlap `start` to `end`."""
+    last: dict[int, float] = {}
+    found: list[float] = []
+    for at, came in trace.events:
+        for index in came:
+            if index not in indices:
+                continue
+            if index in last and at > start and last[index] < end:
+                found.append(at - last[index])
+            last[index] = at
+    return found
+
+
+def common_prefix(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+    """The share of completions whose first token is equal: do both compute the same model?"""
+    return statistics.mean(float(a[0] == b[0]) for a, b in zip(ours, theirs, strict=True))
+
+
+def weights_rate(shape: Shape, batch: int, rate: float, bytes_per_parameter: float) -> float:
+    """Bytes of weights read per second when `batch` sequences get `rate` tokens per second together."""
+    return shape.step_parameters * bytes_per_parameter * rate / batch
+
+
+def decode_flops_rate(shape: Shape, work: Work, rate: float) -> float:
+    """Floating-point operations per second of decoding, with sequences as long as in the middle."""
+    lengths = [len(p) + new // 2 for p, new in zip(work.prompts, work.new_tokens, strict=True)]
+    return shape.decode_flops(lengths) * rate / len(lengths)
+
+
+def decode_limit(shape: Shape, work: Work, limits: Limits, bytes_per_parameter: float) -> float:
+    """Tokens per second that no engine can exceed: memory or GEMM, whichever is less."""
+    batch = len(work.prompts)
+    memory = limits.memory / (shape.step_parameters * bytes_per_parameter) * batch
+    return min(memory, limits.gemm / decode_flops_rate(shape, work, 1.0))

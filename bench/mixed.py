@@ -1,0 +1,123 @@
+"""mixed traffic: requests of a real trace sent at once, beside transformers' continuous batching and vLLM
+
+Lengths are those of the trace divided by 8; prompts are random tokens, the same for everyone. vLLM and we take
+up to --max-running sequences at once. A step of transformers' continuous batching costs the product of its
+queries and keys under SDPA, so its best numbers of sequences and tokens are looked for first, on the first
+requests.
+Example: python -m bench.mixed --trace AzureLLMInferenceTrace_conv.csv --vllm-python ~/vllm/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from bench import render, results
+from bench.contest import ContestantError, Entry, contest
+from bench.options import add_contest_options, taking_part
+from bench.protocol import Setup, Trace, Work
+from bench.shapes import SHAPES, Shape, checkpoint
+from bench.traffic import as_work, read_lengths
+
+CONTESTANTS = ["phalanx", "transformers-batching", "vllm"]
+DIVISOR = 8
+TUNED = "transformers-batching"
+TRIED_SEQUENCES, TRIED_TOKENS = (8, 16, 32, 64), (256, 512)
+
+
+def tokens_per_s(work: Work, trace: Trace) -> float:
+    """Tokens of prompts and outputs per second until the last one."""
+    return (sum(map(len, work.prompts)) + sum(work.new_tokens)) / trace.events[-1][0]
+
+
+def run(entry: Entry, setup: Setup, work: Work, options: argparse.Namespace) -> Trace:
+    """One contestant, built for this, warmed by the first requests, without the others."""
+    warm = Work(work.prompts[:4], [min(4, new) for new in work.new_tokens[:4]])
+    logs = options.cache / "logs"
+    with contest([entry], setup, options.vllm_python, logs, options.load_timeout) as (contestant,):
+        contestant.run(warm, options.timeout)
+        return contestant.run(work, options.timeout)
+
+
+def tuned(entry: Entry, setup: Setup, work: Work, options: argparse.Namespace) -> Setup:
+    """The best of some numbers of sequences and tokens per step, for the first requests."""
+    best, best_rate = setup, 0.0
+    sample = Work(work.prompts[: options.tune_requests], work.new_tokens[: options.tune_requests])
+    for sequences, tokens in itertools.product(TRIED_SEQUENCES, TRIED_TOKENS):
+        tried = replace(setup, max_running=sequences, max_batch_tokens=tokens)
+        rate = tokens_per_s(sample, run(entry, tried, sample, options))
+        print(f"    {sequences} sequences, {tokens} tokens: {rate:.0f} tokens/s", flush=True)
+        if rate > best_rate:
+            best, best_rate = tried, rate
+    return best
+
+
+def measure(shape: Shape, work: Work, options: argparse.Namespace) -> list[results.Row]:
+    """Everyone on one shape."""
+    longest = max(len(prompt) + new for prompt, new in zip(work.prompts, work.new_tokens, strict=True))
+    setup = Setup(
+        str(checkpoint(shape, options.cache).absolute()),
+        threads=options.threads,
+        max_model_len=max(longest, 512),
+        max_running=options.max_running,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+    rows = []
+    for entry in taking_part(options):
+        own = setup
+        if entry.kind == TUNED and options.tune_requests:
+            own = tuned(entry, setup, work, options)
+        trace = run(entry, own, work, options)
+        rate, seconds = tokens_per_s(work, trace), trace.events[-1][0]
+        rows.append(
+            {
+                "shape": shape.name,
+                "contestant": str(entry),
+                "requests": len(work.prompts),
+                "prompt_tokens": sum(map(len, work.prompts)),
+                "output_tokens": sum(work.new_tokens),
+                "tokens_per_s": rate,
+                "output_tokens_per_s": sum(work.new_tokens) / seconds,
+                "seconds": seconds,
+                "max_running": own.max_running,
+                "max_batch_tokens": own.max_batch_tokens,
+            }
+        )
+        print(f"  {entry!s:<22} {rate:8.0f} tokens/s, {seconds:.1f} s", flush=True)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_contest_options(parser, CONTESTANTS, ["135m"])
+    parser.add_argument("--trace", type=Path, required=True, help="CSV with ContextTokens, GeneratedTokens")
+    parser.add_argument("--requests", type=int, default=500, help="the first so many; default: %(default)s")
+    parser.add_argument("--max-running", type=int, default=256, help="sequences at once")
+    parser.add_argument("--max-batch-tokens", type=int, default=0, help="per step; 0 is everyone's default")
+    parser.add_argument(
+        "--tune-requests", type=int, default=32, help="to find the best settings of transformers; 0 does not"
+    )
+    options = parser.parse_args(arguments)
+    with options.trace.open(newline="") as file:
+        lengths = read_lengths(file, options.requests, DIVISOR)
+    machine, stamp = results.Machine.here(), results.Stamp.now()
+    for name in options.shapes:
+        shape = SHAPES[name]
+        work = as_work(lengths, shape.vocab, seed=1)
+        total = sum(map(len, work.prompts)), sum(work.new_tokens)
+        print(f"{name}: {len(lengths)} requests, {total[0]} prompt and {total[1]} output tokens", flush=True)
+        try:
+            rows = measure(shape, work, options)
+        except ContestantError as error:
+            sys.exit(f"bench: {error}")
+        results.save(options.docs / "bench", "mixed", rows, machine, stamp)
+    render.write(options.docs)
+
+
+if __name__ == "__main__":
+    main()
