@@ -46,7 +46,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         async with _typed_errors(context):
             spec = request.spec
             check_spec(spec)
-            await asyncio.to_thread(check_model, spec.model, spec.tp or 1, spec.pp or 1)
+            await asyncio.to_thread(check_model, spec.model, spec.tp or 1, spec.pp or 1, spec.load_format)
             changed = await self._apply(spec)
             deployment = self._views().deployments.get(spec.name)
             if deployment is None:
@@ -162,6 +162,8 @@ def _record(spec: control_pb2.DeploymentSpec, old: DeploymentRecord | None, now:
         dtype=spec.dtype,
         max_model_len=spec.max_model_len,
         created_at=old.created_at if old else now,
+        load_format="" if spec.load_format == "auto" else spec.load_format,
+        quantization=spec.quantization,
     )
     return asked if old is None or asked == old else replace(asked, revision=old.revision + 1)
 

@@ -44,6 +44,8 @@ class DeploymentRecord:
     dtype: str = ""
     max_model_len: int = 0
     created_at: float = 0.0
+    load_format: str = ""
+    quantization: str = ""
 
     @property
     def shards(self) -> int:

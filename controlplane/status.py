@@ -64,6 +64,8 @@ def _deployment(
             pp=deployment.pp,
             dtype=deployment.dtype,
             max_model_len=deployment.max_model_len,
+            load_format=deployment.load_format,
+            quantization=deployment.quantization,
         ),
         revision=deployment.revision,
         state=state,

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from controlplane.state import SHAPE_LIMIT
+from engine.config import LOAD_FORMATS, QUANTIZATIONS
 from engine.errors import ModelError
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import control_pb2
@@ -33,9 +34,14 @@ def check_spec(spec: control_pb2.DeploymentSpec) -> None:
     if spec.dtype not in _DTYPES:
         choices = ", ".join(_DTYPES[1:])
         raise PhalanxError("INVALID_ARGUMENT", f"dtype must be one of {choices}, or empty", param="dtype")
+    for field, known in (("load_format", LOAD_FORMATS), ("quantization", QUANTIZATIONS)):
+        if getattr(spec, field) not in ("", *known):
+            choices = ", ".join(filter(None, known))
+            message = f"{field} must be one of {choices}, or empty"
+            raise PhalanxError("INVALID_ARGUMENT", message, param=field)
 
 
-def check_model(model: str, tp: int, pp: int) -> None:
+def check_model(model: str, tp: int, pp: int, load_format: str = "") -> None:
     """Raise PhalanxError when the model directory or its layout cannot be served.
 
     A directory that this host cannot see is left to the workers. Reads files: keep it off the loop.
@@ -49,6 +55,7 @@ def check_model(model: str, tp: int, pp: int) -> None:
     try:
         config = ModelConfig.load(path)
         check_layout(config, tp, pp)
-        check_weights(path, tp, pp)
+        if load_format != "dummy":
+            check_weights(path, tp, pp)
     except ModelError as error:
         raise PhalanxError(error.reason, error.message, param="model") from error

@@ -13,8 +13,10 @@ import sys
 import traceback
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import TOKENIZER_FILES
 from engine.detokenizer import ChoiceText, Detokenizer
 from engine.errors import EngineError, ModelError, RequestError
 from engine.link import Link, LinkClosedError, die_with_parent
@@ -90,6 +92,44 @@ class Tokenizer:
 
     def _token_text(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
+
+class IdsOnly(Tokenizer):
+    """Stands in for a tokeniser that a model without trained weights need not have: no text, either way."""
+
+    def __init__(self) -> None:
+        self.token_text = lru_cache(maxsize=1)(lambda token_id: "")
+        self.context = []
+
+    def longest_token_bytes(self) -> int:
+        """Unknown."""
+        return 0
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Raise RequestError: NO_TOKENIZER."""
+        raise RequestError("NO_TOKENIZER", "the model has no tokeniser; send token ids")
+
+    def encode_chat(self, messages: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
+        """Raise RequestError: NO_TOKENIZER."""
+        return self.encode("")
+
+    def encode_word(self, word: str) -> list[tuple[int, ...]]:
+        """Raise RequestError: NO_TOKENIZER."""
+        return [self.encode(word)]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Nothing."""
+        return ""
+
+
+def tokenizer_of(start: StartText) -> Tokenizer:
+    """The model's tokeniser, or what stands in for it where the model may do without and does.
+
+    Raises:
+        ModelError: INVALID_MODEL.
+    """
+    has_one = any((Path(start.model) / name).is_file() for name in TOKENIZER_FILES)
+    return Tokenizer(start.model) if has_one or not start.ids_only else IdsOnly()
 
 
 class TextService:
@@ -219,7 +259,7 @@ def _run(link: Link) -> None:
     start, *messages = link.receive()
     if not isinstance(start, StartText):
         raise EngineError("INTERNAL", f"expected StartText, got {type(start).__name__}")
-    tokenizer = Tokenizer(start.model)
+    tokenizer = tokenizer_of(start)
     service = TextService(tokenizer)
     link.send(TextReady(tokenizer.longest_token_bytes()))
     while True:

@@ -121,9 +121,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StartText:
-    """Load the tokeniser of this model directory."""
+    """Load the tokeniser of this model directory; with `ids_only` it may have none."""
 
     model: str
+    ids_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ class Assigned:
     pp: int
     dtype: str = ""
     max_model_len: int = 0
+    load_format: str = ""
+    quantization: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ def observe(snapshot: Snapshot, worker: str, incarnation: str) -> list[Event]:
             pp=deployment.pp,
             dtype=deployment.dtype,
             max_model_len=deployment.max_model_len,
+            load_format=deployment.load_format,
+            quantization=deployment.quantization,
         )
     ]
     for other in range(len(assigned.assignment.members)):

@@ -61,7 +61,7 @@ class Supervisor:
         self._limits: EngineReady | None = None
         self._rendezvous_sent = False
         self._text: _Child | None = None
-        self._text_model = ""
+        self._text_start: StartText | None = None
         self._serving = False
         self._stopped = False
 
@@ -111,7 +111,8 @@ class Supervisor:
         todo = self._end("the replica is formed anew") + self._kill_engine()
         if past is not None and (past.replica, past.rank) != (place.replica, place.rank):
             todo.append(Withdraw())
-        if place.rank != 0 or place.model != self._text_model:
+        text = StartText(place.model, ids_only=place.load_format == "dummy")
+        if place.rank != 0 or text != self._text_start:
             todo += self._kill_text()
         self._place = place
         self._limits, self._rendezvous_sent = None, False
@@ -126,11 +127,13 @@ class Supervisor:
             device=self._device,
             dtype=place.dtype,
             max_model_len=place.max_model_len,
+            load_format=place.load_format or "auto",
+            quantization=place.quantization,
         )
         todo.append(SpawnEngine(self._engine.id, start))
         if place.rank == 0 and self._text is None:
-            self._text, self._text_model = _Child(self._number()), place.model
-            todo.append(SpawnText(self._text.id, StartText(place.model)))
+            self._text, self._text_start = _Child(self._number()), text
+            todo.append(SpawnText(self._text.id, text))
         self._record = ShardRecord(
             replica=place.replica,
             rank=place.rank,
@@ -253,7 +256,7 @@ class Supervisor:
         return [Kill(engine.id)] if engine else []
 
     def _kill_text(self) -> list[Instruction]:
-        text, self._text, self._text_model = self._text, None, ""
+        text, self._text, self._text_start = self._text, None, None
         return [Kill(text.id)] if text else []
 
     def _number(self) -> int:

@@ -26,8 +26,8 @@ from phalanx.cli.failure import USAGE, Failure
 def apply(path: Path, controller: str | None, state_dir: Path) -> None:
     """Create the deployments in a file, or change them to what it says.
 
-    A document has `name` and `model`, and may have `replicas`, `tp`, `pp`, `dtype` and
-    `max_model_len`. A relative `model` is looked for beside the file.
+    A document has `name` and `model`, and may have `replicas`, `tp`, `pp`, `dtype`, `quantization`,
+    `max_model_len` and `load_format`. A relative `model` is looked for beside the file.
     """
     with click.open_file(str(path)) as file:
         specs = parse(file.read(), Path.cwd() if str(path) == "-" else path.parent)

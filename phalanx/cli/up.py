@@ -42,6 +42,16 @@ PORT = click.IntRange(0, 65535)
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the engine's choice]"
 )
+@click.option(
+    "--quantization", type=click.Choice(["int8", "int4"]), help="Of weights.  [default: as they are]"
+)
+@click.option(
+    "--load-format",
+    type=click.Choice(["auto", "dummy"]),
+    default="auto",
+    show_default=True,
+    help="dummy draws random weights from config.json alone.",
+)
 @click.option("--http-port", type=PORT, default=8000, show_default=True, help="0 picks a free one.")
 @click.option("--grpc-port", type=PORT, default=8001, show_default=True, help="0 picks a free one.")
 @click.option("--etcd", metavar="HOST:PORT,...", help="Use this etcd instead of starting one.")
@@ -62,6 +72,8 @@ def up(
     workers: int | None,
     device: str,
     dtype: str | None,
+    quantization: str | None,
+    load_format: str,
     http_port: int,
     grpc_port: int,
     etcd: str | None,
@@ -85,6 +97,8 @@ def up(
         tp=tp,
         pp=pp,
         dtype=dtype or "",
+        quantization=quantization or "",
+        load_format=load_format,
     )
     spec = LocalSpec(
         state_dir=str(state_dir.resolve()),

@@ -38,6 +38,23 @@ def encode(text: Child, words: str) -> tuple[int, ...]:
     return text.expect(Encoded).token_ids
 
 
+def test_without_a_tokeniser_only_ids_are_served(tmp_path: Path) -> None:
+    """Where the model may do without: one of random weights."""
+    with child("engine.text") as process:
+        process.send(StartText(str(tmp_path), ids_only=True))
+        assert process.expect(TextReady).longest_token_bytes == 0
+        process.send(Encode("e", text="words"))
+        assert process.expect(NotEncoded).refusal.reason == "NO_TOKENIZER"
+        process.send(Encode("c", messages=(("user", "words"),)))
+        assert process.expect(NotEncoded).refusal.reason == "NO_TOKENIZER"
+        process.send(Track("a", 1))
+        (delta,) = feed(process, Delta("a", 0, 0, (5, 6), finish="length"))
+        assert (delta.token_ids, delta.pieces) == ((5, 6), ("", ""))
+    with child("engine.text") as process:
+        process.send(StartText(str(tmp_path)))
+        assert process.expect(EngineFailed).reason == "INVALID_MODEL"
+
+
 def feed(text: Child, *deltas: Delta) -> tuple[Delta, ...]:
     text.send(Step(4, Load(1, 2, 3, 4), accepted=("x",), deltas=deltas))
     step = text.expect(Step)

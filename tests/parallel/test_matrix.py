@@ -105,6 +105,18 @@ def test_the_tokens_are_those_of_transformers(
     assert preempted
 
 
+def test_random_weights_are_the_same_model_in_every_layout(make_model: MakeModel, tmp_path: Path) -> None:
+    config = model_of(make_model, "qwen3 moe") / "config.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    outputs = []
+    for tp, pp in LAYOUTS:
+        with ForkedEngine(str(tmp_path), tp=tp, pp=pp, threads=1, load_format="dummy") as engine:
+            sampling = SamplingParams(temperature=0)
+            done = engine.generate(PROMPTS, sampling, max_tokens=8, ignore_eos=True, progress=False)
+        outputs.append([completion.token_ids for completion in done])
+    assert outputs == outputs[:1] * len(LAYOUTS)
+
+
 def check(model: Path, prompt: list[int], completion: Completion) -> None:
     """Greedy: every token is the likeliest after those before it. By induction transformers draws it."""
     logprobs = expected_logprobs(model, (*prompt, *completion.token_ids))[len(prompt) - 1 : -1]

@@ -121,6 +121,8 @@ async def test_concurrent_changes_are_all_made(controller: Controller) -> None:
         ({"tp": 1025}, "tp must be at most 1024"),
         ({"pp": 2**32 - 1}, "pp must be at most 1024"),
         ({"dtype": "int4"}, "float32, bfloat16, float16"),
+        ({"load_format": "magic"}, "load_format must be one of auto, dummy"),
+        ({"quantization": "int3"}, "quantization must be one of int8, int4"),
     ],
 )
 async def test_a_bad_field_is_refused_with_its_name(
@@ -158,6 +160,18 @@ async def test_a_model_directory_without_weights_is_refused(controller: Controll
     assert error.reason == "INVALID_MODEL"
     assert "has no weights" in error.message
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_random_weights_need_no_files(controller: Controller, tmp_path: Path) -> None:
+    model = model_dir(tmp_path, weights=False)
+    answer = await controller.apply(model=model, load_format="dummy", quantization="int8")
+    spec = answer.deployment.spec
+    assert (spec.load_format, spec.quantization) == ("dummy", "int8")
+
+
+async def test_to_say_auto_is_to_say_nothing(controller: Controller) -> None:
+    await controller.apply()
+    assert not (await controller.apply(load_format="auto")).changed
 
 
 async def test_tp_that_does_not_divide_the_heads_is_refused(controller: Controller, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from controlplane.state import (
 from dataplane.shard import events
 from dataplane.shard.observe import observe
 
-DEPLOYMENT = DeploymentRecord("d", 1, "/m", tp=2, dtype="float32", max_model_len=64)
+DEPLOYMENT = DeploymentRecord(
+    "d", 1, "/m", tp=2, dtype="float32", max_model_len=64, load_format="dummy", quantization="int8"
+)
 MEMBERS = (MemberRecord("w0", "boot-0", "h:1"), MemberRecord("w1", "boot-1", "h:2"))
 FORMED = Assigned(10, AssignmentRecord("d-0", DEPLOYMENT, MEMBERS))
 RANK_0 = ShardRecord("d-0", 0, 10, "w0", "boot-0", ShardState.STARTING, rendezvous="h:9")
-PLACE = events.Assigned("d-0", 1, 10, "/m", tp=2, pp=1, dtype="float32", max_model_len=64)
+PLACE = events.Assigned("d-0", 1, 10, "/m", 2, 1, "float32", 64, load_format="dummy", quantization="int8")
 
 
 def test_a_member_hears_its_place() -> None:

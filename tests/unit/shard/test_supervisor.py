@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -26,7 +28,7 @@ from dataplane.shard.events import (
     Withdraw,
 )
 from dataplane.shard.supervisor import MAX_REASON, Supervisor
-from engine.wire import EngineFailed, EngineReady, Rendezvous, TextReady
+from engine.wire import EngineFailed, EngineReady, Rendezvous, StartText, TextReady
 
 READY = EngineReady("hash", 128, 1000, (0,))
 LEADER = Assigned("d-0", 0, 10, "/m", tp=2, pp=1)
@@ -59,6 +61,19 @@ def test_a_leader_starts_both_children_and_says_so() -> None:
     assert isinstance(text, SpawnText)
     assert isinstance(publish, Publish)
     assert (publish.record.state, publish.record.epoch) == (ShardState.STARTING, 10)
+
+
+def test_children_hear_how_the_model_is_loaded() -> None:
+    engine, text, _ = feed(supervisor(), replace(LEADER, load_format="dummy", quantization="int8"))
+    assert isinstance(engine, SpawnEngine)
+    assert (engine.start.load_format, engine.start.quantization) == ("dummy", "int8")
+    assert isinstance(text, SpawnText)
+    assert text.start == StartText("/m", ids_only=True)
+    engine, text, _ = feed(supervisor(), LEADER)
+    assert isinstance(engine, SpawnEngine)
+    assert (engine.start.load_format, engine.start.quantization) == ("auto", "")
+    assert isinstance(text, SpawnText)
+    assert text.start == StartText("/m")
 
 
 def test_another_rank_starts_no_text_process_and_is_ready_without_one() -> None:
