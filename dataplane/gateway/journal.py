@@ -83,6 +83,7 @@ class Journal:
         self.fruitless = 0  # attempts lost in a row without a token
         self.error: PhalanxError | None = None
         self.duplicates = 0
+        self.cached_tokens: int | None = None  # of the prompt, when the first token came
         self.prompt_logprobs: Sequence[types_pb2.PositionLogprobs] = ()
         self._budget = 0  # output tokens per choice, known at acceptance
         self._eos: Sequence[int] = ()
@@ -120,7 +121,11 @@ class Journal:
     @property
     def usage(self) -> types_pb2.Usage:
         """What the request has cost; replays count nothing twice."""
-        return types_pb2.Usage(prompt_tokens=len(self.prompt_ids or ()), completion_tokens=self.tokens)
+        return types_pb2.Usage(
+            prompt_tokens=len(self.prompt_ids or ()),
+            completion_tokens=self.tokens,
+            cached_tokens=self.cached_tokens or 0,
+        )
 
     @property
     def start(self) -> Cursor:
@@ -182,6 +187,8 @@ class Journal:
         self.duplicates += min(known, len(delta.token_ids))
         if choice.finish != UNFINISHED:
             return True
+        if self.cached_tokens is None:
+            self.cached_tokens = delta.cached_tokens
         choice.token_ids += delta.token_ids[known:]
         choice.pieces += delta.pieces[known:]
         choice.logprobs += delta.logprobs[known:]

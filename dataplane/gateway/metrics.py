@@ -52,9 +52,19 @@ class Metrics(Collector):
         load = GaugeMetricFamily(
             "phalanx_replica_load", "Choices known to be on a replica.", labels=["replica"]
         )
+        looked_up = CounterMetricFamily(
+            "phalanx_prefix_tokens",
+            "Prompt tokens looked up in a replica's prefix cache.",
+            labels=["replica"],
+        )
+        hits = CounterMetricFamily(
+            "phalanx_prefix_hits", "Prompt tokens found in a replica's prefix cache.", labels=["replica"]
+        )
         for name, route in self._dispatcher.router.routes.items():
             load.add_metric([name], route.busy)
-        yield load
+            looked_up.add_metric([name], route.prefix_tokens)
+            hits.add_metric([name], route.prefix_hits)
+        yield from (load, looked_up, hits)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -104,10 +104,12 @@ class Shape:
 
 def usage_json(usage: types_pb2.Usage) -> Json:
     """The usage object."""
+    details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}} if usage.cached_tokens else {}
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        **details,
     }
 
 

@@ -51,6 +51,8 @@ class Route:
     load: int = 0  # choices running and waiting, as last reported
     sent: int = 0  # choices that this gateway has there now
     picks: int = 0
+    prefix_tokens: int = 0  # prompt tokens looked up in its prefix cache, as last reported
+    prefix_hits: int = 0  # those of them that were there
 
     @property
     def busy(self) -> int:
@@ -83,6 +85,7 @@ class Router:
         """A frame has told the replica's load."""
         if route := self.routes.get(replica):
             route.load = load.running + load.waiting
+            route.prefix_tokens, route.prefix_hits = load.prefix_tokens, load.prefix_hits
 
     def pick(self, deployment: str, model_hash: str, length: int) -> Route | None:
         """The best replica of a deployment that holds sequences of `length` tokens.

@@ -85,6 +85,7 @@ def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.De
         logprobs=[_to_position(position) for position in delta.logprobs],
         finish_reason=_FINISH[delta.finish],
         prompt_logprobs=[_to_position(position) for position in delta.prompt_logprobs],
+        cached_tokens=delta.cached_tokens,
     )
 
 
@@ -95,6 +96,8 @@ def to_load(load: engine.Load) -> shard_pb2.Load:
         waiting=load.waiting,
         kv_blocks_free=load.kv_blocks_free,
         kv_blocks_total=load.kv_blocks_total,
+        prefix_tokens=load.prefix_tokens,
+        prefix_hits=load.prefix_hits,
     )
 
 

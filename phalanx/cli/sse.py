@@ -44,7 +44,9 @@ def stream(url: str, body: dict[str, Any]) -> Iterator[tuple[Completion, str]]:
         for event in _events(response):
             if "error" in event:
                 raise Failure(f"the stream ended with an error: {event['error']['message']}")
-            completion.usage = event.get("usage") or completion.usage
+            if usage := event.get("usage"):
+                # Not its details: how much of a prompt was cached depends on what was served before.
+                completion.usage = {name: count for name, count in usage.items() if isinstance(count, int)}
             for choice in event["choices"]:
                 if choice["token_ids"]:
                     completion.arrivals.append(time.monotonic())

@@ -121,6 +121,21 @@ def test_usage_counts_a_replayed_token_once() -> None:
     assert (journal.usage.prompt_tokens, journal.usage.completion_tokens) == (3, 3)
 
 
+def test_usage_tells_what_was_cached_when_the_first_token_came() -> None:
+    journal = begun(max_tokens=3)
+    first = delta(0, 10)
+    first.cached_tokens = 2
+    journal.append(first)
+    journal.append(delta(1, 11))
+    assert journal.usage.cached_tokens == 2
+    journal.lose()
+    journal.begin(3, "demo-1", LEADER)
+    again = delta(2, 12, finish=LENGTH)
+    again.cached_tokens = 3
+    journal.append(again)
+    assert journal.usage.cached_tokens == 2
+
+
 def test_attempts_without_a_token_are_counted_until_one_makes_progress() -> None:
     journal = begun()
     journal.lose()
