@@ -11,23 +11,23 @@ replay feeds the prior output to a new matcher.
 
 from __future__ import annotations
 
-import json
 import select
 import socket
+import sys
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine import json_schema
 from engine.errors import RequestError
+from engine.grammar_source import check, invalid
 from engine.request import FinishReason, Grammar, Request
 
 if TYPE_CHECKING:
     from engine.grammar_compiler import Compiler
 
-MAX_SOURCE_BYTES = 64 << 10
 _MOST_COMPILED = 256
 _MOST_COMPILED_BYTES = 512 << 20
 
@@ -48,42 +48,6 @@ class Matcher(Protocol):
 
 Follow = Callable[[Sequence[int]], Matcher]
 """A matcher that stands after some output. Raises RequestError when the grammar does not allow it."""
-
-
-def check(grammar: Grammar) -> None:
-    """Refuse what needs no compiler to be refused. Raises RequestError INVALID_GRAMMAR."""
-    if len(grammar.source.encode()) > MAX_SOURCE_BYTES:
-        raise _invalid(grammar, f"it has more than {MAX_SOURCE_BYTES} bytes")
-    match grammar.kind:
-        case "json_schema":
-            problem = json_schema.problem(grammar.source)
-            if problem is not None:
-                raise _invalid(grammar, problem)
-        case "json_object":
-            if grammar.source:
-                raise _invalid(grammar, "any JSON object has no source")
-        case "regex":
-            if not grammar.source:
-                raise _invalid(grammar, "it is empty")
-        case "choice":
-            texts = _texts(grammar.source)
-            if not texts or not all(isinstance(text, str) and text for text in texts):
-                raise _invalid(grammar, "it must be texts, none of them empty")
-        case _:
-            raise _invalid(grammar, "its kind is unknown")
-
-
-def _texts(source: str) -> list[Any]:
-    try:
-        texts = json.loads(source)
-    except ValueError:
-        return []
-    return texts if isinstance(texts, list) else []
-
-
-def _invalid(grammar: Grammar, problem: str) -> RequestError:
-    name = grammar.kind.replace("_", " ")
-    return RequestError("INVALID_GRAMMAR", f"the {name} cannot be followed: {problem}")
 
 
 class Grammars:
@@ -133,7 +97,7 @@ class Grammars:
         """How to follow the request's grammar; None without one. Waits while it is being compiled.
 
         Raises:
-            RequestError: INVALID_GRAMMAR, GRAMMAR_TOO_COMPLEX, GRAMMAR_UNAVAILABLE.
+            RequestError: INVALID_GRAMMAR, GRAMMAR_TOO_COMPLEX, GRAMMAR_UNAVAILABLE, INTERNAL.
         """
         grammar = request.sampling.grammar
         if grammar is None:
@@ -143,12 +107,12 @@ class Grammars:
         self._verdicts.move_to_end(grammar)
         compiled = self._verdicts[grammar]
         if isinstance(compiled, RequestError):
-            if compiled.reason == "GRAMMAR_UNAVAILABLE":
+            if compiled.reason in ("GRAMMAR_UNAVAILABLE", "INTERNAL"):
                 del self._verdicts[grammar]  # of the moment, perhaps
             raise RequestError(compiled.reason, compiled.message)
         stops = sorted({*self._eos, *request.stop_token_ids})
         if not stops:
-            raise _invalid(grammar, "the model has no end of sequence; name a stop token id")
+            raise invalid(grammar, "the model has no end of sequence; name a stop token id")
         from engine.grammar_compiler import XMatcher
 
         return lambda output: XMatcher(compiled, stops, self._vocab_size, output)
@@ -195,6 +159,10 @@ class Grammars:
                 verdict = self._compiler.compile(grammar)
             except RequestError as error:
                 verdict = error
+            except Exception as error:  # or whoever waits for it would wait for ever
+                traceback.print_exc(file=sys.stderr)
+                why = f"the grammar could not be compiled: {type(error).__name__}"
+                verdict = RequestError("INTERNAL", why)
             self._done.put((grammar, verdict))
             self._wake.send(b"\0")
         if self._compiler is not None:

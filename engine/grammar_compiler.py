@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.errors import RequestError
 from engine.grammar_process import COMPILE, COMPILED, CPU_S, READY, REFUSED, pack, receive, send
+from engine.grammar_source import invalid
 from engine.request import FinishReason, Grammar
 
 _PATIENCE_S = 120.0  # for CPU_S of a process that others may hold up
@@ -51,8 +52,7 @@ class Compiler:
             self.close()
             raise _too_complex() from error
         if tag == REFUSED:
-            name = grammar.kind.replace("_", " ")
-            raise RequestError("INVALID_GRAMMAR", f"the {name} cannot be followed: {text}")
+            raise invalid(grammar, text)
         assert tag == COMPILED
         if len(text) > _MOST_COMPILED_TEXT:
             raise _too_complex()

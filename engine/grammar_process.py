@@ -93,7 +93,7 @@ def main() -> None:
             send(connection, COMPILED, _compile(compiler, Grammar(*json.loads(text))).serialize_json())
         except MemoryError:
             return
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if "bad_alloc" in str(error):
                 return
             send(connection, REFUSED, _explanation(error))
@@ -136,7 +136,7 @@ def _tokenizer_info(model: str, vocabulary: int, eos: Sequence[int]) -> Any:
     )
 
 
-def _explanation(error: RuntimeError) -> str:
+def _explanation(error: Exception) -> str:
     """What the compiler said, without where in its sources."""
     return str(error).strip().rpartition(".cc:")[2].partition(": ")[2] or str(error).strip()
 

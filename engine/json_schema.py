@@ -45,6 +45,15 @@ _ONE = (
 _MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _MOST_NESTING = 64
+_NUMBER = (int, float)
+_SHAPES: dict[str, type | tuple[type, ...]] = {
+    "type": (str, list), "enum": list, "required": list, "$ref": str, "pattern": str, "format": str,
+    **dict.fromkeys(_MANY, list),
+    **dict.fromkeys(_NAMED, dict),
+    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), int),
+    **dict.fromkeys(("minProperties", "maxProperties"), int),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), _NUMBER),
+}  # fmt: skip
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "null": (type(None),),
     "array": (list,), "object": (dict,),
@@ -72,23 +81,19 @@ def _problems(schema: Any, at: str, root: Any, depth: int) -> Iterator[str]:
     for keyword in schema:
         if keyword not in _KEYWORDS | _ANNOTATIONS and not (keyword == "uniqueItems" and not schema[keyword]):
             yield f"{at} uses {keyword!r}, which cannot be enforced"
+    for keyword, shape in _SHAPES.items():
+        if keyword in schema and not isinstance(schema[keyword], shape):
+            yield f"{at}/{keyword} is not of the right type"
+            return
     yield from _own(schema, at)
     for name in _ONE:
         if name in schema:
             yield from _problems(schema[name], f"{at}/{name}", root, depth + 1)
     for name in _MANY:
-        entries = schema.get(name, [])
-        if not isinstance(entries, list):
-            yield f"{at}/{name} is not an array"
-            continue
-        for index, entry in enumerate(entries):
+        for index, entry in enumerate(schema.get(name, [])):
             yield from _problems(entry, f"{at}/{name}/{index}", root, depth + 1)
     for name in _NAMED:
-        entries = schema.get(name, {})
-        if not isinstance(entries, dict):
-            yield f"{at}/{name} is not an object"
-            continue
-        for key, entry in entries.items():
+        for key, entry in schema.get(name, {}).items():
             yield from _problems(entry, f"{at}/{name}/{key}", root, depth + 1)
 
 
@@ -97,8 +102,9 @@ def _own(schema: dict[str, Any], at: str) -> Iterator[str]:
     types = schema.get("type", [])
     types = types if isinstance(types, list) else [types]
     for name in types:
-        if name not in _JSON_TYPES:
+        if not isinstance(name, str) or name not in _JSON_TYPES:
             yield f"{at}/type names {name!r}, which is no type"
+            return
     untyped = sorted(_NEED_A_TYPE & schema.keys())
     if untyped and not types:
         yield f"{at} uses {untyped[0]!r} without a type"
@@ -112,17 +118,14 @@ def _own(schema: dict[str, Any], at: str) -> Iterator[str]:
         yield f"{at} uses 'allOf' with more than one schema, which cannot be enforced"
     if "$ref" in schema and not str(schema["$ref"]).startswith("#"):
         yield f"{at} refers to {schema['$ref']!r}, which is not part of the schema"
-    if types and isinstance(schema.get("enum"), list):
-        allowed = tuple(kind for name in types for kind in _JSON_TYPES.get(name, ()))
-        wrong = next((value for value in schema["enum"] if not _is(value, allowed)), None)
-        if wrong is not None:
+    if types and "enum" in schema:
+        allowed = tuple(kind for name in types for kind in _JSON_TYPES[name])
+        if not all(_is(value, allowed) for value in schema["enum"]):
             yield f"{at}/enum has a value that is not of its type"
     properties = schema.get("properties", {})
-    required = schema.get("required", [])
-    if isinstance(properties, dict) and isinstance(required, list):
-        unknown = next((name for name in required if name not in properties), None)
-        if unknown is not None:
-            yield f"{at} requires {unknown!r}, which is not among its properties"
+    for name in schema.get("required", []):
+        if not isinstance(name, str) or name not in properties:
+            yield f"{at} requires {name!r}, which is not among its properties"
 
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:

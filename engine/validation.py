@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from engine.errors import RequestError
-from engine.grammar import check as check_grammar
+from engine.grammar_source import check as check_grammar
 from engine.prompt_length import too_many_tokens
 from engine.request import Request, SamplingParams
 

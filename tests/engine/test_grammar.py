@@ -105,6 +105,8 @@ def test_stop_ids_end_an_output_only_where_the_grammar_may_end(
         (Grammar("json_object", "{}"), "no source"),
         (Grammar("choice", "[]"), "texts"),
         (Grammar("choice", '["a", 3]'), "texts"),
+        (Grammar("choice", "[" * 60_000), "texts"),
+        (Grammar("choice", '["\\ud800"]'), "surrogates"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_the_reason(

@@ -4,8 +4,10 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.json_schema import problem
+from engine.json_schema import _ANNOTATIONS, _KEYWORDS, problem
 
 NESTED: dict[str, Any] = {"type": "integer"}
 for _ in range(100):
@@ -51,8 +53,8 @@ def test_what_can_be_enforced_passes(schema: Any) -> None:
         ({"type": "object", "properties": {"a": {"items": [{"not": {}}]}}}, "#/properties/a/items"),
         ({"type": "object", "properties": {"a": {"not": {}}}}, "#/properties/a uses 'not'"),
         ({"$defs": {"a": {"anyOf": [{"not": {}}]}}}, "#/$defs/a/anyOf/0 uses 'not'"),
-        ({"properties": []}, "#/properties is not an object"),
-        ({"anyOf": {}}, "#/anyOf is not an array"),
+        ({"properties": []}, "#/properties is not of the right type"),
+        ({"anyOf": {}}, "#/anyOf is not of the right type"),
         ([], "neither an object nor a boolean"),
         (NESTED, "nested more than 64 deep"),
     ],
@@ -66,3 +68,23 @@ def test_what_cannot_be_enforced_is_named(schema: Any, what: str) -> None:
 def test_what_is_no_json_is_refused() -> None:
     assert "not JSON" in str(problem('{"type":'))
     assert "not JSON" in str(problem("[" * 100_000))
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats(-2, 2)
+    | st.sampled_from(["integer", "#", "a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(sorted(_KEYWORDS | _ANNOTATIONS)), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(_KEYWORDS | _ANNOTATIONS)), values, max_size=4))
+def test_whatever_is_sent_gets_a_verdict(schema: Any) -> None:
+    found = problem(json.dumps(schema))
+    assert found is None or found.startswith("#")
