@@ -49,20 +49,21 @@ def build_kernels(root: Path) -> list[str]:
         return []
     folder = root / KERNELS
     newest = max(path.stat().st_mtime for path in (*folder.glob("*.cpp"), *folder.glob("*.h")))
-    libraries = {cpu: folder / f"cpu_{name}.so" for name, cpu in CPUS.items()}
+    libraries = {folder / f"cpu_{name}.so": ("cpu.cpp", cpu) for name, cpu in CPUS.items()}
+    libraries[folder / "shm.so"] = ("shm.cpp", "x86_64")
     compiler = [sys.executable, "-m", "ziglang", "c++", *FLAGS]
     running = []
-    for cpu, library in libraries.items():
+    for library, (source, cpu) in libraries.items():
         if not library.exists() or library.stat().st_mtime < newest:
             part = library.with_suffix(".part")
-            command = [*compiler, f"-mcpu={cpu}", str(folder / "cpu.cpp"), "-o", str(part)]
+            command = [*compiler, f"-mcpu={cpu}", str(folder / source), "-o", str(part)]
             running.append((subprocess.Popen(command), part, library))
     failed = [library.name for process, _, library in running if process.wait() != 0]
     if failed:
         raise SystemExit(f"compiling {', '.join(failed)} failed")
     for _, part, library in running:
         part.replace(library)
-    return sorted(str(library.relative_to(root)) for library in libraries.values())
+    return sorted(str(library.relative_to(root)) for library in libraries)
 
 
 try:

@@ -126,7 +126,8 @@ def join(
             link = PlanLink(store.get("plans").decode(), engine.epoch, grid.rank)
         if hub is not None:
             hub.gather(check)  # before any collective, which would wait for a dead rank
-        parallel = connect(grid, store, engine.host, device)
+        hidden_bytes = engine.max_batch_tokens * config.hidden_size * kernels.activation_dtype.itemsize
+        parallel = connect(grid, store, engine.host, device, hidden_bytes)
         layers = max(
             len(Grid(engine.tp, engine.pp, rank).layers(config.num_layers)) for rank in range(grid.world)
         )
