@@ -20,7 +20,7 @@ from engine.core import EngineCore
 from engine.detokenizer import ChoiceText, Detokenizer
 from engine.errors import EngineError, ModelError
 from engine.link import Link, LinkClosedError
-from engine.progress import progress_bar
+from engine.progress import loading_bar, progress_bar
 from engine.rank import join
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, SamplingParams
 from engine.text import Tokenizer
@@ -51,10 +51,11 @@ class Engine:
     """One replica of a model over `tp` times `pp` ranks.
 
     Args:
-        model: a Hugging Face directory of a Llama.
+        model: a Hugging Face directory, or one of `phalanx shard-model`.
         tp: tensor parallel ranks per stage.
         pp: pipeline stages.
         device: "cpu" or "cuda"; rank r takes GPU r modulo the GPUs there are.
+        progress: show how far rank 0 has loaded; None does so where standard error is a terminal.
         options: further fields of EngineConfig, such as dtype and max_model_len.
 
     Raises:
@@ -62,7 +63,16 @@ class Engine:
         EngineError: another rank has ended while starting.
     """
 
-    def __init__(self, model: str, *, tp: int = 1, pp: int = 1, device: str = "cpu", **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        device: str = "cpu",
+        progress: bool | None = None,
+        **options: Any,
+    ) -> None:
         config = EngineConfig(str(model), tp=tp, pp=pp, device=_device(device, 0), **options)
         check_layout(ModelConfig.load(config.model), tp, pp)  # before any rank is started for nothing
         self._model = config.model
@@ -73,7 +83,8 @@ class Engine:
         try:
             for rank in range(1, tp * pp):
                 self._spawn(config, rank, _device(device, rank))
-            member = join(config, self._announce, lambda: "", lambda fraction: None, self._check)
+            with loading_bar(progress) as loaded:
+                member = join(config, self._announce, lambda: "", loaded, self._check)
         except BaseException as error:
             cause = self._first_failure()
             self.close()

@@ -1,4 +1,4 @@
-"""The progress bar of `Engine.generate`."""
+"""The progress bars of an engine as a library: of loading, and of `Engine.generate`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,26 @@ Advance = Callable[[int, int, Load], None]
 
 
 @contextmanager
+def loading_bar(shown: bool | None) -> Iterator[Callable[[float], None]]:
+    """A function to call with the fraction of the weights that is loaded; `shown` as of `progress_bar`."""
+    if not _is_shown(shown):
+        yield lambda fraction: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (
+        rich.TextColumn("Loading"),
+        rich.BarColumn(),
+        rich.TaskProgressColumn(),
+        rich.TimeElapsedColumn(),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task("", total=1.0)
+        yield lambda fraction: bars.update(task, completed=fraction)
+
+
+@contextmanager
 def progress_bar(total: int, before: Load, shown: bool | None) -> Iterator[Advance]:
     """A function to call after every step with completions ended, tokens drawn, and the load then.
 
@@ -20,7 +40,7 @@ def progress_bar(total: int, before: Load, shown: bool | None) -> Iterator[Advan
         before: the load at the start, from which prefix hits are counted.
         shown: None shows it where standard error is a terminal.
     """
-    if not (sys.stderr.isatty() if shown is None else shown):
+    if not _is_shown(shown):
         yield lambda ended, tokens, load: None
         return
     from rich import progress as rich
@@ -44,6 +64,10 @@ def progress_bar(total: int, before: Load, shown: bool | None) -> Iterator[Advan
             bars.update(task, advance=ended, state=describe(drawn, elapsed or 0.0, before, load))
 
         yield advance
+
+
+def _is_shown(shown: bool | None) -> bool:
+    return sys.stderr.isatty() if shown is None else shown
 
 
 def describe(tokens: int, elapsed: float, before: Load, load: Load) -> str:

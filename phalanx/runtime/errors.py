@@ -17,6 +17,7 @@ _KINDS: dict[str, tuple[grpc.StatusCode, int, bool]] = {
     "GRAMMAR_TOO_COMPLEX": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
     "GRAMMAR_UNAVAILABLE": (grpc.StatusCode.UNIMPLEMENTED, 501, False),
     "NO_CHAT_TEMPLATE": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
+    "NO_TOKENIZER": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
     "UNSUPPORTED": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
     "INVALID_MODEL": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
     "INVALID_LAYOUT": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
