@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,22 @@ def test_a_request_alone_and_among_others_gets_the_same_tokens(ready: Child) -> 
     assert tokens(among) == tokens(alone)
     assert [delta.logprobs for delta in among] == [delta.logprobs for delta in alone]
     ready.expect(Step, lambda step: step.load.running + step.load.waiting == 0)
+
+
+def test_a_prompt_found_in_the_cache_gets_the_same_tokens(ready: Child) -> None:
+    asked = replace(ask("first", logprobs=1), prompt_ids=tuple(range(200, 250)))
+    first, again = ready.run(asked), ready.run(replace(asked, id="again"))
+    assert (first[0].cached_tokens, again[0].cached_tokens) == (0, 48)
+    assert tokens(again) == tokens(first)
+    assert [delta.logprobs for delta in again] == [delta.logprobs for delta in first]
+
+
+def test_choices_share_a_prompt_and_get_the_tokens_of_choices_alone(ready: Child) -> None:
+    greedy = SamplingParams(temperature=0)
+    for length in (40, 48):  # ends within a block, and with one
+        alone = ready.run(ask(f"alone{length}", length=length, sampling=greedy, prompt_logprobs=0))
+        together = ready.run(ask(f"together{length}", length=length, sampling=greedy, n=3))
+        assert [tokens(together, choice) for choice in range(3)] == [tokens(alone)] * 3
 
 
 def test_a_cancelled_request_has_left_by_the_next_step(ready: Child) -> None:
