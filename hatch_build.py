@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 KERNELS = "engine/kernels"
+SOURCES = ("linear.cpp", "attention.cpp", "weights.cpp", "draw.cpp")
 # Instruction sets that engine/kernels/native.py chooses from, as the compiler names them.
 CPUS = {"avx512_bf16": "x86_64_v4+avx512bf16", "avx512": "x86_64_v4", "avx2": "x86_64_v3"}
 FLAGS = [
@@ -49,14 +50,14 @@ def build_kernels(root: Path) -> list[str]:
         return []
     folder = root / KERNELS
     newest = max(path.stat().st_mtime for path in (*folder.glob("*.cpp"), *folder.glob("*.h")))
-    libraries = {folder / f"cpu_{name}.so": ("cpu.cpp", cpu) for name, cpu in CPUS.items()}
-    libraries[folder / "shm.so"] = ("shm.cpp", "x86_64")
+    libraries = {folder / f"cpu_{name}.so": (SOURCES, cpu) for name, cpu in CPUS.items()}
+    libraries[folder / "shm.so"] = (("shm.cpp",), "x86_64")
     compiler = [sys.executable, "-m", "ziglang", "c++", *FLAGS]
     running = []
-    for library, (source, cpu) in libraries.items():
+    for library, (sources, cpu) in libraries.items():
         if not library.exists() or library.stat().st_mtime < newest:
             part = library.with_suffix(".part")
-            command = [*compiler, f"-mcpu={cpu}", str(folder / source), "-o", str(part)]
+            command = [*compiler, f"-mcpu={cpu}", *(str(folder / name) for name in sources), "-o", str(part)]
             running.append((subprocess.Popen(command), part, library))
     failed = [library.name for process, _, library in running if process.wait() != 0]
     if failed:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.draw import Draw
 from engine.kernels import AttentionInput
 from engine.plan import Join, StepPlan
-from engine.sampler import Draw, PromptRows
+from engine.sampler import PromptRows
 
 
 @dataclass(frozen=True, slots=True)

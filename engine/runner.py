@@ -37,7 +37,7 @@ class Runner:
         self._hidden_size = config.hidden_size
         self._dtype, self._device = kernels.activation_dtype, kernels.device
         self._cache = cache
-        self._sampler = Sampler()
+        self._sampler = Sampler(kernels.draw)
         self._batcher = Batcher(engine.max_running, -(-max_model_len // BLOCK_SIZE), kernels.device)
         self._model = Decoder(config, weights, parallel, kernels, cache, max_model_len)
 

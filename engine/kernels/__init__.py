@@ -10,10 +10,13 @@ chunking of prompts and the number of threads; the reference promises equality u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from engine.draw import Draw
 
 
 class Matrix(Protocol):
@@ -123,6 +126,10 @@ class Kernels(Protocol):
         looks at its own sequence's keys up to itself, at the last `window` of them where it is given.
         `qkv_TA` may be overwritten.
         """
+        ...
+
+    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """The token ids [S] that rows of float32 logits draw, as `engine.draw.draw_tokens` defines it."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The kernels of `cpu.cpp`, called through ctypes: x86-64 CPUs, in float32, bf16, int8 and int4.
+"""The kernels of the C++ sources here, called through ctypes: x86-64 CPUs, in float32, bf16, int8 and int4.
 
 Weights are packed into panels of 16 rows while they are loaded; int8 has a scale per row, int4 one per
 row and 64 columns. Activations and sums are float32. One library per instruction set is built when the
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import mmap
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from engine.config import BLOCK_SIZE
+from engine.draw import GREEDY_BELOW, Draw, noise_key
 from engine.kernels import AttentionInput, HeadNorms, KVCache, Matrix, Rope
 
 _log = logging.getLogger(__name__)
@@ -50,6 +53,13 @@ class _AttentionCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Row(ctypes.Structure):
+    _fields_ = (
+        ("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("log_min_p", ctypes.c_float),
+        ("top_k", ctypes.c_int32), ("low", ctypes.c_uint32), ("high", ctypes.c_uint32),
+    )  # fmt: skip
+
+
 class _PackCall(ctypes.Structure):
     _fields_ = (
         ("w", ctypes.c_void_p), ("rows", ctypes.c_void_p), ("first", ctypes.c_long),
@@ -64,6 +74,7 @@ def open_library(name: str) -> Any:
     library.phalanx_panel_bytes.argtypes = (ctypes.c_int, ctypes.c_long)
     pointer, whole = ctypes.c_void_p, ctypes.c_long
     library.phalanx_unpack.argtypes = (ctypes.c_int, pointer, pointer, pointer, whole, whole, ctypes.c_int)
+    library.phalanx_draw.argtypes = (pointer, pointer, pointer, whole, whole, ctypes.c_int)
     library.phalanx_add_rms_norm.argtypes = (
         pointer, pointer, pointer, pointer, whole, whole, ctypes.c_float, ctypes.c_int,
     )  # fmt: skip
@@ -241,6 +252,16 @@ class NativeKernels:
         self._lib.phalanx_attend(self._kind, ctypes.byref(call), self._threads)
         return out_TA
 
+    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """The token ids drawn."""
+        logits_SV = logits_SV.contiguous()
+        ids_S = torch.empty(len(draws), dtype=torch.int64)
+        rows = (_Row * len(draws))(*map(_row, draws))
+        self._lib.phalanx_draw(
+            logits_SV.data_ptr(), rows, ids_S.data_ptr(), len(draws), logits_SV.shape[1], self._threads
+        )
+        return ids_S
+
     def _product(
         self, x_TD: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None, gated: bool
     ) -> torch.Tensor:
@@ -256,6 +277,14 @@ class NativeKernels:
         )  # fmt: skip
         self._lib.phalanx_linear(matrix.kind, ctypes.byref(call), self._threads)
         return out
+
+
+def _row(draw: Draw) -> _Row:
+    sampling, (low, high) = draw.sampling, noise_key(draw)
+    if sampling.temperature < GREEDY_BELOW:
+        return _Row(0, 1, -math.inf, 0, low, high)
+    log_min_p = math.log(sampling.min_p) if sampling.min_p else -math.inf
+    return _Row(sampling.temperature, sampling.top_p, log_min_p, sampling.top_k, low, high)
 
 
 def _zeros(size: int, *, huge_pages: bool = False) -> torch.Tensor:

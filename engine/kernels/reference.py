@@ -5,10 +5,13 @@ Shapes as in `engine.kernels`; L keys. Norms, rotation and softmax are in float3
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from engine.config import BLOCK_SIZE
+from engine.draw import Draw, draw_tokens
 from engine.kernels import AttentionInput, HeadNorms, KVCache, Matrix, Rope
 
 
@@ -132,6 +135,10 @@ class ReferenceKernels:
             )[0]
             out_THE[rows] = out_HQE.transpose(0, 1).to(out_THE.dtype)
         return out_THE.flatten(1)
+
+    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """The token ids drawn."""
+        return draw_tokens(logits_SV, draws)
 
 
 def _weight(matrix: Matrix) -> torch.Tensor:

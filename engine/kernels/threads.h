@@ -11,7 +11,7 @@
 #include <linux/futex.h>
 #include <sys/syscall.h>
 
-namespace {
+namespace phalanx {
 
 constexpr int SPINS = 2000;  // pauses before a thread without work sleeps: some 20 to 100 microseconds
 constexpr long MOST_ITEMS = (1 << 24) - 4096;
@@ -104,7 +104,7 @@ class Team {
   friend void parallel_for(int threads, long count, const F& f);
 };
 
-Team Team::team;
+inline Team Team::team;
 
 // Calls f(i) for 0 <= i < count; whoever is free takes the next.
 template <class F>
@@ -112,4 +112,6 @@ void parallel_for(int threads, long count, const F& f) {
   Team::team.run(threads, count, [](const void* data, long i) { (*static_cast<const F*>(data))(i); }, &f);
 }
 
-}  // namespace
+}  // namespace phalanx
+
+using phalanx::parallel_for;

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engine.config import BLOCK_SIZE
+from engine.draw import Draw, draw_tokens
 from engine.kernels import AttentionInput, HeadNorms, Kernels, KVCache, Rope, choose, native
 from engine.kernels.native import NativeKernels
 from engine.kernels.reference import ReferenceKernels
+from engine.request import SamplingParams
 
 CPU = torch.device("cpu")
 FLAGS = native.cpu_flags()
@@ -220,3 +223,47 @@ def test_a_copied_block_is_read_like_the_original(variant: str, native_cache: bo
 def test_a_library_that_computes_wrong_products_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_is_right", lambda candidate: False)
     assert native.library.__wrapped__() is None
+
+
+def scores(shape: str, vocabulary: int) -> torch.Tensor:
+    """Logits of several rows: well apart, mostly equal, one far ahead, or excluded."""
+    logits = numbers(24, vocabulary, seed=9) * 3
+    match shape:
+        case "equal":
+            return logits.round()
+        case "peaked":
+            logits[:, 5] = 60
+        case "masked":
+            logits[:, ::2] = -torch.inf
+    return logits
+
+
+SAMPLINGS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1),
+    SamplingParams(temperature=0.3, top_p=0.9),
+    SamplingParams(temperature=5, top_p=0.01),
+    SamplingParams(temperature=1, top_k=1),
+    SamplingParams(temperature=0.8, top_k=40, top_p=0.8),
+    SamplingParams(temperature=1.5, min_p=0.1),
+    SamplingParams(temperature=100, min_p=0.02, top_k=700, top_p=0.999),
+]
+
+
+@pytest.mark.parametrize("shape", ["random", "equal", "peaked", "masked"])
+@pytest.mark.parametrize("vocabulary", [1000, 33, 20001])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_rows_draw_what_the_definition_draws(
+    variant: str, shape: str, vocabulary: int, sampling: SamplingParams
+) -> None:
+    logits = scores(shape, vocabulary)
+    draws = [Draw(replace(sampling, seed=17 * row), 0, row) for row in range(len(logits))]
+    drawn = kernels_of(variant, torch.float32).draw(logits, draws)
+    assert drawn.tolist() == draw_tokens(logits, draws).tolist()
+
+
+def test_drawing_of_numbers_that_are_none_ends(variant: str) -> None:
+    logits = torch.full((2, 50), torch.nan)
+    draws = [Draw(SamplingParams(temperature=t, top_p=0.5), 0, 0) for t in (0.0, 1.0)]
+    drawn = kernels_of(variant, torch.float32).draw(logits, draws)
+    assert all(0 <= token < 50 for token in drawn.tolist())

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from engine.draw import Draw, draw_tokens
 from engine.plan import Join, Mask, StepPlan, decode_plan, encode_plan, join
 from engine.request import Request, SamplingParams
 from engine.rules import Rules
-from engine.sampler import Draw, Sampler
+from engine.sampler import Sampler
 
 V = 40
 EOS = 7
@@ -118,7 +119,7 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
 
     def run(cuts: list[int]) -> list[list[int]]:
         """All requests side by side; each leaves and joins again, under another handle, at its cut."""
-        sampler = Sampler()
+        sampler = Sampler(draw_tokens)
         outputs: list[list[int]] = [[] for _ in asked]
         handles = list(range(len(asked)))
         joins = [joined(request, handle, []) for request, handle in zip(asked, handles, strict=True)]

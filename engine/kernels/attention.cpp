@@ -1,0 +1,215 @@
+// Paged attention: norms and rotation of heads, writing the cache, and the online softmax over it.
+//
+// Shapes: T tokens of a step, B sequences, H query heads, K KV heads, G = H / K, E head size, S = E rounded up
+// to 16, R rows: the queries of one KV head's G heads, token after token.
+
+#include "panels.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int TILE = 64;  // keys that share a step of the online softmax
+constexpr int BLOCKS = TILE / V;
+
+struct AttentionCall {
+  float* qkv;  // [T, (H + 2K) E]; queries and keys are rotated in place
+  float* out;  // [T, H E]
+  char* keys;  // this layer's [blocks][K] panels of E x 16 tokens, with room for E rounded up to 16
+  char* values;  // [blocks][K][E / 16, rounded up] panels of 16 tokens x 16
+  const float *cosine, *sine;  // [P, E / 2]
+  const float *q_norm, *k_norm;  // [E] or null
+  const int32_t* positions;  // [T]
+  const int32_t* sequences;  // [B][4]: row of its table, first row of qkv, queries, position of the first
+  const int32_t* tables;  // [handles, stride]
+  long T, B, H, K, E, stride;
+  long window;  // keys that a query sees, itself included; 0 sees all
+  float eps, scale;
+};
+
+inline long padded(long E) { return ceil_div(E, V) * V; }
+
+// Rotary embedding of one head (Su et al. 2021), halves as real and imaginary parts; then times `scale`.
+inline void rotate(float* x, const float* c, const float* s, long half, float scale) {
+  long i = 0;
+  for (; i + V <= half; i += V) {
+    const vf a = load(x + i), b = load(x + half + i), cosine = load(c + i), sine = load(s + i);
+    store(x + i, (a * cosine - b * sine) * scale);
+    store(x + half + i, (b * cosine + a * sine) * scale);
+  }
+  for (; i < half; ++i) {
+    const float a = x[i], b = x[half + i];
+    x[i] = (a * c[i] - b * s[i]) * scale;
+    x[half + i] = (b * c[i] + a * s[i]) * scale;
+  }
+}
+
+// Where sequence b's row t is, given rows in order.
+inline long sequence_of(const AttentionCall& c, long t) {
+  long low = 0, high = c.B - 1;
+  while (low < high) {
+    const long middle = (low + high + 1) / 2;
+    if (c.sequences[middle * 4 + 1] <= t) low = middle; else high = middle - 1;
+  }
+  return low;
+}
+
+// Rotates a token's queries and keys, and writes its keys and values into the cache.
+template <class W>
+void remember(const AttentionCall& c, long t) {
+  typedef typename W::T Number;
+  const long E = c.E, half = E / 2, position = c.positions[t];
+  const float *cosine = c.cosine + position * half, *sine = c.sine + position * half;
+  float* q = c.qkv + t * (c.H + 2 * c.K) * E;
+  for (long h = 0; h < c.H + c.K; ++h) {
+    float* head = q + h * E;
+    const float* norm = h < c.H ? c.q_norm : c.k_norm;
+    if (norm) scale_by(head, head, norm, 1.0f / __builtin_sqrtf(mean_square(head, E) + c.eps), E);
+    rotate(head, cosine, sine, half, h < c.H ? c.scale : 1.0f);
+  }
+  const int32_t* sequence = c.sequences + sequence_of(c, t) * 4;
+  const long block = c.tables[sequence[0] * c.stride + position / V];
+  const int slot = int(position % V);
+  const int rest = slot ? V : int(least(V, sequence[3] + sequence[2] - position));  // first slot to clear
+  for (long k = 0; k < c.K; ++k) {
+    const long place = (block * c.K + k) * padded(E) * V;
+    const float *key = q + (c.H + k) * E, *value = key + c.K * E;
+    char* key_panel = c.keys + place * sizeof(Number);
+    for (long e = 0; e < E; ++e) W::set(key_panel, e, slot, key[e]);
+    // A block taken anew may hold numbers of another sequence, even NaN: 0 times they must be 0.
+    char* value_panels = c.values + place * sizeof(Number);
+    for (int later = rest; later < V; ++later)
+      for (long e = 0; e < E; ++e) W::set(value_panels + e / V * V * V * sizeof(Number), later, int(e % V), 0);
+    for (long e = 0; e < E; ++e)
+      W::set(value_panels + e / V * V * V * sizeof(Number), slot, int(e % V), value[e]);
+  }
+}
+
+// Attention of R rows (queries of one KV head) over tiles of keys, with an online softmax (Milakov &
+// Gimelshein 2018). Tiles begin at multiples of TILE, and a tile that a row does not see changes nothing.
+template <class W, int R>
+void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long first_row) {
+  const long E = c.E, S = padded(E), G = c.H / c.K, width = (c.H + 2 * c.K) * E;
+  const int32_t* table = c.tables + sequence[0] * c.stride;
+  const long bytes = S * V * long(sizeof(typename W::T));
+  float* q = scratch().floats(size_t(E + S) * R * 4);  // [E / 2][R][2]
+  scratch().call = 0;
+  float* sums = q + E * R;  // [R][S]
+  long seen[R];  // keys [0, seen) are visible, from `from` on
+  long from[R];
+  for (int r = 0; r < R; ++r) {
+    const long token = (first_row + r) / G, head = kv * G + (first_row + r) % G;
+    const float* x = c.qkv + (sequence[1] + token) * width + head * E;
+    for (long e = 0; e < E; e += 2) memcpy(q + e * R + r * 2, x + e, 8);
+    for (long e = 0; e < S; ++e) sums[r * S + e] = 0;
+    seen[r] = sequence[3] + token + 1;
+    from[r] = c.window && seen[r] > c.window ? seen[r] - c.window : 0;
+  }
+  float top[R], total[R];
+  for (int r = 0; r < R; ++r) top[r] = -__builtin_inff(), total[r] = 0;
+  constexpr int NV = R <= 4 ? 4 : 2;  // panels at a time: enough independent sums to hide their latency
+  const char *keys[2][BLOCKS], *values[BLOCKS];
+  long place[BLOCKS];
+  auto locate = [&](long start) {  // keys[1] and place: blocks of the tile at `start`, the first for none
+    const long blocks = ceil_div(seen[R - 1] - start, V);
+    for (int b = 0; b < BLOCKS; ++b) {
+      place[b] = (table[start / V + (b < blocks ? b : 0)] * c.K + kv) * bytes;
+      keys[1][b] = c.keys + place[b];
+    }
+  };
+  const long begin = from[0] / TILE * TILE;
+  locate(begin);
+  for (long start = begin; start < seen[R - 1]; start += TILE) {
+    for (int b = 0; b < BLOCKS; ++b) keys[0][b] = keys[1][b], values[b] = c.values + place[b];
+    if (start + TILE < seen[R - 1]) locate(start + TILE);
+    const int blocks = int(least(BLOCKS, ceil_div(seen[R - 1] - start, V)));
+    alignas(64) float p[R][TILE];
+    for (int b = 0; b < BLOCKS; b += NV) {
+      if (b >= blocks) break;
+      vf acc[R][NV] = {};
+      multiply<W, R, NV, 2, 2 * R>(acc, q, keys[0] + b, values + b, E / 2);
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < NV; ++n) store(p[r] + (b + n) * V, acc[r][n]);
+    }
+    const bool all_visible = start + TILE <= seen[0] && start >= from[R - 1];
+    float keep[R];
+    for (int r = 0; r < R; ++r) {
+      vf scores[BLOCKS];
+      for (int b = 0; b < BLOCKS; ++b) scores[b] = load(p[r] + b * V);
+      if (!all_visible)
+        for (int b = 0; b < BLOCKS; ++b) {
+          const vi at = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + int(start) + b * V;
+          const vi visible = (at < int(seen[r])) & (at >= int(from[r]));
+          scores[b] = select(visible, scores[b], splat(-__builtin_inff()));
+        }
+      vf best = scores[0];
+      for (int b = 1; b < BLOCKS; ++b) best = max(best, scores[b]);
+      const float tile_top = greatest(best), new_top = tile_top > top[r] ? tile_top : top[r];
+      const float shift = new_top == -__builtin_inff() ? 0 : new_top;  // a row that has seen no key yet
+      vf tile_total = {};
+      for (int b = 0; b < BLOCKS; ++b) {
+        const vf e = exp(scores[b] - shift);
+        tile_total += e;
+        store(p[r] + b * V, e);
+      }
+      keep[r] = exp(splat(top[r] - shift))[0];
+      total[r] = total[r] * keep[r] + sum(tile_total);
+      top[r] = new_top;
+    }
+    for (long e = 0; e < S; e += NV * V) {
+      vf acc[R][NV];
+      const int chunks = int(least(NV, (S - e) / V));
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < NV; ++n) acc[r][n] = n < chunks ? load(sums + r * S + e + n * V) * keep[r] : vf{};
+      for (int b = 0; b < blocks; ++b) {
+        const char *panels[NV], *next[NV];
+        for (int n = 0; n < NV; ++n) {
+          const long chunk = (e + (n < chunks ? n : 0) * V) * V * long(sizeof(typename W::T));
+          panels[n] = values[b] + chunk, next[n] = keys[1][b] + chunk;
+        }
+        multiply<W, R, NV, TILE, 2>(acc, &p[0][b * V], panels, next, V / 2);
+      }
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < chunks; ++n) store(sums + r * S + e + n * V, acc[r][n]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const long token = (first_row + r) / G, head = kv * G + (first_row + r) % G;
+    float* out = c.out + (sequence[1] + token) * c.H * E + head * E;
+    const float a = 1.0f / total[r];
+    for (long e = 0; e < E; e += V) put(out + e, load(sums + r * S + e) * a, E - e);
+  }
+}
+
+template <class W>
+void attend(const AttentionCall& c, int threads) {
+  parallel_for(c.T > 1 ? threads : 1, c.T, [&](long t) { remember<W>(c, t); });
+  const long G = c.H / c.K;
+  long items = 0;
+  for (long b = 0; b < c.B; ++b) items += ceil_div(c.sequences[b * 4 + 2] * G, MR) * c.K;
+  parallel_for(threads, items, [&](long item) {
+    const int32_t* sequence = c.sequences;
+    long tiles;
+    for (;; sequence += 4) {
+      tiles = ceil_div(sequence[2] * G, MR);
+      if (item < tiles * c.K) break;
+      item -= tiles * c.K;
+    }
+    // The last rows of a prompt see the most keys: they come first.
+    const long rows = sequence[2] * G, tile = tiles - 1 - item / c.K, kv = item % c.K;
+    const long first = rows * tile / tiles, M = rows * (tile + 1) / tiles - first;
+    FOR_ROWS(M, (attend_rows<W, R>(c, sequence, kv, first)))
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+void phalanx_attend(int format, const AttentionCall* c, int threads) {
+  if (format == 0)
+    attend<F32>(*c, threads);
+  else
+    attend<BF16>(*c, threads);
+}
+
+}
