@@ -13,12 +13,13 @@ meets the rules as if nothing had happened.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from engine.plan import Join, Mask, StepPlan
 
+_ROOM = 16  # new tokens for which there is room at first
 _BITS_OF_BYTES = (torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1
 
 
@@ -28,24 +29,25 @@ class _Seen:
 
     ids: torch.Tensor
     counts: torch.Tensor
-    size: int = 0
-    places: dict[int, int] = field(default_factory=dict)
+    size: int
+    places: dict[int, int]
 
     @staticmethod
     def of(prompt: Iterable[int], output: Iterable[int]) -> _Seen:
         """All tokens of a prompt and an output."""
-        seen = _Seen(torch.zeros(64, dtype=torch.int64), torch.zeros(64))
-        for token in prompt:
-            seen._place(token)
+        counts = dict.fromkeys(prompt, 0)
         for token in output:
-            seen.add(token)
-        return seen
+            counts[token] = counts.get(token, 0) + 1
+        room = [0] * max(_ROOM, len(counts))
+        return _Seen(
+            torch.tensor([*counts, *room], dtype=torch.int64),
+            torch.tensor([*counts.values(), *room], dtype=torch.float32),
+            len(counts),
+            {token: place for place, token in enumerate(counts)},
+        )
 
     def add(self, token: int) -> None:
         """A token of the output."""
-        self.counts[self._place(token)] += 1
-
-    def _place(self, token: int) -> int:
         place = self.places.get(token)
         if place is None:
             place = self.places[token] = self.size
@@ -54,7 +56,7 @@ class _Seen:
                 self.counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
             self.ids[place] = token
             self.size += 1
-        return place
+        self.counts[place] += 1
 
 
 @dataclass(slots=True)
