@@ -100,3 +100,10 @@ def test_more_log_probabilities_than_one_message_holds_are_refused() -> None:
     limits = Limits(vocab_size=100, max_model_len=200_000, kv_blocks=12_500)
     with pytest.raises(RequestError, match="100000"):
         validate(replace(GOOD, prompt_ids=(1,) * 50_000, prompt_logprobs=2), limits)
+
+
+def test_with_a_window_limits_hold_the_window_and_a_chunk() -> None:
+    shape = {"vocab_size": 100, "max_model_len": 1000, "window": 30, "max_batch_tokens": 18}
+    assert Limits(**shape, kv_blocks=4, block_size=16).blocks_per_sequence == 4
+    with pytest.raises(ValueError, match="cannot hold"):
+        Limits(**shape, kv_blocks=3, block_size=16)
