@@ -8,9 +8,11 @@ again in the same plan. Bytes are little-endian integers and floats, no pickle.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
 
 from engine.request import PositionLogprobs, Request, SamplingParams, TokenLogprob
 
@@ -21,9 +23,7 @@ _BIAS = struct.Struct("<Id")
 _COUNT = struct.Struct("<I")
 _MASK = struct.Struct("<II")  # handle, bytes
 _COPY = struct.Struct("<II")  # source, destination
-_ROW = struct.Struct("<IIIIB")  # handle, start, tokens, blocks, sample
 _SAMPLED = struct.Struct("<qII")  # step, tokens, rows with log-probabilities of the prompt
-_LOGPROBS = struct.Struct("<i")  # alternatives, -1 without log-probabilities
 _TOKEN = struct.Struct("<Id")
 
 
@@ -47,9 +47,8 @@ class Join:
     ends: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Consecutive tokens of one sequence.
+class Row(NamedTuple):
+    """Consecutive tokens of one sequence. A tuple, since every step makes and reads one for each sequence.
 
     `start` is the position of the first; `blocks` are appended to its block table; with `sample`
     the token after the last is drawn. The first row of a handle may start behind tokens whose keys and
@@ -148,10 +147,7 @@ def encode_plan(plan: StepPlan) -> bytes:
     parts.append(_pack_ids(plan.leaves))
     for join in plan.joins:
         parts.extend(_pack_join(join))
-    for row in plan.rows:
-        parts.append(_ROW.pack(row.handle, row.start, len(row.token_ids), len(row.blocks), row.sample))
-        parts.append(_pack_ids(row.token_ids))
-        parts.append(_pack_ids(row.blocks))
+    parts.extend(_pack_rows(plan.rows))
     for mask in plan.masks:
         parts += (_MASK.pack(mask.handle, len(mask.bits)), mask.bits)
     parts.extend(_COPY.pack(*copy) for copy in plan.copies)
@@ -167,7 +163,7 @@ def decode_plan(data: bytes) -> StepPlan:
         step,
         reader.ids(leaves),
         tuple(_read_join(reader) for _ in range(joins)),
-        tuple(_read_row(reader) for _ in range(rows)),
+        _read_rows(reader, rows),
         tuple(_read_mask(reader) for _ in range(masks)),
         tuple(_read_copy(reader) for _ in range(copies)),
     )
@@ -179,12 +175,10 @@ def encode_sampled(sampled: Sampled) -> bytes:
     """The drawn tokens as bytes."""
     parts = [_SAMPLED.pack(sampled.step, len(sampled.token_ids), len(sampled.prompt_logprobs))]
     parts.append(_pack_ids(sampled.token_ids))
-    for entry in sampled.logprobs:
-        parts.extend(_pack_logprobs(entry))
+    parts.extend(_pack_logprobs(sampled.logprobs))
     for prompt in sampled.prompt_logprobs:
         parts += (_COUNT.pack(prompt.row), _COUNT.pack(len(prompt.positions)))
-        for entry in prompt.positions:
-            parts.extend(_pack_logprobs(entry))
+        parts.extend(_pack_logprobs(prompt.positions))
     return b"".join(parts)
 
 
@@ -193,7 +187,7 @@ def decode_sampled(data: bytes) -> Sampled:
     reader = _Reader(data)
     step, count, prompts = reader.take(_SAMPLED)
     token_ids = reader.ids(count)
-    logprobs = tuple(_read_logprobs(reader) for _ in range(count))
+    logprobs = _read_logprobs(reader, count)
     prompt_logprobs = tuple(_read_prompt(reader) for _ in range(prompts))
     reader.end()
     return Sampled(step, token_ids, logprobs, prompt_logprobs)
@@ -226,16 +220,27 @@ def _pack_join(join: Join) -> Iterable[bytes]:
         yield _COUNT.pack(len(word)) + _pack_ids(word)
 
 
-def _pack_logprobs(entry: PositionLogprobs | None) -> Iterable[bytes]:
-    yield _LOGPROBS.pack(-1 if entry is None else len(entry.top))
-    if entry is not None:
-        for token in (entry.chosen, *entry.top):
-            yield _TOKEN.pack(token.token_id, token.logprob)
+def _pack_rows(rows: Sequence[Row]) -> Iterable[bytes]:
+    """Column by column: a step waits for this, and a call per row would take longer than its way."""
+    if rows:
+        handles, starts, token_ids, blocks, samples = zip(*rows, strict=True)
+        yield _pack_ids((*handles, *starts, *map(len, token_ids), *map(len, blocks)))
+        yield bytes(samples)
+        yield _pack_ids(tuple(chain.from_iterable(token_ids)))
+        yield _pack_ids(tuple(chain.from_iterable(blocks)))
 
 
-def _pack_ids(ids: Iterable[int]) -> bytes:
-    values = tuple(ids)
-    return struct.pack(f"<{len(values)}I", *values)
+def _pack_logprobs(entries: Sequence[PositionLogprobs | None]) -> Iterable[bytes]:
+    """How many tokens each entry has, 0 for None, then the tokens."""
+    yield _pack_ids([0 if entry is None else 1 + len(entry.top) for entry in entries])
+    for entry in entries:
+        if entry is not None:
+            for token in (entry.chosen, *entry.top):
+                yield _TOKEN.pack(token.token_id, token.logprob)
+
+
+def _pack_ids(ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(ids)}I", *ids)
 
 
 class _Reader:
@@ -253,7 +258,9 @@ class _Reader:
 
     def ids(self, count: int) -> tuple[int, ...]:
         """`count` unsigned 32-bit numbers."""
-        return self.take(struct.Struct(f"<{count}I"))
+        values = struct.unpack_from(f"<{count}I", self._data, self._at)
+        self._at += 4 * count
+        return values
 
     def raw(self, size: int) -> bytes:
         """The next `size` bytes."""
@@ -316,23 +323,34 @@ def _read_mask(reader: _Reader) -> Mask:
 
 def _read_prompt(reader: _Reader) -> PromptLogprobs:
     (row,), (count,) = reader.take(_COUNT), reader.take(_COUNT)
-    positions = []
-    for _ in range(count):
-        entry = _read_logprobs(reader)
-        if entry is None:
-            raise ValueError("a prompt token without its log-probability")
-        positions.append(entry)
-    return PromptLogprobs(row, tuple(positions))
+    positions = _read_logprobs(reader, count)
+    present = tuple(entry for entry in positions if entry is not None)
+    if len(present) < count:
+        raise ValueError("a prompt token without its log-probability")
+    return PromptLogprobs(row, present)
 
 
-def _read_row(reader: _Reader) -> Row:
-    handle, start, tokens, blocks, sample = reader.take(_ROW)
-    return Row(handle, start, reader.ids(tokens), reader.ids(blocks), bool(sample))
+def _read_rows(reader: _Reader, count: int) -> tuple[Row, ...]:
+    handles, starts, tokens, blocks = (reader.ids(count) for _ in range(4))
+    samples = map(bool, reader.raw(count))
+    token_ids, block_ids = (_cut(reader.ids(sum(counts)), counts) for counts in (tokens, blocks))
+    fields = zip(handles, starts, token_ids, block_ids, samples, strict=True)
+    return tuple(map(partial(tuple.__new__, Row), fields))  # Row._make, without a Python call for each
 
 
-def _read_logprobs(reader: _Reader) -> PositionLogprobs | None:
-    (alternatives,) = reader.take(_LOGPROBS)
-    if alternatives < 0:
-        return None
-    chosen, *top = (TokenLogprob(*reader.take(_TOKEN)) for _ in range(alternatives + 1))
-    return PositionLogprobs(chosen, tuple(top))
+def _cut(ids: tuple[int, ...], counts: Iterable[int]) -> Iterable[tuple[int, ...]]:
+    at = 0
+    for count in counts:
+        yield ids[at : at + count]
+        at += count
+
+
+def _read_logprobs(reader: _Reader, count: int) -> tuple[PositionLogprobs | None, ...]:
+    counts = reader.ids(count)
+    if not any(counts):
+        return (None,) * count
+    entries: list[PositionLogprobs | None] = []
+    for count in counts:
+        tokens = tuple(TokenLogprob(*reader.take(_TOKEN)) for _ in range(count))
+        entries.append(PositionLogprobs(tokens[0], tokens[1:]) if tokens else None)
+    return tuple(entries)
