@@ -8,10 +8,10 @@ STUBS := phalanx/v1/__init__.py
 MODEL := .phalanx/demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test lint fmt generated bench clean
+.PHONY: help setup demo up down test lint fmt generated bench bench-engine clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(ENV) $(STUBS) ## Build .venv with everything in it
 
@@ -42,7 +42,16 @@ generated: $(ENV) ## Make phalanx/v1 from protos/ and the libraries of engine/ke
 	$(BIN)/python hatch_build.py
 
 bench: setup ## List the measurements and how to run them
-	@awk -F '"""' 'FNR == 1 {printf "  %s %s: %s\n", "$(BIN)/python", FILENAME, $$2}' bench/*.py
+	@grep -l '__main__' bench/*.py | xargs awk -F '"""' 'FNR == 1 {split(FILENAME, part, /[\/.]/); \
+		printf "  $(BIN)/python -m bench.%s: %s\n", part[2], $$2}'
+
+bench-engine: setup ## Measure the engine beside transformers and vLLM (VLLM_PYTHON=...); TRACE=... adds real traffic
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python -m bench.engine $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+	$(BIN)/python -m bench.engine --only phalanx phalanx@int8 phalanx@int4 --shapes 1.1b --batches 1 --prefill-prompts
+	$(BIN)/python -m bench.quality
+	$(BIN)/python -m bench.latency $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+	$(if $(TRACE),$(BIN)/python -m bench.mixed --trace $(TRACE) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)))
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) .phalanx phalanx/v1 engine/kernels/*.so

@@ -1,6 +1,6 @@
 """the gap that a client sees when the engine under its stream is killed, over many kills
 
-Example: python bench/failover.py --model .phalanx/demo-model --kills 10
+Example: python -m bench.failover --model .phalanx/demo-model --kills 10
 """
 
 from __future__ import annotations

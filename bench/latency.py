@@ -30,7 +30,7 @@ def work(shape: Shape, seed: int, long_prompt: int = LONG_PROMPT) -> Work:
 
 
 def figures(trace: Trace) -> dict[str, float]:
-    """First token of the late prompt; of the others, the median gap before it came and the longest until then."""
+    """First token of the late prompt; of the others, median gap before it came, longest until then."""
     arrived, wait = trace.submitted[-1], first_token_s(trace)[-1]
     settled = max(trace.submitted[i] + first for i, first in enumerate(first_token_s(trace)[:DECODING]))
     return {

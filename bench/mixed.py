@@ -1,9 +1,8 @@
 """mixed traffic: requests of a real trace sent at once, beside transformers' continuous batching and vLLM
 
-Lengths are those of the trace divided by 8; prompts are random tokens, the same for everyone. vLLM and we take
-up to --max-running sequences at once. A step of transformers' continuous batching costs the product of its
-queries and keys under SDPA, so its best numbers of sequences and tokens are looked for first, on the first
-requests.
+Lengths are those of the trace divided by 8; prompts are random tokens, the same for everyone. vLLM and we
+take up to --max-running sequences at once. A step of transformers' continuous batching costs the product of
+its queries and keys under SDPA, so its best numbers of sequences and tokens are looked for first.
 Example: python -m bench.mixed --trace AzureLLMInferenceTrace_conv.csv --vllm-python ~/vllm/bin/python
 """
 

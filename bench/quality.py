@@ -66,7 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="the one that the model was made with")
     parser.add_argument("--seconds", type=float, default=75, help="the time that it was trained")
-    parser.add_argument("--chars", type=int, default=400_000, help="of held-out text; default: %(default)s")
+    parser.add_argument("--chars", type=int, default=200_000, help="of held-out text; default: %(default)s")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
