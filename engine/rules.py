@@ -1,6 +1,6 @@
 """Rules that change a row's logits before a token is drawn from them.
 
-Shapes: S rows, V vocabulary, G rows with a mask.
+Shapes: S rows, V vocabulary.
 
 In this order, as vLLM has it: the grammar's mask; bad words and, before `min_tokens`, the ends; logit bias;
 repetition, then frequency and presence penalty. Temperature and truncation come after. All in float32 and
@@ -20,7 +20,7 @@ import torch
 from engine.plan import Join, Mask, StepPlan
 
 _ROOM = 16  # new tokens for which there is room at first
-_BITS_OF_BYTES = (torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1
+_ZEROS_OF_BYTES = (torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 0
 
 
 @dataclass(slots=True)
@@ -109,19 +109,19 @@ class Rules:
         ruled = [(row, *rows[row]) for row in range(len(rows)) if rows[row][0] in self._handles]
         if not ruled and not masks:
             return logits_SV
-        logits_SV = logits_SV.clone()
-        if masks:
-            row_of = {handle: row for row, (handle, _) in enumerate(rows)}
-            masked = torch.tensor([row_of[mask.handle] for mask in masks], device=logits_SV.device)
-            logits_SV[masked] = allowed_GV = _under(masks, logits_SV[masked])
+        before_SV, logits_SV = logits_SV, logits_SV.clone(memory_format=torch.contiguous_format)
+        row_of = {handle: row for row, (handle, _) in enumerate(rows)} if masks else {}
+        for mask in masks:
+            _forbid(logits_SV[row_of[mask.handle]], mask)
         if ruled:
             self._ban(logits_SV, ruled)
             self._bias(logits_SV, ruled)
             self._penalise(logits_SV, ruled)
-        if ruled and masks:
-            # Whatever else bans all that the grammar allows gives way: the output must follow it.
-            stuck_G = logits_SV[masked].amax(-1) == -torch.inf
-            logits_SV[masked[stuck_G]] = allowed_GV[stuck_G]
+            for mask in masks:
+                # Whatever else bans all that the grammar allows gives way: the output must follow it.
+                logits_V = logits_SV[row_of[mask.handle]]
+                if mask.handle in self._handles and logits_V.amax() == -torch.inf:
+                    _forbid(logits_V.copy_(before_SV[row_of[mask.handle]]), mask)
         return logits_SV
 
     def _ban(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
@@ -173,11 +173,12 @@ class Rules:
         ids = torch.cat([seen.ids[: seen.size] for _, seen, _ in penalised]).to(device)
         counts = torch.cat([seen.counts[: seen.size] for _, seen, _ in penalised]).to(device)
         repetition = spread([sampling.repetition_penalty for _, _, sampling in penalised])
-        logits = logits_SV[rows, ids]
+        places, flat = rows * logits_SV.shape[1] + ids, logits_SV.view(-1)
+        logits = flat[places]
         logits = torch.where(logits > 0, logits / repetition, logits * repetition)
         logits -= spread([sampling.frequency_penalty for _, _, sampling in penalised]) * counts
         logits -= spread([sampling.presence_penalty for _, _, sampling in penalised]) * (counts > 0)
-        logits_SV[rows, ids] = logits
+        flat.index_copy_(0, places, logits)
 
 
 def _has_rules(join: Join) -> bool:
@@ -202,11 +203,11 @@ def _begin(join: Join) -> _Handle:
     )
 
 
-def _under(masks: Sequence[Mask], logits_GV: torch.Tensor) -> torch.Tensor:
-    """Logits, minus infinity where a grammar does not allow the token."""
-    data = torch.frombuffer(bytearray().join(mask.bits for mask in masks), dtype=torch.uint8)
-    allowed_GV = _BITS_OF_BYTES[data.long()].view(len(masks), -1)[:, : logits_GV.shape[1]]
-    return logits_GV.masked_fill(~allowed_GV.to(logits_GV.device), -torch.inf)
+def _forbid(logits_V: torch.Tensor, mask: Mask) -> None:
+    """Set to minus infinity what a grammar does not allow."""
+    data = torch.frombuffer(bytearray(mask.bits), dtype=torch.uint8)
+    forbidden_V = _ZEROS_OF_BYTES[data.int()].view(-1)[: len(logits_V)]
+    logits_V.masked_fill_(forbidden_V.to(logits_V.device), -torch.inf)
 
 
 def _repeat(values: Sequence[float], counts: Sequence[int]) -> torch.Tensor:
