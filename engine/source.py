@@ -19,7 +19,7 @@ from engine.tensors import Slice
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS_PER_SEED = 64
-_ELEMENTS_PER_READ = 8 << 20
+_ELEMENTS_PER_READ = 2 << 20
 
 
 def pieces(part: Slice) -> Iterator[Slice]:
@@ -138,7 +138,7 @@ class DummySource:
         last = -(-part.rows.stop // _ROWS_PER_SEED)
         scale = math.sqrt(3 / columns) / (1 << 15)
         groups = [self._group(part.name, group, columns) for group in range(first, last)]
-        values = torch.from_numpy(numpy.concatenate(groups)) * scale
+        values = torch.from_numpy(numpy.concatenate(groups)).float().mul_(scale)
         start = part.rows.start - first * _ROWS_PER_SEED
         values = values[start : start + len(part.rows)]
         return values if part.columns is None else values[:, part.columns.start : part.columns.stop]
