@@ -15,9 +15,11 @@ import torch
 
 from engine.api import Completion
 from engine.config import BLOCK_SIZE, ModelConfig
+from engine.errors import ModelError
 from engine.grid import Grid
 from engine.request import SamplingParams
 from engine.scheduler import Scheduler
+from engine.shard_model import shard_model
 from tests.engine.conftest import MakeModel
 from tests.engine.test_architectures import LLAMA3, MIXTRAL, QWEN3_MOE
 from tests.parallel.forked import ForkedEngine
@@ -115,6 +117,20 @@ def test_random_weights_are_the_same_model_in_every_layout(make_model: MakeModel
             done = engine.generate(PROMPTS, sampling, max_tokens=8, ignore_eos=True, progress=False)
         outputs.append([completion.token_ids for completion in done])
     assert outputs == outputs[:1] * len(LAYOUTS)
+
+
+def test_a_sharded_model_runs_as_its_source_does(make_model: MakeModel, tmp_path: Path) -> None:
+    source, sharded = model_of(make_model, "llama"), tmp_path / "sharded"
+    shard_model(source, sharded, 2, 2)
+    outputs = []
+    for model in (source, sharded):
+        with ForkedEngine(str(model), tp=2, pp=2, threads=1, check_weights=True) as engine:
+            sampling = SamplingParams(temperature=0)
+            done = engine.generate(PROMPTS, sampling, max_tokens=8, ignore_eos=True, progress=False)
+        outputs.append([completion.token_ids for completion in done])
+    assert outputs[0] == outputs[1]
+    with pytest.raises(ModelError, match="sharded for TP 2 and PP 2, not for TP 1 and PP 1"):
+        ForkedEngine(str(sharded))
 
 
 def check(model: Path, prompt: list[int], completion: Completion) -> None:
