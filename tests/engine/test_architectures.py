@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from engine import Engine
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import ModelError
+from engine.identity import engine_identity
+from engine.rope import rope_tables
 from tests.engine.conftest import MakeModel
 from tests.engine.harness import Harness
 
@@ -25,7 +32,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
-LONGROPE = {
+LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
@@ -91,6 +98,29 @@ def test_logits_are_those_of_transformers(make_model: MakeModel, variant: str) -
     logits = [harness.step({0: PROMPT[:CHUNK]})[0], harness.step({0: PROMPT[CHUNK:]})[0]]
     expected = [reference_logits(model, PROMPT[:CHUNK]), reference_logits(model, PROMPT)]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_longrope_has_one_set_of_factors_for_all_sequences(make_model: MakeModel) -> None:
+    """The short one where no sequence can be longer than the original length."""
+    model = make_model(rope_parameters=LONGROPE)
+    short, long = (ModelConfig.load(model, length) for length in (32, 33))
+    assert list(short.rope.factors) == LONGROPE["short_factor"]
+    assert list(long.rope.factors) == LONGROPE["long_factor"] == list(ModelConfig.load(model).rope.factors)
+    engine = EngineConfig(str(model))
+    assert engine_identity(engine, short) != engine_identity(engine, long)
+    table = rope_tables(short.rope, short.head_dim, len(PROMPT))
+    rotary = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(model))
+    cos, sin = rotary(torch.zeros(1), torch.arange(32)[None])
+    for ours, theirs in zip(table, (cos, sin), strict=True):
+        assert torch.equal(ours[:32], theirs[0, :, : short.head_dim // 2])
+
+
+def test_dynamic_rope_is_refused_beyond_the_length_where_it_is_a_function_of_the_position(
+    make_model: MakeModel,
+) -> None:
+    model = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ModelError, match=r"exceeds the model's 512 positions; beyond, dynamic rotary"):
+        Engine(str(model), max_model_len=513)
 
 
 @pytest.mark.parametrize(("family", "fields"), [("Mixtral", MIXTRAL), ("Qwen3Moe", QWEN3_MOE)])
