@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain, pairwise, repeat
 from typing import Any, NamedTuple
 
 from engine.request import PositionLogprobs, Request, SamplingParams, TokenLogprob
@@ -338,11 +338,13 @@ def _read_rows(reader: _Reader, count: int) -> tuple[Row, ...]:
     return tuple(map(partial(tuple.__new__, Row), fields))  # Row._make, without a Python call for each
 
 
-def _cut(ids: tuple[int, ...], counts: Iterable[int]) -> Iterable[tuple[int, ...]]:
-    at = 0
-    for count in counts:
-        yield ids[at : at + count]
-        at += count
+def _cut(ids: tuple[int, ...], counts: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+    if not ids:
+        return repeat((), len(counts))
+    if len(ids) == len(counts) and 0 not in counts:  # one each
+        return zip(ids, strict=True)
+    ends = tuple(accumulate(counts, initial=0))
+    return [ids[start:end] for start, end in pairwise(ends)]
 
 
 def _read_logprobs(reader: _Reader, count: int) -> tuple[PositionLogprobs | None, ...]:
