@@ -31,6 +31,7 @@ MODULES = {
 DTYPES = ("bfloat16", "float32", "float16")
 QUANTIZATIONS = ("int8", "int4")
 _LOG_TAIL = 2000  # characters
+_TORCH_BYTES, _VLLM_BYTES = 1 << 30, 3 << 30  # of libraries, compilers and activations
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -176,6 +177,36 @@ def contest(
     finally:
         for contestant in running:
             contestant.close()
+
+
+def relays(entries: Sequence[Entry], weights: int, kv_bytes: int, room: int) -> list[list[Entry]]:
+    """Entries in their order, cut into groups that fit into `room` bytes of memory together.
+
+    Args:
+        entries: who takes part.
+        weights: parameters of the model.
+        kv_bytes: vLLM fills its KV pool with zeros; others touch little of it.
+        room: what the machine has left.
+    """
+    groups: list[list[Entry]] = [[]]
+    taken = 0.0
+    for entry in entries:
+        size = weights * entry.bytes_per_parameter
+        vllm = entry.kind.startswith("vllm")
+        need = 2 * size + kv_bytes + _VLLM_BYTES if vllm else 1.2 * size + _TORCH_BYTES  # vLLM repacks
+        if groups[-1] and taken + need > room:
+            groups.append([])
+            taken = 0.0
+        groups[-1].append(entry)
+        taken += need
+    return [group for group in groups if group]
+
+
+def memory_left() -> int:
+    """Bytes of memory that processes could still take (MemAvailable)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def environment(base: Mapping[str, str], entry: Entry, python: str, threads: int) -> dict[str, str]:

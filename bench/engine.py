@@ -3,6 +3,7 @@
 Every contestant is a process of its own, stopped while another runs. Each point is run by all in turn, again
 and again, and the medians are compared: decode tokens/s from when every prompt has its first token, and
 prefill as the time to the last first token. Shares are of the limits measured in the same run (bench.limits).
+Where the CPU cannot multiply in bfloat16, the others compute in float32 too, in which they are faster there.
 Writes docs/bench/*.json, docs/benchmarks.md and its plot; what is not measured again stays, with its date.
 
 Example: python -m bench.engine --vllm-python ~/vllm/bin/python
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 from bench import limits as machine_limits
 from bench import render, results
-from bench.contest import Contestant, ContestantError, contest
+from bench.contest import Contestant, ContestantError, Entry, contest, memory_left, relays
 from bench.measures import (
     Limits,
     Spread,
@@ -32,11 +33,12 @@ from bench.measures import (
     total_rate,
     weights_rate,
 )
-from bench.options import add_contest_options, taking_part
+from bench.options import add_contest_options, slow_bfloat16, taking_part
 from bench.protocol import Setup, Trace, Work
 from bench.shapes import SHAPES, Shape, checkpoint
 
 CONTESTANTS = ["phalanx", "transformers", "vllm", "vllm-eager"]
+IN_FLOAT32 = ["transformers@float32", "vllm@float32"]
 WARM_UP_TOKENS = 4
 
 
@@ -147,12 +149,28 @@ def measure(shape: Shape, options: argparse.Namespace, limits: Limits) -> dict[s
         str(checkpoint(shape, options.cache).absolute()), threads=options.threads, max_model_len=longest
     )
     rows: dict[str, list[results.Row]] = {"contestants": [], "decode": [], "prefill": []}
-    peaks: dict[str, int] = {}
     print(f"\n{shape.name}: {shape.parameters / 1e6:.1f}M parameters")
-    entries = taking_part(options)
-    with contest(
-        entries, setup, options.vllm_python, options.cache / "logs", options.load_timeout
-    ) as running:
+    groups = relays(taking_part(options), shape.parameters, setup.kv_bytes, memory_left())
+    for group in groups:
+        for section, found in compete(group, shape, setup, decodes, prefills, options, limits).items():
+            rows[section] += found
+    return rows
+
+
+def compete(
+    entries: Sequence[Entry],
+    shape: Shape,
+    setup: Setup,
+    decodes: Sequence[Point],
+    prefills: Sequence[Point],
+    options: argparse.Namespace,
+    limits: Limits,
+) -> dict[str, list[results.Row]]:
+    """All points of one shape for contestants that fit into memory together."""
+    rows: dict[str, list[results.Row]] = {"contestants": [], "decode": [], "prefill": []}
+    peaks: dict[str, int] = {}
+    logs = options.cache / "logs"
+    with contest(entries, setup, options.vllm_python, logs, options.load_timeout) as running:
         for contestant in running:
             ready = contestant.ready
             print(f"  {ready.name}: up in {contestant.load_s:.1f} s, {ready.peak_bytes / 1e6:.0f} MB")
@@ -198,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_contest_options(parser, CONTESTANTS, ["135m", "1.1b"])
+    add_contest_options(parser, CONTESTANTS + slow_bfloat16(IN_FLOAT32), ["135m", "1.1b"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32], help="default: %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")

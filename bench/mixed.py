@@ -16,13 +16,15 @@ from pathlib import Path
 
 from bench import render, results
 from bench.contest import ContestantError, Entry, contest
-from bench.options import add_contest_options, taking_part
+from bench.options import add_contest_options, slow_bfloat16, taking_part
 from bench.protocol import Setup, Trace, Work
 from bench.shapes import SHAPES, Shape, checkpoint
 from bench.traffic import as_work, read_lengths
 
 CONTESTANTS = ["phalanx", "transformers-batching", "vllm"]
+IN_FLOAT32 = ["transformers-batching@float32", "vllm@float32"]
 DIVISOR = 8
+KV_BYTES = 2 << 30
 TUNED = "transformers-batching"
 TRIED_SEQUENCES, TRIED_TOKENS = (8, 16, 32, 64), (256, 512)
 
@@ -61,6 +63,7 @@ def measure(shape: Shape, work: Work, options: argparse.Namespace) -> list[resul
         str(checkpoint(shape, options.cache).absolute()),
         threads=options.threads,
         max_model_len=max(longest, 512),
+        kv_bytes=KV_BYTES,
         max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens,
     )
@@ -93,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_contest_options(parser, CONTESTANTS, ["135m"])
+    add_contest_options(parser, CONTESTANTS + slow_bfloat16(IN_FLOAT32), ["135m"])
     parser.add_argument("--trace", type=Path, required=True, help="CSV with ContextTokens, GeneratedTokens")
     parser.add_argument("--requests", type=int, default=500, help="the first so many; default: %(default)s")
     parser.add_argument("--max-running", type=int, default=256, help="sequences at once")

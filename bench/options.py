@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from bench.contest import MODULES, Entry
+from bench.results import Machine
 from bench.shapes import CACHE, SHAPES
 
 
@@ -31,6 +32,12 @@ def add_contest_options(parser: argparse.ArgumentParser, contestants: list[str],
     parser.add_argument("--timeout", type=float, default=1800, help="seconds of one run")
     parser.add_argument("--cache", type=Path, default=CACHE, help="checkpoints and logs")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="results; default: %(default)s")
+
+
+def slow_bfloat16(contestants: list[str]) -> list[str]:
+    """These contestants, on a CPU that has no instructions for bfloat16; elsewhere none."""
+    fast = {"avx512_bf16", "amx_bf16"}
+    return [] if fast & set(Machine.here().isa.split()) else contestants
 
 
 def taking_part(options: argparse.Namespace) -> list[Entry]:

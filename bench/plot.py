@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_ORDER = ("transformers", "vllm-eager", "vllm", "phalanx")
+_ORDER = ("transformers", "transformers@float32", "vllm-eager", "vllm", "vllm@float32", "phalanx")
 _COLOURS = {
     "transformers": "#9aa5b1",
     "vllm-eager": "#e9b872",
@@ -30,7 +30,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
         return False
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     batches = sorted({row["batch"] for row in rows})
-    size = (3.2 * len(batches) + 0.6, 2.6 * len(shapes))
+    size = (4.0 * len(batches) + 0.6, 2.6 * len(shapes))
     figure, axes = pyplot.subplots(len(shapes), len(batches), figsize=size, squeeze=False)
     for line, shape in zip(axes, shapes, strict=True):
         for panel, batch in zip(line, batches, strict=True):
@@ -38,12 +38,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
             its.sort(key=lambda row: _ORDER.index(row["contestant"]))
             values = [row["decode"]["median"] for row in its]
             names = [row["contestant"] for row in its]
-            bars = panel.bar(names, values, color=[_COLOURS[name] for name in names])
-            panel.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in values])
-            limit = max((row["limit"] for row in its), default=0.0)
+            colours = [_COLOURS[name.partition("@")[0]] for name in names]
+            labels = [name.replace("@", "\n").replace("float32", "(float32)") for name in names]
+            bars = panel.bar(labels, values, color=colours)
+            panel.bar_label(bars, [_short(value) for value in values], fontsize=7)
+            limit = max((row["limit"] for row in its if "@" not in row["contestant"]), default=0.0)
             panel.axhline(limit, color="#555555", linestyle="--", linewidth=1)
             panel.set_title(f"{shape}, batch {batch}; limit {limit:,.0f}", fontsize=9)
-            panel.tick_params(labelsize=7)
+            panel.tick_params(labelsize=6)
             panel.set_ylim(0, 1.15 * max([limit, *values]))
             panel.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("decode tokens/s", fontsize=8)
@@ -51,3 +53,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
     return True
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

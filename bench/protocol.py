@@ -24,7 +24,7 @@ class Setup:
     quantization: str = ""
     threads: int = 1
     max_model_len: int = 4608
-    kv_bytes: int = 2 << 30
+    kv_bytes: int = 1 << 30
     max_running: int = 256
     max_batch_tokens: int = 0  # per step; 0 is the contestant's default
     eager: bool = False

@@ -56,7 +56,7 @@ _LATENCY = """## A long prompt among decodes
 _MEMORY = """## Loading and memory
 
 The most memory that a contestant's processes have held together (VmHWM), when it was up and after its last
-run here. vLLM and we have a KV pool of 2 GiB, ours touched as it fills. The budget of a rank is its
+run here. vLLM and we have a KV pool of 1 GiB, ours touched as it fills. The budget of a rank is its
 weights, its KV memory and 400 MB.
 """
 _QUANTISED = """## Quantised weights
@@ -96,7 +96,7 @@ def document(sections: dict[str, dict[str, Any]]) -> str:
     if quantised or rows["quality"]:
         parts += [_QUANTISED, *_quantisation(quantised, rows["decode"]), *_quality(rows["quality"])]
     if rows["contestants"]:
-        parts += [_MEMORY, _memory(rows["contestants"])]
+        parts += [_MEMORY, _memory(rows["contestants"]), _details(rows["contestants"])]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
@@ -248,6 +248,12 @@ def _memory(rows: list[Row]) -> str:
             for row in rows
         ],
     )
+
+
+def _details(rows: list[Row]) -> str:
+    """Versions, as each contestant tells them."""
+    lines = {row["contestant"]: f"- {name_of(row['contestant'])}: {row['details']}" for row in rows}
+    return "\n".join(lines.values())
 
 
 def _quantisation(quantised: list[Row], decode: list[Row]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from bench.protocol import Recorder, Setup, Trace, Work, serve
@@ -30,7 +31,10 @@ class Offline:
             seed=0,
         )
         self.name = "vLLM eager" if setup.eager else "vLLM compiled"
-        self.details = f"vllm {vllm.__version__}, {setup.dtype}"
+        preloaded = [Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":") if path]
+        self.details = (
+            f"vllm {vllm.__version__}, {setup.dtype}, preloaded: {', '.join(preloaded) or 'nothing'}"
+        )
         self._served = 0
 
     def run(self, work: Work) -> Trace:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.contest import Entry, environment
+from bench.contest import Entry, environment, memory_left, relays
 from bench.protocol import Recorder, Setup, Work
 
 
@@ -51,6 +51,19 @@ def test_vllm_gets_the_openmp_of_its_own_environment(tmp_path: Path) -> None:
     openmp.touch()
     assert str(openmp) in environment({}, entry, str(python), 2)["LD_PRELOAD"].split(":")
     assert "OMP_NUM_THREADS" not in environment({}, entry, str(python), 2)
+
+
+def test_relays_keep_the_order_and_fit() -> None:
+    entries = [Entry.parse(text) for text in ("phalanx", "transformers", "vllm", "vllm@float32")]
+    gib = 1 << 30
+    assert relays(entries, gib, gib, 100 * gib) == [entries]
+    # 3.4, 3.4, 8 and 12 GiB
+    assert relays(entries, gib, gib, 10 * gib) == [entries[:2], entries[2:3], entries[3:]]
+    assert relays([], gib, gib, gib) == []
+
+
+def test_there_is_memory_left() -> None:
+    assert memory_left() > 0
 
 
 def test_late_prompts_are_due_once_when_the_others_have_their_tokens() -> None:
