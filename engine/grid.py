@@ -42,9 +42,3 @@ class Grid:
     def sampler(self) -> int:
         """The rank that draws tokens: the first of the last stage."""
         return (self.pp - 1) * self.tp
-
-    def layers(self, num_layers: int) -> range:
-        """The layers of this rank's stage; the first stages take what does not divide."""
-        share, extra = divmod(num_layers, self.pp)
-        start = self.pp_rank * share + min(self.pp_rank, extra)
-        return range(start, start + share + (self.pp_rank < extra))

@@ -25,6 +25,7 @@ from engine.config import (
 from engine.errors import ModelError
 from engine.locate import check_weights
 from engine.request import Request, SamplingParams
+from engine.stages import stage_layers
 from engine.validation import blocks_per_sequence
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def join(
         hidden_bytes = engine.max_batch_tokens * config.hidden_size * kernels.activation_dtype.itemsize
         parallel = connect(grid, store, engine.host, device, hidden_bytes)
         layers = max(
-            len(Grid(engine.tp, engine.pp, rank).layers(config.num_layers)) for rank in range(grid.world)
+            len(stage_layers(config, Grid(engine.tp, engine.pp, rank))) for rank in range(grid.world)
         )
         kv_heads = max(1, config.num_kv_heads // engine.tp)
         block_bytes = 2 * layers * kv_heads * config.head_dim * dtype.itemsize * BLOCK_SIZE

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from engine.checkpoint import ITEM_SIZES, Entry
 from engine.config import ModelConfig
 from engine.grid import Grid
+from engine.stages import stage_layers
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -48,7 +49,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def rank_slices(config: ModelConfig, grid: Grid) -> dict[str, Slice]:
     """What a rank holds, by name. Biases of output and down projections are the first TP rank's."""
     parts = [*_ends(config, grid)]
-    for layer in grid.layers(config.num_layers):
+    for layer in stage_layers(config, grid):
         parts += _attention(config, grid, f"model.layers.{layer}.")
         parts += _mlp(config, grid, layer)
     return {part.name: part for part in parts}

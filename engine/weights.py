@@ -19,6 +19,7 @@ from engine.grid import Grid
 from engine.kernels import HeadNorms, Kernels, Matrix
 from engine.locate import Found, find_tensors
 from engine.source import DummySource, FileSource, Source, check_finite, pieces
+from engine.stages import stage_layers
 from engine.tensors import EMBEDDING, FINAL_NORM, HEAD, Slice, rank_slices, vocab_rows
 
 _log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class _Builder:
         """Everything this rank holds."""
         embedding = self._vocab_matrix(EMBEDDING)
         return StageWeights(
-            tuple(self._layer(layer) for layer in self._grid.layers(self._config.num_layers)),
+            tuple(self._layer(layer) for layer in stage_layers(self._config, self._grid)),
             embedding if self._grid.is_first_stage else None,
             self._vector(FINAL_NORM),
             self._head(embedding) if self._grid.is_last_stage else None,

@@ -35,13 +35,6 @@ def test_ranks_count_along_rows() -> None:
     assert Grid(3, 2, 0).sampler == 3
 
 
-@pytest.mark.parametrize(("layers", "pp"), [(4, 1), (4, 2), (5, 3), (7, 7)])
-def test_stages_split_the_layers_evenly(layers: int, pp: int) -> None:
-    parts = [list(Grid(1, pp, rank).layers(layers)) for rank in range(pp)]
-    assert [layer for part in parts for layer in part] == list(range(layers))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_the_ranks_of_a_row_hold_each_weight_once(model_dir: Path, tp: int) -> None:
     """8 query heads over 4 KV heads: with 8 ranks, two hold each KV head."""

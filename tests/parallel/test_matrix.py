@@ -20,6 +20,7 @@ from engine.grid import Grid
 from engine.request import SamplingParams
 from engine.scheduler import Scheduler
 from engine.shard_model import shard_model
+from engine.stages import stage_layers
 from tests.engine.conftest import MakeModel
 from tests.engine.test_architectures import LLAMA3, MIXTRAL, QWEN3_MOE
 from tests.parallel.forked import ForkedEngine
@@ -146,6 +147,6 @@ def check(model: Path, prompt: list[int], completion: Completion) -> None:
 
 def pool_bytes(model: Path, tp: int, pp: int) -> int:
     config = ModelConfig.load(model)
-    layers = len(Grid(tp, pp, 0).layers(config.num_layers))
+    layers = max(len(stage_layers(config, Grid(tp, pp, rank))) for rank in range(tp * pp))
     block = 2 * layers * max(1, config.num_kv_heads // tp) * config.head_dim * 4 * BLOCK_SIZE
     return block * (POOL_BLOCKS if config.kv_window is None else WINDOW_BLOCKS)
