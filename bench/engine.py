@@ -50,9 +50,10 @@ class Point:
     length: int
     new_tokens: int
 
-    def work(self, shape: Shape, seed: int, new_tokens: int = 0) -> Work:
-        """Prompts drawn from `seed`."""
+    def work(self, shape: Shape, repeat: int, new_tokens: int = 0) -> Work:
+        """Prompts of this point and repeat alone: a prefix cache must find nothing."""
         tokens = new_tokens or self.new_tokens
+        seed = f"{self} {repeat}"
         return Work(prompts(self.count, self.length, shape.vocab, seed), [tokens] * self.count)
 
 

@@ -21,10 +21,10 @@ DECODING, DECODING_PROMPT, LONG_PROMPT = 16, 32, 512
 STEPS_BEFORE, STEPS_AFTER, LONG_OUTPUT = 24, 100, 8
 
 
-def work(shape: Shape, seed: int, long_prompt: int = LONG_PROMPT) -> Work:
+def work(shape: Shape, repeat: int) -> Work:
     """16 short prompts with long outputs, and a long prompt that comes when they decode."""
-    short = prompts(DECODING, DECODING_PROMPT, shape.vocab, seed)
-    (late,) = prompts(1, long_prompt, shape.vocab, seed + 1)
+    short = prompts(DECODING, DECODING_PROMPT, shape.vocab, f"short {repeat}")
+    (late,) = prompts(1, LONG_PROMPT, shape.vocab, f"long {repeat}")
     outputs = [STEPS_BEFORE + STEPS_AFTER] * DECODING + [LONG_OUTPUT]
     return Work([*short, late], outputs, late=1, late_after=STEPS_BEFORE)
 
@@ -52,7 +52,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[results.Row]:
         found: list[list[dict[str, float]]] = [[] for _ in running]
         for repeat in range(options.repeats + 1):
             for contestant, its in zip(running, found, strict=True):
-                its.append(figures(contestant.run(work(shape, 2 * repeat), options.timeout)))
+                its.append(figures(contestant.run(work(shape, repeat), options.timeout)))
         for contestant, its in zip(running, found, strict=True):
             spreads = {name: Spread.of([each[name] for each in its[1:]]) for name in its[0]}  # 0 warms up
             row: results.Row = {"shape": shape.name, "contestant": str(contestant.entry)}

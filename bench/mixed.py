@@ -36,7 +36,7 @@ def tokens_per_s(work: Work, trace: Trace) -> float:
 
 def run(entry: Entry, setup: Setup, work: Work, options: argparse.Namespace) -> Trace:
     """One contestant, built for this, warmed by the first requests, without the others."""
-    warm = Work(work.prompts[:4], [min(4, new) for new in work.new_tokens[:4]])
+    warm = as_work([(32, 4)] * 4, SHAPES["tiny"].vocab, "warm-up")
     logs = options.cache / "logs"
     with contest([entry], setup, options.vllm_python, logs, options.load_timeout) as (contestant,):
         contestant.run(warm, options.timeout)
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine, stamp = results.Machine.here(), results.Stamp.now()
     for name in options.shapes:
         shape = SHAPES[name]
-        work = as_work(lengths, shape.vocab, seed=1)
+        work = as_work(lengths, shape.vocab, "traffic")
         total = sum(map(len, work.prompts)), sum(work.new_tokens)
         print(f"{name}: {len(lengths)} requests, {total[0]} prompt and {total[1]} output tokens", flush=True)
         try:

@@ -25,6 +25,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "mixed": ("shape", "contestant", "requests"),
     "latency": ("shape", "contestant"),
     "quality": ("weights",),
+    "layouts": ("shape", "weights", "batch", "layout"),
 }
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 

@@ -32,9 +32,9 @@ def read_lengths(lines: Iterable[str], count: int, divisor: int) -> list[tuple[i
     return lengths
 
 
-def as_work(lengths: list[tuple[int, int]], vocab: int, seed: int) -> Work:
+def as_work(lengths: list[tuple[int, int]], vocab: int, seed: str) -> Work:
     """Random prompts of these lengths."""
     return Work(
-        [prompts(1, prompt, vocab, seed * len(lengths) + i)[0] for i, (prompt, _) in enumerate(lengths)],
+        [prompts(1, prompt, vocab, f"{seed} {i}")[0] for i, (prompt, _) in enumerate(lengths)],
         [output for _, output in lengths],
     )

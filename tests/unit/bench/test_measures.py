@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bench.engine import Point
 from bench.measures import (
     Limits,
     Spread,
@@ -51,8 +52,8 @@ def test_a_spread_has_the_median_of_repeats() -> None:
 
 
 def test_prompts_follow_their_seed_and_avoid_special_tokens() -> None:
-    drawn = prompts(3, 50, 10, seed=1)
-    assert drawn == prompts(3, 50, 10, seed=1) != prompts(3, 50, 10, seed=2)
+    drawn = prompts(3, 50, 10, "one")
+    assert drawn == prompts(3, 50, 10, "one") != prompts(3, 50, 10, "another")
     assert {len(prompt) for prompt in drawn} == {50}
     assert {token for prompt in drawn for token in prompt} == set(range(3, 10))
 
@@ -88,3 +89,10 @@ def test_the_shapes_are_as_large_as_their_names_say() -> None:
 
 def test_agreement_is_of_first_tokens() -> None:
     assert common_prefix([[1, 2], [3, 4]], [[1, 9], [5, 4]]) == 0.5
+
+
+def test_no_two_points_of_a_contest_share_a_prompt() -> None:
+    points = [Point(1, 128, 64), Point(32, 128, 64), Point(32, 128, 1), Point(1, 4096, 1)]
+    works = [point.work(SHAPES["135m"], repeat) for point in points for repeat in (0, 1)]
+    starts = [tuple(prompt[:16]) for work in works for prompt in work.prompts]
+    assert len(set(starts)) == len(starts)

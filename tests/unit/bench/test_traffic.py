@@ -33,7 +33,7 @@ def test_a_missing_column_is_named() -> None:
 
 
 def test_work_has_these_lengths_and_no_common_prefix() -> None:
-    work = as_work([(20, 2), (20, 3)], vocab=1000, seed=1)
+    work = as_work([(20, 2), (20, 3)], vocab=1000, seed="traffic")
     assert [len(prompt) for prompt in work.prompts] == [20, 20]
     assert work.new_tokens == [2, 3]
     assert work.prompts[0][:4] != work.prompts[1][:4]

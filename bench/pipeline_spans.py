@@ -1,0 +1,113 @@
+"""what the ranks of an engine do and when, recorded by wrapping the engine's methods
+
+Run as a module it is a rank: `python -m bench.pipeline_spans SPANS --fd N` (see `engine.process`).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+from engine import Engine, process
+from engine.parallel import Parallel
+from engine.runner import Runner
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One step on one rank, on the clock that the processes of a machine share.
+
+    The rank computes from `begin` to `end`, in nanoseconds; before, it waited for the stage before it.
+    `reducing` of these passed in sums over the row, waiting for the others included.
+    """
+
+    rank: int
+    step: int
+    tokens: int
+    begin: int
+    end: int
+    reducing: int
+
+
+def record(path: Path) -> None:
+    """From now on, write every step that this process runs to a file."""
+    file = path.open("a", buffering=1)
+    run, receive, reduce = Runner.run, Parallel.recv_hidden, Parallel.all_reduce
+    received = reducing = 0
+
+    def timed(method: Callable[..., Any], note: Callable[[int, int], None]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            begin = time.monotonic_ns()
+            try:
+                return method(*arguments)
+            finally:
+                note(begin, time.monotonic_ns())
+
+        return wrapped
+
+    def note_receive(begin: int, end: int) -> None:
+        nonlocal received
+        received = end
+
+    def note_reduce(begin: int, end: int) -> None:
+        nonlocal reducing
+        reducing += end - begin
+
+    def traced(self: Runner, plan: Any) -> Any:
+        nonlocal received, reducing
+        received, reducing = time.monotonic_ns(), 0
+        sampled = run(self, plan)
+        rank = self._parallel.grid.rank
+        print(rank, plan.step, plan.tokens, received, time.monotonic_ns(), reducing, file=file)
+        return sampled
+
+    Runner.run = traced  # type: ignore[method-assign]
+    Parallel.recv_hidden = timed(receive, note_receive)  # type: ignore[method-assign]
+    Parallel.all_reduce = timed(reduce, note_reduce)  # type: ignore[method-assign]
+
+
+class RecordingEngine(Engine):
+    """An engine whose other ranks record; its own process does so by `record`."""
+
+    spans: Path
+
+    def _start(self, theirs: socket) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "bench.pipeline_spans", str(self.spans), "--survive-thread"]
+        return subprocess.Popen([*command, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()])
+
+
+def read(path: Path) -> list[Span]:
+    """What has been recorded, in order of time."""
+    spans = [Span(*map(int, line.split())) for line in path.read_text().splitlines()]
+    return sorted(spans, key=lambda span: span.begin)
+
+
+def busy_share(spans: Sequence[Span], rank: int) -> float:
+    """How much of the time a rank computes, from the first span's begin to the last one's end."""
+    begin, end = min(span.begin for span in spans), max(span.end for span in spans)
+    return sum(span.end - span.begin for span in spans if span.rank == rank) / (end - begin)
+
+
+def overlap_share(spans: Sequence[Span], one: int, other: int) -> float:
+    """How much of the time that either of two ranks computes, both do."""
+    edges = sorted(
+        (at, change) for span in spans if span.rank in (one, other)
+        for at, change in ((span.begin, 1), (span.end, -1))
+    )  # fmt: skip
+    either = both = computing = last = 0
+    for at, change in edges:
+        either += (at - last) * (computing > 0)
+        both += (at - last) * (computing > 1)
+        computing, last = computing + change, at
+    return both / either
+
+
+if __name__ == "__main__":
+    record(Path(sys.argv.pop(1)))
+    process.main()
