@@ -42,7 +42,7 @@ class Limits:
         return max(self.gemm_float32, self.gemm_bfloat16)
 
 
-def prompts(count: int, length: int, vocab: int, seed: str) -> list[list[int]]:
+def prompts(count: int, length: int, vocab: int, seed: int | str) -> list[list[int]]:
     """Prompts of random tokens: no two share a prefix, nor do those of different seeds."""
     draw = random.Random(seed)
     return [[draw.randrange(_FIRST_TOKEN_ID, vocab) for _ in range(length)] for _ in range(count)]
