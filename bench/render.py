@@ -146,7 +146,7 @@ def _decode(rows: list[Row]) -> list[str]:
     head = ["Contestant", "Batch", "Tokens/s", "with prefill", "GB/s of weights", "of memory", "of GEMM"]
     for shape, its in _grouped(rows, "shape"):
         body = []
-        for row in sorted(its, key=lambda row: row["batch"]):
+        for row in sorted(its, key=lambda row: (row["batch"], _rank(row))):
             body.append(
                 [
                     name_of(row["contestant"]),
@@ -188,7 +188,7 @@ def _prefill(rows: list[Row]) -> list[str]:
                 _times(row, its, ("count", "length"), lambda row: row["prefill"]["median"]),
                 _when(row),
             ]
-            for row in sorted(its, key=lambda row: -row["count"])
+            for row in sorted(its, key=lambda row: (-row["count"], _rank(row)))
         ]
         parts += [f"### {shape}", table(head, body)]
     return parts
@@ -309,6 +309,12 @@ def _grouped(rows: list[Row], field: str) -> list[tuple[str, list[Row]]]:
     return [
         (value, [r for r in rows if r[field] == value]) for value in dict.fromkeys(r[field] for r in rows)
     ]
+
+
+def _rank(row: Row) -> tuple[int, str]:
+    """Ours first, then as they are listed."""
+    kind, _, variant = row["contestant"].partition("@")
+    return list(_NAMES).index(kind), variant
 
 
 def _quantised(row: Row) -> bool:
