@@ -67,8 +67,8 @@ def measure(
                 prefill = max(prefill, options.batch * options.prompt / until_first)
                 decode = max(decode, tokens / after)
         recorded = read(spans)
-    rows_of_step = -(-options.batch // pp)
-    steady = [span for span in recorded if span.tokens <= rows_of_step]
+    prompts_end = max((span.step for span in recorded if span.tokens > options.batch), default=0)
+    steady = [span for span in recorded if span.step > prompts_end]
     row: results.Row = {
         "shape": shape.name,
         "weights": options.quantization or options.dtype,
@@ -104,9 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1.1b"], help="default: %(default)s")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="TPxPP", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="requests at once; default: %(default)s")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt; default: %(default)s")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt; default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each request; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="the best counts; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=2, help="the best counts; default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
     parser.add_argument("--quantization", default="", help="int8 or int4")
     parser.add_argument("--cache", type=Path, default=CACHE, help="checkpoints")

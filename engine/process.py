@@ -60,7 +60,10 @@ def main() -> None:
         pass  # nobody is left to tell
     except Exception as error:
         code = 1
-        traceback.print_exc(file=sys.stderr)
+        if isinstance(error, EngineError) and error.reason != "INTERNAL":
+            sys.stderr.write(f"engine: {error.message}\n")
+        else:
+            traceback.print_exc(file=sys.stderr)
         _last_word(link, error)
     sys.stderr.flush()
     # Threads of a communicator whose peer has gone may never end.
