@@ -1,0 +1,73 @@
+"""All ranks of an engine as threads of this process: tests see what each does, and can hold one up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.channel import PlanLink
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.errors import EngineError
+from engine.rank import Member, join
+from engine.request import Request, SamplingParams
+
+DEADLINE_S = 60.0
+
+
+@contextmanager
+def engine_of_threads(
+    model: Path, tp: int, pp: int, *, before: Callable[[int, Member], None] = lambda rank, member: None
+) -> Iterator[EngineCore]:
+    """A ready core. `before` is called in each other rank's thread, once it has joined."""
+    address: Future[str] = Future()
+
+    def rank_main(rank: int) -> None:
+        engine = EngineConfig(str(model), tp=tp, pp=pp, rank=rank, threads=1, kv_bytes=1 << 20)
+        member = join(engine, address.set_result, address.result, lambda fraction: None)
+        assert member.plans is not None
+        before(rank, member)
+        with closing(member.plans), pytest.raises(EngineError, match="has gone"):
+            follow(member, member.plans)
+
+    with ThreadPoolExecutor(tp * pp) as pool:
+        others = [pool.submit(rank_main, rank) for rank in range(1, tp * pp)]
+
+        def check() -> None:
+            for other in others:
+                if other.done():
+                    other.result()
+
+        engine = EngineConfig(str(model), tp=tp, pp=pp, threads=1, kv_bytes=1 << 20)
+        member = join(engine, address.set_result, lambda: "", lambda fraction: None, check)
+        assert member.core is not None
+        with closing(member.core):
+            before(0, member)
+            yield member.core
+        for other in others:
+            other.result(DEADLINE_S)
+
+
+def follow(member: Member, plans: PlanLink) -> None:
+    """Execute plans until the leader goes."""
+    while plan := plans.receive():
+        sampled = member.runner.run(plan)
+        if sampled is not None:
+            plans.send(sampled)
+
+
+def finish(core: EngineCore, requests: int, tokens: int = 8, **options: Any) -> None:
+    """Serve some requests to their end."""
+    for number in range(requests):
+        prompt = tuple(range(1, 4 + number))
+        sampling = options.get("sampling", SamplingParams(temperature=0))
+        rest = {name: value for name, value in options.items() if name != "sampling"}
+        core.submit(Request(str(number), prompt, sampling, tokens, ignore_eos=True, **rest), 0.0)
+    while core.busy:
+        core.launch(0.0)
+        core.collect(0.0)

@@ -1,0 +1,78 @@
+"""What ranks do in a step, and in which order."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.parallel import Parallel
+from engine.plan import StepPlan
+from engine.rank import Member
+from engine.request import SamplingParams
+from tests.parallel.ranks import DEADLINE_S, engine_of_threads, finish
+
+HELD = range(5, 12)  # steps that the last stage computes only when the first is one ahead
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_first_stage_computes_the_next_micro_batch_while_the_last_computes_this_one(
+    model_dir: Path, tp: int
+) -> None:
+    done = defaultdict[int, threading.Event](threading.Event)
+    in_time: list[bool] = []
+
+    def hold(rank: int, member: Member) -> None:
+        run = member.runner.run
+
+        def first_stage(plan: StepPlan) -> Any:
+            sampled = run(plan)
+            done[plan.step].set()
+            return sampled
+
+        def last_stage(plan: StepPlan) -> Any:
+            if plan.step in HELD:
+                in_time.append(done[plan.step + 1].wait(DEADLINE_S))
+            return run(plan)
+
+        if rank == 0:
+            member.runner.run = first_stage  # type: ignore[method-assign]
+        elif rank >= tp:
+            member.runner.run = last_stage  # type: ignore[method-assign]
+
+    with engine_of_threads(model_dir, tp, 2, before=hold) as core:
+        finish(core, requests=4, tokens=16)
+    assert in_time == [True] * len(HELD) * tp
+
+
+COLLECTIVES = ("all_reduce", "gather_vocab", "send_hidden", "recv_hidden")
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_every_collective_that_serving_uses_has_run_before_the_engine_is_ready(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, tp: int, pp: int
+) -> None:
+    used: set[tuple[int, str]] = set()
+    for name in COLLECTIVES:
+        original = getattr(Parallel, name)
+
+        def noted(self: Parallel, *arguments: Any, name: str = name, original: Any = original) -> Any:
+            used.add((self.grid.rank, name))
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Parallel, name, noted)
+    with engine_of_threads(model_dir, tp, pp) as core:
+        warmed = set(used)
+        finish(
+            core,
+            requests=3,
+            sampling=SamplingParams(temperature=0.8, repetition_penalty=1.2),
+            n=2,
+            logprobs=2,
+            prompt_logprobs=1,
+        )
+    assert used == warmed
+    assert {rank for rank, _ in warmed} == set(range(tp * pp))
