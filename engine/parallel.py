@@ -60,7 +60,7 @@ class Parallel:
         before: Hop | None = None,
         after: Hop | None = None,
         *,
-        on_host: bool = False,
+        staged: bool = False,
         sharers: int = 1,
     ) -> None:
         self.grid = grid
@@ -68,7 +68,7 @@ class Parallel:
         self._store = store
         self._row = row  # None when alone in it
         self._before, self._after = before, after  # None at the ends of the pipeline
-        self._on_host = on_host  # the groups move CPU memory
+        self._staged = staged  # activations are on a GPU, and the groups move CPU memory
         self._agreed = 0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,13 +77,13 @@ class Parallel:
         On CPUs it is added in rank order: a ring would add in an order that depends on an element's place,
         and a row's bits with it.
         """
-        return x if self._row is None else self._row.all_reduce(self._out(x)).to(x.device)
+        return x if self._row is None else self._back(self._row.all_reduce(self._out(x)), x.device)
 
     def gather_vocab(self, logits_SV: torch.Tensor) -> torch.Tensor:
         """The stage's vocabulary slices side by side."""
         if self._row is None:
             return logits_SV
-        return self._row.gather_columns(self._out(logits_SV)).to(logits_SV.device)
+        return self._back(self._row.gather_columns(self._out(logits_SV)), logits_SV.device)
 
     def agree_on_least(self, value: int) -> int:
         """The least of a number over all ranks. Slow: for the start."""
@@ -102,10 +102,13 @@ class Parallel:
     def recv_hidden(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Activations from the stage before. Both sides know their shape from the plan."""
         assert self._before is not None
-        return self._before.receive(shape, dtype).to(device)
+        return self._back(self._before.receive(shape, dtype), device)
 
     def _out(self, x: torch.Tensor) -> torch.Tensor:
-        return (x.cpu() if self._on_host else x).contiguous()
+        return (x.cpu() if self._staged else x).contiguous()
+
+    def _back(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return x.to(device) if self._staged else x
 
 
 class GroupRow:
@@ -212,7 +215,7 @@ def connect(grid: Grid, store: Store | None, host: str, device: torch.device, hi
         row() if grid.tp > 1 else None,
         None if grid.is_first_stage else hop(grid.rank - grid.tp),
         None if grid.is_last_stage else hop(grid.rank),
-        on_host=not nccl,
+        staged=device.type == "cuda" and not nccl,
         sharers=devices.count(devices[grid.rank]),
     )
 

@@ -89,9 +89,9 @@ class SharedRow:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, added in float32 in their order; in place where that is x's type."""
-        total = x.to(torch.float32).contiguous()
+        total = (x if x.dtype is torch.float32 else x.float()).contiguous()
         self._end.call("phalanx_shm_sum", total.data_ptr(), total.numel())
-        return total.to(x.dtype)
+        return total if x.dtype is torch.float32 else total.to(x.dtype)
 
     def gather_columns(self, x_SV: torch.Tensor) -> torch.Tensor:
         """The ranks' columns side by side."""
