@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 from engine.request import PositionLogprobs, Request, SamplingParams, TokenLogprob
@@ -224,9 +224,11 @@ def _pack_rows(rows: Sequence[Row]) -> Iterable[bytes]:
     """Column by column: a step waits for this, and a call per row would take longer than its way."""
     if rows:
         handles, starts, token_ids, blocks, samples = zip(*rows, strict=True)
-        yield _pack_ids((*handles, *starts, *map(len, token_ids), *map(len, blocks)))
+        growing = [index for index, ids in enumerate(blocks) if ids]  # few of those that decode
+        yield _pack_ids((len(growing), *handles, *starts, *map(len, token_ids)))
         yield bytes(samples)
         yield _pack_ids(tuple(chain.from_iterable(token_ids)))
+        yield _pack_ids((*growing, *(len(blocks[index]) for index in growing)))
         yield _pack_ids(tuple(chain.from_iterable(blocks)))
 
 
@@ -331,20 +333,25 @@ def _read_prompt(reader: _Reader) -> PromptLogprobs:
 
 
 def _read_rows(reader: _Reader, count: int) -> tuple[Row, ...]:
-    handles, starts, tokens, blocks = (reader.ids(count) for _ in range(4))
+    if count == 0:
+        return ()
+    ((growing,), handles, starts, lengths) = map(reader.ids, (1, count, count, count))
     samples = map(bool, reader.raw(count))
-    token_ids, block_ids = (_cut(reader.ids(sum(counts)), counts) for counts in (tokens, blocks))
-    fields = zip(handles, starts, token_ids, block_ids, samples, strict=True)
+    token_ids = _cut(reader.ids(sum(lengths)), lengths)
+    blocks: list[tuple[int, ...]] = [()] * count
+    indices, lengths = reader.ids(growing), reader.ids(growing)
+    for index, ids in zip(indices, _cut(reader.ids(sum(lengths)), lengths), strict=True):
+        if index >= count:
+            raise ValueError(f"blocks for row {index} of {count}")
+        blocks[index] = ids
+    fields = zip(handles, starts, token_ids, blocks, samples, strict=True)
     return tuple(map(partial(tuple.__new__, Row), fields))  # Row._make, without a Python call for each
 
 
-def _cut(ids: tuple[int, ...], counts: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
-    if not ids:
-        return repeat((), len(counts))
-    if len(ids) == len(counts) and 0 not in counts:  # one each
+def _cut(ids: tuple[int, ...], lengths: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+    if len(ids) == len(lengths) and 0 not in lengths:  # one each, as in decoding
         return zip(ids, strict=True)
-    ends = tuple(accumulate(counts, initial=0))
-    return [ids[start:end] for start, end in pairwise(ends)]
+    return [ids[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
 
 
 def _read_logprobs(reader: _Reader, count: int) -> tuple[PositionLogprobs | None, ...]:

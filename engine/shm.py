@@ -154,15 +154,17 @@ def _share(store: Store, name: str, rank: int, layout: _Layout, timeout: timedel
         store.set(f"{name}/memory", "" if made is None else _place(made))
     others = [int(store.get(f"{name}/pid/{other}")) for other in range(layout.ranks) if other != rank]
     place = store.get(f"{name}/memory").decode()
-    memory, lives = None, []
+    memory: mmap.mmap | None = None
+    lives: list[int] = []
     try:
         _library()
         memory = _map(place, layout.size)
-        lives = [os.pidfd_open(pid) for pid in others]
+        for pid in others:
+            lives.append(os.pidfd_open(pid))
     except (OSError, AttributeError) as error:  # Python may have been built without pidfd_open
         if place.startswith(_boot_id()):
             _log.warning("%s: ranks go over TCP, since they cannot share memory: %s", name, error)
-    store.set(f"{name}/mapped/{rank}", "yes" if memory is not None and lives else "no")
+    store.set(f"{name}/mapped/{rank}", "yes" if len(lives) == len(others) else "no")
     agreed = all(store.get(f"{name}/mapped/{other}") == b"yes" for other in range(layout.ranks))
     if made is not None:
         os.close(made)
