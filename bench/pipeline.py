@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import results
+from bench import render, results
 from bench.measures import prompts
 from bench.pipeline_plot import draw
 from bench.pipeline_spans import RecordingEngine, Span, busy_share, overlap_share, read, record
@@ -134,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
                     if draw(shown, f"{name}, TPxPP {layout}, batch {options.batch}", picture):
                         print(f"  drew {picture}", flush=True)
             results.save(options.docs / "bench", "layouts", rows, machine, stamp)
+    render.write(options.docs)
 
 
 if __name__ == "__main__":

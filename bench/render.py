@@ -59,6 +59,12 @@ The most memory that a contestant's processes have held together (VmHWM), when i
 run here. vLLM and we have a KV pool of 1 GiB, ours touched as it fills. The budget of a rank is its
 weights, its KV memory and 400 MB.
 """
+_LAYOUTS = """## More ranks on one machine
+
+Phalanx alone, one thread per rank, all requests at once (`python -m bench.pipeline`). Busy is the time that
+the ranks compute, sums over a row included; overlap is the time that both of the first two stages compute,
+of the time that either does. Pictures show steps of a pipeline from measured times, a colour per micro-batch.
+"""
 _QUANTISED = """## Quantised weights
 
 Weights in int8 with a scale per row, or int4 with a scale per row and 64 columns.
@@ -93,6 +99,8 @@ def document(sections: dict[str, dict[str, Any]]) -> str:
         parts += [_MIXED, _mixed(rows["mixed"])]
     if rows["latency"]:
         parts += [_LATENCY, _latency(rows["latency"])]
+    if rows["layouts"]:
+        parts += [_LAYOUTS, *_layouts(rows["layouts"])]
     if quantised or rows["quality"]:
         parts += [_QUANTISED, *_quantisation(quantised, rows["decode"]), *_quality(rows["quality"])]
     if rows["contestants"]:
@@ -229,6 +237,30 @@ def _latency(rows: list[Row]) -> str:
             for row in rows
         ],
     )
+
+
+def _layouts(rows: list[Row]) -> list[str]:
+    head = ["Layout", "Weights", "Batch", "Tokens/s", "beside one rank", "busy", "overlap", "measured"]
+    body, pictures = [], []
+    for row in rows:
+        point = ("shape", "weights", "batch")
+        single = [r["decode"] for r in rows if r["layout"] == "1x1" and _same(r, row, point)]
+        tp, pp = row["layout"].split("x")
+        body.append(
+            [
+                f"TP{tp} PP{pp} ({row['shape']})",
+                row["weights"],
+                str(row["batch"]),
+                f"{row['decode']:,.1f}",
+                f"{row['decode'] / single[0]:.2f}×" if single else "",
+                ", ".join(f"{share:.0%}" for share in row["busy"]),
+                "" if row["overlap"] is None else f"{row['overlap']:.0%}",
+                _when(row),
+            ]
+        )
+        if row["overlap"] is not None:
+            pictures.append(f"![Steps of TP{tp} PP{pp}](pipeline-{row['shape']}-{row['layout']}.svg)")
+    return [table(head, body), *dict.fromkeys(pictures)]
 
 
 def _memory(rows: list[Row]) -> str:
