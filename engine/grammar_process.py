@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.errors import ModelError
+from engine.json_schema import legal_strings
 from engine.link import die_with_parent
 from engine.request import Grammar, GrammarKind
 
@@ -103,7 +104,8 @@ def _compile(compiler: Any, grammar: Grammar) -> Any:
     whitespace = {"max_whitespace_cnt": _MOST_WHITESPACE}
     match grammar.kind:
         case "json_schema":
-            return compiler.compile_json_schema(grammar.source, **whitespace)
+            schema = json.dumps(legal_strings(json.loads(grammar.source)))
+            return compiler.compile_json_schema(schema, **whitespace)
         case "json_object":
             return compiler.compile_json_schema('{"type":"object","additionalProperties":true}', **whitespace)
         case "regex":

@@ -130,3 +130,24 @@ def _own(schema: dict[str, Any], at: str) -> Iterator[str]:
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+
+
+def legal_strings(schema: Any) -> Any:
+    """The same schema, with a pattern for strings of limited length.
+
+    Where a length is limited xgrammar lets control characters pass, which JSON has not.
+    """
+    if isinstance(schema, list):
+        return [legal_strings(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    rest = {
+        name: entry if name in ("enum", "const", "default", "examples") else legal_strings(entry)
+        for name, entry in schema.items()
+    }
+    kind = schema.get("type")
+    lengths = {"minLength", "maxLength"} & schema.keys()
+    if lengths and (kind == "string" or (isinstance(kind, list) and "string" in kind)):
+        most = rest.pop("maxLength", "")
+        rest["pattern"] = rf'^[^"\\\x00-\x1f]{{{rest.pop("minLength", 0)},{most}}}$'
+    return rest

@@ -5,12 +5,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.cluster import PHALANX
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 20
+
+# No test fails for its time: machines stall.
+hypothesis.settings.register_profile("phalanx", deadline=None)
+hypothesis.settings.load_profile("phalanx")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from phalanx.cli import cluster, sse
 from phalanx.cli.failure import Failure
 
 TOKENS = 200
-KILL_AT = 60
+KILL_AT = 40
 REQUEST: dict[str, Any] = {
     "prompt": "class Parser:\n    def __init__(self",
     "max_tokens": TOKENS,

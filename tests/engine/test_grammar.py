@@ -84,6 +84,18 @@ def test_an_output_is_followed_to_its_end(
     assert follow((*ids, 0)).finish == "stop"
 
 
+def test_strings_of_limited_length_hold_no_control_characters(
+    grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    follow = grammars.follow(asking(Grammar("json_schema", '{"type": "string", "maxLength": 3}')))
+    assert follow is not None
+    (legal,), (control,) = tokenizer.encode("é")[:1], tokenizer.encode("\x0e")
+    within = allowed(follow(tokenizer.encode('"a')).mask())
+    assert legal in within
+    assert control not in within
+    assert allowed(follow(tokenizer.encode('"abc')).mask()) == set(tokenizer.encode('"'))
+
+
 def test_stop_ids_end_an_output_only_where_the_grammar_may_end(
     grammars: Grammars, tokenizer: Tokenizer
 ) -> None:

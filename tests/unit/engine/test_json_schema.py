@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.json_schema import _ANNOTATIONS, _KEYWORDS, problem
+from engine.json_schema import _ANNOTATIONS, _KEYWORDS, legal_strings, problem
 
 NESTED: dict[str, Any] = {"type": "integer"}
 for _ in range(100):
@@ -88,3 +88,20 @@ values = st.recursive(
 def test_whatever_is_sent_gets_a_verdict(schema: Any) -> None:
     found = problem(json.dumps(schema))
     assert found is None or found.startswith("#")
+
+
+def test_only_limits_of_strings_become_patterns() -> None:
+    array = {"type": "array", "items": {"type": ["string", "null"], "minLength": 2}, "maxItems": 4}
+    schema = {
+        "type": "object",
+        "properties": {"type": {"type": "string", "maxLength": 3}, "b": array, "c": {"type": "string"}},
+        "enum": [{"type": "string", "maxLength": 3}],
+    }
+    assert legal_strings(schema) == {
+        **schema,
+        "properties": {
+            "type": {"type": "string", "pattern": r'^[^"\\\x00-\x1f]{0,3}$'},
+            "b": {**array, "items": {"type": ["string", "null"], "pattern": r'^[^"\\\x00-\x1f]{2,}$'}},
+            "c": {"type": "string"},
+        },
+    }
