@@ -169,6 +169,8 @@ def contest(
         ContestantError: one cannot be built.
     """
     running: list[Contestant] = []
+    # A driver that is told to end must not leave stopped processes behind, which nothing would ever wake.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         for entry in entries:
             python = vllm_python if entry.kind.startswith("vllm") else sys.executable
@@ -177,6 +179,7 @@ def contest(
     finally:
         for contestant in running:
             contestant.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def relays(entries: Sequence[Entry], weights: int, kv_bytes: int, room: int) -> list[list[Entry]]:
