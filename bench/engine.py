@@ -1,8 +1,9 @@
 """the engine beside transformers and vLLM: decode and prefill, on one machine, checkpoint and list of prompts
 
 Every contestant is a process of its own, stopped while another runs. Each point is run by all in turn, again
-and again, and the medians are compared: decode tokens/s from when every prompt has its first token, and
-prefill as the time to the last first token. Shares are of the limits measured in the same run (bench.limits).
+and again, and the medians are compared: decode tokens/s while all decode,
+and prefill as the time to the last first token. Shares are of the machine's limits (bench.limits), which are
+measured in every turn too: the clock of a shared machine is not the same for an hour.
 Where the CPU cannot multiply in bfloat16, the others compute in float32 too, in which they are faster there.
 Writes docs/bench/*.json, docs/benchmarks.md and its plot; what is not measured again stays, with its date.
 
@@ -37,9 +38,10 @@ from bench.options import add_contest_options, slow_bfloat16, taking_part
 from bench.protocol import Setup, Trace, Work
 from bench.shapes import SHAPES, Shape, checkpoint
 
-CONTESTANTS = ["phalanx", "transformers", "vllm", "vllm-eager"]
+CONTESTANTS = ["phalanx", "transformers", "vllm"]
 IN_FLOAT32 = ["transformers@float32", "vllm@float32"]
-WARM_UP_TOKENS = 4
+WARM_UP_PROMPT, WARM_UP_TOKENS = 32, 4
+TURN_READ_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,36 +52,37 @@ class Point:
     length: int
     new_tokens: int
 
-    def work(self, shape: Shape, repeat: int, new_tokens: int = 0) -> Work:
+    def work(self, shape: Shape, repeat: int) -> Work:
         """Prompts of this point and repeat alone: a prefix cache must find nothing."""
-        tokens = new_tokens or self.new_tokens
         seed = f"{self} {repeat}"
-        return Work(prompts(self.count, self.length, shape.vocab, seed), [tokens] * self.count)
+        return Work(prompts(self.count, self.length, shape.vocab, seed), [self.new_tokens] * self.count)
 
 
 def repeated(
     running: Sequence[Contestant], shape: Shape, point: Point, options: argparse.Namespace
-) -> Iterator[tuple[Contestant, list[Trace], Work]]:
-    """Each contestant with its traces: all run once to warm up, then in turn.
+) -> Iterator[tuple[Contestant, list[Trace], Work, Limits]]:
+    """Each contestant with its traces, and the machine's limits: a short prompt to warm up, then all in turn.
 
     Repeating ends early when the point has taken `options.budget` seconds.
     """
-    warm = point.work(shape, 0, min(WARM_UP_TOKENS, point.new_tokens))
+    warm = Point(1, WARM_UP_PROMPT, WARM_UP_TOKENS).work(shape, 0)
     for contestant in running:
         contestant.run(warm, options.timeout)
     traces: list[list[Trace]] = [[] for _ in running]
+    turns: list[Limits] = []
     end = time.monotonic() + options.budget
     for repeat in range(options.repeats):
         if repeat and time.monotonic() > end:
             break
         work = point.work(shape, repeat + 1)
+        turns.append(machine_limits.measured(options.threads, TURN_READ_BYTES))
         for contestant, its in zip(running, traces, strict=True):
             its.append(contestant.run(work, options.timeout))
     for contestant, its in zip(running, traces, strict=True):
         share = common_prefix(its[-1].token_ids, traces[0][-1].token_ids)
         if share < 1:
             print(f"    {contestant.entry}: {share:.0%} of first tokens are those of {running[0].entry}")
-        yield contestant, its, work
+        yield contestant, its, work, Limits.median(turns)
 
 
 def decode_row(
@@ -139,7 +142,7 @@ def contestant_row(shape: Shape, contestant: Contestant, peak: int) -> results.R
     }
 
 
-def measure(shape: Shape, options: argparse.Namespace, limits: Limits) -> dict[str, list[results.Row]]:
+def measure(shape: Shape, options: argparse.Namespace) -> dict[str, list[results.Row]]:
     """All points of one shape."""
     decodes = [Point(batch, options.prompt_tokens, options.new_tokens) for batch in options.batches]
     prefills = [
@@ -153,7 +156,7 @@ def measure(shape: Shape, options: argparse.Namespace, limits: Limits) -> dict[s
     print(f"\n{shape.name}: {shape.parameters / 1e6:.1f}M parameters")
     groups = relays(taking_part(options), shape.parameters, setup.kv_bytes, memory_left())
     for group in groups:
-        for section, found in compete(group, shape, setup, decodes, prefills, options, limits).items():
+        for section, found in compete(group, shape, setup, decodes, prefills, options).items():
             rows[section] += found
     return rows
 
@@ -165,7 +168,6 @@ def compete(
     decodes: Sequence[Point],
     prefills: Sequence[Point],
     options: argparse.Namespace,
-    limits: Limits,
 ) -> dict[str, list[results.Row]]:
     """All points of one shape for contestants that fit into memory together."""
     rows: dict[str, list[results.Row]] = {"contestants": [], "decode": [], "prefill": []}
@@ -177,14 +179,14 @@ def compete(
             print(f"  {ready.name}: up in {contestant.load_s:.1f} s, {ready.peak_bytes / 1e6:.0f} MB")
         for point in decodes:
             print(f"  decode, batch {point.count}", flush=True)
-            for contestant, traces, work in repeated(running, shape, point, options):
+            for contestant, traces, work, limits in repeated(running, shape, point, options):
                 row = decode_row(shape, contestant, point, traces, work, limits)
                 rows["decode"].append(row)
                 peaks[str(contestant.entry)] = traces[-1].peak_bytes
                 print(f"    {contestant.entry!s:<22} {say_decode(row)}", flush=True)
         for point in prefills:
             print(f"  prefill, {point.count} x {point.length}", flush=True)
-            for contestant, traces, _ in repeated(running, shape, point, options):
+            for contestant, traces, _, limits in repeated(running, shape, point, options):
                 row = prefill_row(shape, contestant, point, traces, limits)
                 rows["prefill"].append(row)
                 peaks[str(contestant.entry)] = traces[-1].peak_bytes
@@ -244,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     results.save(folder, "limits", [asdict(limits)], machine, stamp)
     for name in options.shapes:
         try:
-            sections = measure(SHAPES[name], options, limits)
+            sections = measure(SHAPES[name], options)
         except ContestantError as error:
             sys.exit(f"bench: {error}")
         for section, rows in sections.items():

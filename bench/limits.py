@@ -20,7 +20,7 @@ from bench.measures import Limits
 
 READ_BYTES = 1 << 30
 GEMM_SIZE = 2048
-REPEATS = 12
+REPEATS = 8
 
 
 def measured(threads: int, read_bytes: int = READ_BYTES, size: int = GEMM_SIZE) -> Limits:

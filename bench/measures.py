@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from bench.protocol import Trace, Work
 from bench.shapes import Shape
@@ -41,6 +41,11 @@ class Limits:
         """The better GEMM: nobody has to compute in the dtype of the weights."""
         return max(self.gemm_float32, self.gemm_bfloat16)
 
+    @staticmethod
+    def median(turns: Sequence[Limits]) -> Limits:
+        """Each limit's median over at least one turn."""
+        return Limits(*(statistics.median(values) for values in zip(*map(astuple, turns), strict=True)))
+
 
 def prompts(count: int, length: int, vocab: int, seed: int | str) -> list[list[int]]:
     """Prompts of random tokens: no two share a prefix, nor do those of different seeds."""
@@ -58,10 +63,17 @@ def first_token_s(trace: Trace) -> list[float]:
 
 
 def decode_rate(trace: Trace) -> float:
-    """Tokens per second from when every prompt has its first token to the last token of all."""
+    """Tokens per second while all decode: from the last one's first token to the first one's last token.
+
+    Where somebody is done before another begins, to the last token of all.
+    """
     start = max(at + wait for at, wait in zip(trace.submitted, first_token_s(trace), strict=True))
-    count = sum(len(indices) for at, indices in trace.events if at > start)
-    return count / (trace.events[-1][0] - start)
+    lasts = {index: at for at, indices in trace.events for index in indices}
+    end = min(lasts.values())
+    if end <= start:
+        end = trace.events[-1][0]
+    count = sum(len(indices) for at, indices in trace.events if start < at <= end)
+    return count / (end - start)
 
 
 def total_rate(trace: Trace) -> float:

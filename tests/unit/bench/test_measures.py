@@ -29,8 +29,20 @@ TRACE = Trace(
 )
 
 
-def test_decoding_counts_from_when_every_prompt_has_a_token() -> None:
-    assert decode_rate(TRACE) == pytest.approx(3 / 2.0)
+def test_decoding_counts_while_all_decode() -> None:
+    assert decode_rate(TRACE) == pytest.approx(2 / 0.5)
+
+
+def test_decoding_counts_to_the_end_when_one_is_done_before_another_begins() -> None:
+    trace = Trace(
+        [[5, 5], [6, 6, 6]], [0.0, 0.0], [(1.0, [0]), (2.0, [0]), (3.0, [1]), (4.0, [1]), (5.0, [1])]
+    )
+    assert decode_rate(trace) == pytest.approx(2 / 2.0)
+
+
+def test_limits_of_several_turns_are_their_medians() -> None:
+    turns = [Limits(1.0, 9.0, 3.0), Limits(3.0, 8.0, 2.0), Limits(2.0, 7.0, 1.0)]
+    assert Limits.median(turns) == Limits(2.0, 8.0, 2.0)
 
 
 def test_the_first_token_counts_from_a_prompts_own_arrival() -> None:

@@ -14,7 +14,7 @@ from bench.protocol import Setup
 
 
 def test_a_tiny_contest_writes_figures_and_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "measured", lambda threads: Limits(1e9, 1e9, 1e9))
+    monkeypatch.setattr(limits, "measured", lambda *_: Limits(1e9, 1e9, 1e9))
     engine.main(
         "--shapes tiny --only phalanx transformers --batches 2 --prompt-tokens 8 --new-tokens 4 --repeats 1 "
         f"--prefill-tokens 32 --prefill-prompts 2 --threads 1 --cache {tmp_path} --docs {tmp_path}".split()
