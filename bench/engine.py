@@ -40,7 +40,7 @@ from bench.shapes import SHAPES, Shape, checkpoint
 
 CONTESTANTS = ["phalanx", "transformers", "vllm"]
 IN_FLOAT32 = ["transformers@float32", "vllm@float32"]
-WARM_UP_PROMPT, WARM_UP_TOKENS = 32, 4
+WARM_UP_PROMPT, WARM_UP_TOKENS = 4, 4
 TURN_READ_BYTES = 1 << 28
 
 
