@@ -1,9 +1,9 @@
 """the engine beside transformers and vLLM: decode and prefill, on one machine, checkpoint and list of prompts
 
 Every contestant is a process of its own, stopped while another runs. Each point is run by all in turn, again
-and again, and the medians are compared: decode tokens/s while all decode,
-and prefill as the time to the last first token. Shares are of the machine's limits (bench.limits), which are
-measured in every turn too: the clock of a shared machine is not the same for an hour.
+and again, and the medians are compared: decode tokens/s while all decode, and prefill as the time to the last
+first token. Shares are of the machine's limits (bench.limits), which are measured in every turn too: the
+clock of a shared machine is not the same for an hour.
 Where the CPU cannot multiply in bfloat16, the others compute in float32 too, in which they are faster there.
 Writes docs/bench/*.json, docs/benchmarks.md and its plot; what is not measured again stays, with its date.
 

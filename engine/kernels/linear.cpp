@@ -48,34 +48,11 @@ inline void finish(const LinearCall& c, vf (&acc)[M][2], const char* const* p, l
   }
 }
 
-// Lays rows [row, row + M) of x out by pairs of k: [K / 2][M][2]. Four rows at a time are transposed in registers.
-inline void pack_rows(const LinearCall& c, double* to, long row, long M) {
-  const double* x = reinterpret_cast<const double*>(c.x + row * c.K);  // a pair is moved as one number
-  const long pairs = c.K / 2;
-  long m = 0;
-  for (; m + 4 <= M; m += 4) {
-    long i = 0;
-    for (; i + 8 <= pairs; i += 8) {
-      vd r[4], halves[4];
-      for (int n = 0; n < 4; ++n) memcpy(&r[n], x + (m + n) * pairs + i, sizeof r[n]);
-      for (int n = 0; n < 2; ++n) {
-        halves[n] = __builtin_shufflevector(r[2 * n], r[2 * n + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-        halves[n + 2] = __builtin_shufflevector(r[2 * n], r[2 * n + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-      }
-      for (int odd = 0; odd < 2; ++odd) {
-        const vd a = halves[2 * odd], b = halves[2 * odd + 1];
-        const vd low = __builtin_shufflevector(a, b, 0, 1, 8, 9, 2, 3, 10, 11);
-        const vd high = __builtin_shufflevector(a, b, 4, 5, 12, 13, 6, 7, 14, 15);
-        double* y = to + (i + odd) * M + m;
-        memcpy(y, &low, 32), memcpy(y + 2 * M, reinterpret_cast<const double*>(&low) + 4, 32);
-        memcpy(y + 4 * M, &high, 32), memcpy(y + 6 * M, reinterpret_cast<const double*>(&high) + 4, 32);
-      }
-    }
-    for (; i < pairs; ++i)
-      for (int n = 0; n < 4; ++n) to[i * M + m + n] = x[(m + n) * pairs + i];
-  }
-  for (; m < M; ++m)
-    for (long i = 0; i < pairs; ++i) to[i * M + m] = x[m * pairs + i];
+// Lays rows [row, row + M) of x out by pairs of k: [K / 2][M][2].
+inline void pack_rows(const LinearCall& c, float* to, long row, long M) {
+  const float* x = c.x + row * c.K;
+  for (long k = 0; k < c.K; k += 2)
+    for (long m = 0; m < M; ++m, to += 2) memcpy(to, x + m * c.K + k, 8);
 }
 
 template <class W>
@@ -184,7 +161,7 @@ void linear(const LinearCall& c, int threads) {
           if (ROUNDS_X<W>)
             pack_rows_bf16(c, packed + a * c.K, row + a, M);
           else
-            pack_rows(c, reinterpret_cast<double*>(packed + a * c.K), row + a, M);
+            pack_rows(c, packed + a * c.K, row + a, M);
         }
       }
     }

@@ -13,7 +13,6 @@ constexpr int V = 16;  // elements of a vector; columns of a panel; tokens of a 
 
 typedef float vf __attribute__((vector_size(64)));
 typedef float vf_u __attribute__((vector_size(64), aligned(4)));
-typedef double vd __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int8_t vb __attribute__((vector_size(16), aligned(1)));
