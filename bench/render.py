@@ -34,8 +34,8 @@ _DECODE = """## Decode
 Prompts of 128 tokens, 64 new tokens of each, greedy, weights in bfloat16. Tokens/s count while all decode:
 from the last prompt's first token to the first prompt's last one. A step reads every weight once, so
 tokens/s ÷ batch × bytes of weights is the memory traffic that they imply. Its share of the memory limit
-matters at small batches, the share of the GEMM limit at large ones; the dashed lines are what the lower of the two limits
-allows. A contestant with `float32` behind its name computes the same checkpoint in float32.
+matters at small batches, the share of the GEMM limit at large ones; the dashed lines are what the lower of
+the two limits allows. A contestant with `float32` behind its name computes the same checkpoint in float32.
 """
 _PREFILL = """## Prefill
 
