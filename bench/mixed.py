@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,8 +57,8 @@ def tuned(entry: Entry, setup: Setup, work: Work, options: argparse.Namespace) -
     return best
 
 
-def measure(shape: Shape, work: Work, options: argparse.Namespace) -> list[results.Row]:
-    """Everyone on one shape."""
+def measure(shape: Shape, work: Work, options: argparse.Namespace) -> Iterator[results.Row]:
+    """Everyone on one shape, one after the other."""
     longest = max(len(prompt) + new for prompt, new in zip(work.prompts, work.new_tokens, strict=True))
     setup = Setup(
         str(checkpoint(shape, options.cache).absolute()),
@@ -67,29 +68,25 @@ def measure(shape: Shape, work: Work, options: argparse.Namespace) -> list[resul
         max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens,
     )
-    rows = []
     for entry in taking_part(options):
         own = setup
         if entry.kind == TUNED and options.tune_requests:
             own = tuned(entry, setup, work, options)
         trace = run(entry, own, work, options)
         rate, seconds = tokens_per_s(work, trace), trace.events[-1][0]
-        rows.append(
-            {
-                "shape": shape.name,
-                "contestant": str(entry),
-                "requests": len(work.prompts),
-                "prompt_tokens": sum(map(len, work.prompts)),
-                "output_tokens": sum(work.new_tokens),
-                "tokens_per_s": rate,
-                "output_tokens_per_s": sum(work.new_tokens) / seconds,
-                "seconds": seconds,
-                "max_running": own.max_running,
-                "max_batch_tokens": own.max_batch_tokens,
-            }
-        )
         print(f"  {entry!s:<22} {rate:8.0f} tokens/s, {seconds:.1f} s", flush=True)
-    return rows
+        yield {
+            "shape": shape.name,
+            "contestant": str(entry),
+            "requests": len(work.prompts),
+            "prompt_tokens": sum(map(len, work.prompts)),
+            "output_tokens": sum(work.new_tokens),
+            "tokens_per_s": rate,
+            "output_tokens_per_s": sum(work.new_tokens) / seconds,
+            "seconds": seconds,
+            "max_running": own.max_running,
+            "max_batch_tokens": own.max_batch_tokens,
+        }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,10 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
         total = sum(map(len, work.prompts)), sum(work.new_tokens)
         print(f"{name}: {len(lengths)} requests, {total[0]} prompt and {total[1]} output tokens", flush=True)
         try:
-            rows = measure(shape, work, options)
+            for row in measure(shape, work, options):
+                results.save(options.docs / "bench", "mixed", [row], machine, stamp)
         except ContestantError as error:
             sys.exit(f"bench: {error}")
-        results.save(options.docs / "bench", "mixed", rows, machine, stamp)
     render.write(options.docs)
 
 
