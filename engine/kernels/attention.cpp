@@ -10,6 +10,7 @@ namespace {
 
 constexpr int TILE = 64;  // keys that share a step of the online softmax
 constexpr int BLOCKS = TILE / V;
+constexpr float LOG2_E = 1.44269504f;  // scores are logarithms to base 2, whose powers cost less
 
 struct AttentionCall {
   float* qkv;  // [T, (H + 2K) E]; queries and keys are rotated in place
@@ -64,7 +65,7 @@ void remember(const AttentionCall& c, long t) {
     float* head = q + h * E;
     const float* norm = h < c.H ? c.q_norm : c.k_norm;
     if (norm) scale_by(head, head, norm, 1.0f / __builtin_sqrtf(mean_square(head, E) + c.eps), E);
-    rotate(head, cosine, sine, half, h < c.H ? c.scale : 1.0f);
+    rotate(head, cosine, sine, half, h < c.H ? c.scale * LOG2_E : 1.0f);
   }
   const int32_t* sequence = c.sequences + sequence_of(c, t) * 4;
   const long block = c.tables[sequence[0] * c.stride + position / V];
@@ -104,8 +105,9 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
     seen[r] = sequence[3] + token + 1;
     from[r] = c.window && seen[r] > c.window ? seen[r] - c.window : 0;
   }
-  float top[R], total[R];
-  for (int r = 0; r < R; ++r) top[r] = -__builtin_inff(), total[r] = 0;
+  float top[R];
+  vf total[R];
+  for (int r = 0; r < R; ++r) top[r] = -__builtin_inff(), total[r] = vf{};
   constexpr int NV = R <= 4 ? 4 : 2;  // panels at a time: enough independent sums to hide their latency
   const char *keys[2][BLOCKS], *values[BLOCKS];
   long place[BLOCKS];
@@ -147,12 +149,12 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
       const float shift = new_top == -__builtin_inff() ? 0 : new_top;  // a row that has seen no key yet
       vf tile_total = {};
       for (int b = 0; b < BLOCKS; ++b) {
-        const vf e = exp(scores[b] - shift);
+        const vf e = exp2_below_0(scores[b] - shift);
         tile_total += e;
         store(p[r] + b * V, e);
       }
-      keep[r] = exp(splat(top[r] - shift))[0];
-      total[r] = total[r] * keep[r] + sum(tile_total);
+      keep[r] = top[r] == new_top ? 1.0f : exp2_below_0(splat(top[r] - shift))[0];
+      total[r] = total[r] * keep[r] + tile_total;
       top[r] = new_top;
     }
     for (long e = 0; e < S; e += NV * V) {
@@ -175,7 +177,7 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
   for (int r = 0; r < R; ++r) {
     const long token = (first_row + r) / G, head = kv * G + (first_row + r) % G;
     float* out = c.out + (sequence[1] + token) * c.H * E + head * E;
-    const float a = 1.0f / total[r];
+    const float a = 1.0f / sum(total[r]);
     for (long e = 0; e < E; e += V) put(out + e, load(sums + r * S + e) * a, E - e);
   }
 }

@@ -64,6 +64,20 @@ inline vf exp(vf x) {
   return select(under, vf{}, p * (vf)scale);
 }
 
+// 2^x for x <= 0 to about 2 ulp: 2^n times a polynomial of the rest (Cephes exp2f); 0 below -126.
+inline vf exp2_below_0(vf x) {
+  const vf clamped = max(x, splat(-127.0f)), n = __builtin_elementwise_roundeven(clamped), r = clamped - n;
+  vf p = splat(1.535336188319500e-4f);
+  p = fma(p, r, splat(1.339887440266574e-3f));
+  p = fma(p, r, splat(9.618437357674640e-3f));
+  p = fma(p, r, splat(5.550332471162809e-2f));
+  p = fma(p, r, splat(2.402264791363012e-1f));
+  p = fma(p, r, splat(6.931472028550421e-1f));
+  p = fma(p, r, splat(1.0f));
+  const vi scaled = (vi)p + (__builtin_convertvector(n, vi) << 23);
+  return select(x < splat(-126.0f), vf{}, (vf)scaled);
+}
+
 // Natural logarithm of normal, positive numbers to about 2 ulp (Cephes logf).
 inline vf log(vf x) {
   vi exponent = (((vi)x >> 23) & 255) - 126;
