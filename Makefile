@@ -63,6 +63,8 @@ $(ENV): pyproject.toml hatch_build.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Building $(VENV): a minute or two'
 	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev]'
+	@# On all cores, and once: every engine imports torch, also where PYTHONDONTWRITEBYTECODE is set.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@ $(STUBS)
 
 $(STUBS): $(ENV) $(wildcard protos/phalanx/v1/*.proto engine/kernels/*.cpp engine/kernels/*.h)
