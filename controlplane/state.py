@@ -8,6 +8,7 @@ Does not own: decisions (`reconcile`), I/O (`etcd`, `memory`), what each record 
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -124,6 +125,7 @@ class ShardRecord:
     rendezvous: str = ""
     model_hash: str = ""
     max_model_len: int = 0
+    life: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ def encode(record: Record) -> bytes:
     return _to_message(record).SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
 
+@functools.lru_cache(4096)  # whoever follows the cluster reads all of it on every change of one record
 def decode(cls: type[R], value: bytes) -> R:
     """The record in `value`.
 
@@ -227,6 +230,14 @@ class Keys:
     def root(self) -> str:
         """The prefix of everything."""
         return f"/phalanx/{self.cluster}/"
+
+    def checkpoints(self, resume_key: str) -> str:
+        """The prefix of a request's checkpoint. Not below `root`, which everybody watches."""
+        return f"/phalanx.requests/{self.cluster}/{resume_key}/"
+
+    def checkpoint(self, resume_key: str, part: int) -> str:
+        """A part of a request's checkpoint."""
+        return f"{self.checkpoints(resume_key)}{part:08d}"
 
     @property
     def leader(self) -> str:
