@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import select
 from collections import deque
+from collections.abc import Callable
 
 from engine.channel import HasFileno, PlanHub
 from engine.grammar import Grammars
 from engine.plan import Sampled
-from engine.request import Delta, Load, Request
+from engine.request import Delta, Load, Request, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 
@@ -47,9 +48,10 @@ class EngineCore:
         """Forget a request; see Scheduler.cancel."""
         self._scheduler.cancel(request_id, choice)
 
-    def launch(self, now: float) -> int:
-        """Start as many steps as may be in flight; returns how many are."""
+    def launch(self, now: float, began: Callable[[int], None] = lambda tokens: None) -> int:
+        """Start as many steps as may be in flight; returns how many are. `began` hears the tokens of each."""
         while plan := self._scheduler.schedule(now):
+            began(plan.tokens)
             if self._hub is not None:
                 self._hub.broadcast(plan)
             sampled = self._runner.run(plan)
@@ -65,6 +67,14 @@ class EngineCore:
             assert self._hub is not None
             sampled = self._hub.receive(self._sampler)
         return sampled.step, self._scheduler.apply(sampled, now)
+
+    def canary(self, now: float) -> None:
+        """Run a small request to its end: every communicator works and every rank answers. Not while busy."""
+        assert not self.busy, "its tokens would be mixed with those of others"
+        self.submit(Request("canary", (0,), SamplingParams(0.0), max_tokens=1, ignore_eos=True), now)
+        while self.busy:
+            self.launch(now)
+            self.collect(now)
 
     def wait(self, beside: HasFileno) -> None:
         """Sleep until `beside` can be read. Raises EngineError when another rank goes meanwhile."""

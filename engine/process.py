@@ -24,11 +24,14 @@ from engine.link import Link, LinkClosedError, die_with_parent
 from engine.rank import Member, join
 from engine.request import Delta, Refusal
 from engine.wire import (
+    Alive,
+    Began,
     CancelRequest,
     EngineFailed,
     EngineReady,
     Loading,
     Message,
+    Probe,
     Rendezvous,
     StartEngine,
     Step,
@@ -49,9 +52,14 @@ def main() -> None:
         help="outlive the thread that started this process: only the closed socket ends it",
     )
     arguments = parser.parse_args()
+    run(arguments.fd, survive_thread=arguments.survive_thread)
+
+
+def run(fd: int, *, survive_thread: bool) -> None:
+    """Run a rank until the socket `fd` closes; never returns."""
     logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
-    link = Link.inherited(arguments.fd)
-    if not arguments.survive_thread:
+    link = Link.inherited(fd)
+    if not survive_thread:
         die_with_parent()
     code = 0
     try:
@@ -81,14 +89,20 @@ def _run(link: Link) -> None:
         meet=lambda: _meet(link, early),
         progress=lambda fraction: link.send(Loading(fraction)),
     )
-    identity = engine_identity(engine, member.config)
-    link.send(
-        EngineReady(identity, member.max_model_len, member.config.vocab_size, member.config.eos_token_ids)
-    )
+    config, identity = member.config, engine_identity(engine, member.config)
+    step_s = 0.0 if member.core is None else _timed_canary(member.core)
+    link.send(EngineReady(identity, member.max_model_len, config.vocab_size, config.eos_token_ids, step_s))
     if member.core is not None:
         _lead(member.core, link, early)
     else:
         _follow(member, link)
+
+
+def _timed_canary(core: EngineCore) -> float:
+    """How long a small step of the whole group takes, in seconds."""
+    began = time.monotonic()
+    core.canary(time.time())
+    return time.monotonic() - began
 
 
 def _meet(link: Link, early: list[Message]) -> str:
@@ -110,12 +124,16 @@ def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
     gate = Gate(core.grammars, link)
     messages: Iterable[Message] = early
     while True:
-        accepted, failed, finished = _take(core, gate.passing(messages))
+        accepted, failed, finished, probed = _take(core, gate.passing(messages))
         if accepted or failed or finished or core.load != told:
             told = core.load
             link.send(Step(step, told, accepted, finished, failed))
+        if probed:
+            if not core.busy:
+                core.canary(time.time())
+            link.send(Alive())
         if core.busy:
-            core.launch(time.time())
+            core.launch(time.time(), lambda tokens: link.send(Began(tokens)))
             step, deltas = core.collect(time.time())
             told = core.load
             link.send(Step(step, told, deltas=deltas))
@@ -126,11 +144,12 @@ def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
 
 def _take(
     core: EngineCore, messages: Iterable[Message]
-) -> tuple[tuple[str, ...], tuple[Refusal, ...], tuple[Delta, ...]]:
-    """Apply commands; returns the requests accepted, those refused, and choices that ended at once."""
+) -> tuple[tuple[str, ...], tuple[Refusal, ...], tuple[Delta, ...], bool]:
+    """Apply commands: requests accepted, refused, choices that ended at once, and whether one is a probe."""
     accepted: list[str] = []
     failed: list[Refusal] = []
     finished: list[Delta] = []
+    probed = False
     for message in messages:
         match message:
             case SubmitRequest(request):
@@ -141,9 +160,11 @@ def _take(
                     failed.append(Refusal(request.id, error.reason, error.message))
             case CancelRequest(request_id, choice):
                 core.cancel(request_id, choice)
+            case Probe():
+                probed = True
             case _:
                 raise EngineError("INTERNAL", f"unexpected {type(message).__name__}")
-    return tuple(accepted), tuple(failed), tuple(finished)
+    return tuple(accepted), tuple(failed), tuple(finished), probed
 
 
 def _follow(member: Member, link: Link) -> None:

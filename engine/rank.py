@@ -24,7 +24,6 @@ from engine.config import (
 )
 from engine.errors import ModelError
 from engine.locate import check_weights
-from engine.request import Request, SamplingParams
 from engine.stages import stage_layers
 from engine.validation import blocks_per_sequence
 
@@ -143,17 +142,9 @@ def join(
         if grid.rank != 0:
             return Member(config, max_model_len, runner, None, link)
         core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len)
-        warm(core)
+        core.canary(time.time())  # communicators are built now, not under the first request
         undo.pop_all()
         return Member(config, max_model_len, runner, core, None)
-
-
-def warm(core: EngineCore) -> None:
-    """Run a small request to its end: every communicator is built and every rank has answered."""
-    core.submit(Request("warm-up", (0,), SamplingParams(0.0), max_tokens=2, ignore_eos=True), time.time())
-    while core.busy:
-        core.launch(time.time())
-        core.collect(time.time())
 
 
 def _kv_bytes(engine: EngineConfig, sharers: int) -> int:

@@ -76,6 +76,11 @@ class CancelRequest:
     choice: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Show that every rank computes (leader only). `Alive` answers, after a canary if there is no work."""
+
+
 # Engine to worker
 
 
@@ -88,12 +93,16 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """The whole group has run a step together (rank 0), or this rank has joined it (the others)."""
+    """The whole group has run a step together (rank 0), or this rank has joined it (the others).
+
+    `step_s`: how long a small step of the whole group took; of rank 0.
+    """
 
     model_hash: str
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    step_s: float = dataclasses.field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,18 @@ class Step:
     accepted: tuple[str, ...] = ()
     deltas: tuple[Delta, ...] = ()
     failed: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """A step of so many tokens begins. A `Step` with its number follows when it has ended."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The answer to `Probe`."""
 
 
 # Worker to text process
@@ -200,7 +221,8 @@ class NotEncoded:
 # deltas of that choice come back with no tokens and must be dropped.
 
 Message = Union[  # noqa: UP007 - a union of this length reads better so
-    StartEngine, Rendezvous, SubmitRequest, CancelRequest, Loading, EngineReady, EngineFailed, Step,
+    StartEngine, Rendezvous, SubmitRequest, CancelRequest, Probe, Loading, EngineReady, EngineFailed, Step,
+    Began, Alive,
     StartText, Encode, Track, Forget, TextReady, Encoded, NotEncoded,
 ]  # fmt: skip
 _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in typing.get_args(Message)}

@@ -12,7 +12,10 @@ from engine.wire import EngineReady, Message, StartEngine, StartText
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """This boot of the worker holds `rank` of a replica in `epoch`."""
+    """This boot of the worker holds `rank` of a replica in `epoch`.
+
+    `life` counts how often the leader has formed the replica anew since; `addresses` are those of the ranks.
+    """
 
     replica: str
     rank: int
@@ -24,6 +27,13 @@ class Assigned:
     max_model_len: int = 0
     load_format: str = ""
     quantization: str = ""
+    addresses: tuple[str, ...] = ()
+    life: int = 0
+
+    @property
+    def era(self) -> tuple[int, int]:
+        """Epoch and life: it only grows."""
+        return self.epoch, self.life
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +43,40 @@ class Unassigned:
 
 @dataclass(frozen=True, slots=True)
 class RendezvousSeen:
-    """Rank 0 of this replica and epoch says where the group meets."""
+    """Rank 0 of this replica, epoch and life says where the group meets."""
 
     epoch: int
     address: str
+    life: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PeerFailed:
-    """Another shard of this replica and epoch has failed: the whole group has."""
+    """Another shard of this replica, epoch and life has failed: the whole group has."""
 
     epoch: int
     rank: int
     reason: str
     permanent: bool
+    life: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """The replica that this worker leads has failed in this life, and nobody else forms it anew."""
+
+    epoch: int
+    life: int
+
+
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """The leader of this worker's replica forms it anew and says where the group meets."""
+
+    replica: str
+    epoch: int
+    life: int
+    rendezvous: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +104,39 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class Hung:
+    """An engine that lives computes no more. `status` completes a sentence, as that of `Exited`."""
+
+    child: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoodStill:
+    """This process has not run for so long that its place may be another's by now."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The worker is shutting down."""
 
 
-Event = Assigned | Unassigned | RendezvousSeen | PeerFailed | Spawned | Received | Exited | Stop
+Event = (
+    Assigned
+    | Unassigned
+    | RendezvousSeen
+    | PeerFailed
+    | Abandoned
+    | Formed
+    | Spawned
+    | Received
+    | Exited
+    | Hung
+    | StoodStill
+    | Stop
+)
 
 # Instructions
 
@@ -115,6 +173,17 @@ class SendRendezvous:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """Ask the worker at an address for its engine of a life of the replica."""
+
+    address: str
+    replica: str
+    epoch: int
+    life: int
+    rendezvous: str
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
     """Make this the shard's status in the store; replaces what is not yet written."""
 
@@ -146,4 +215,6 @@ class EndServing:
     reason: str
 
 
-Instruction = SpawnEngine | SpawnText | Kill | SendRendezvous | Publish | Withdraw | BeginServing | EndServing
+Instruction = (
+    SpawnEngine | SpawnText | Kill | SendRendezvous | Form | Publish | Withdraw | BeginServing | EndServing
+)

@@ -33,6 +33,7 @@ def observe(snapshot: Snapshot, worker: str, incarnation: str) -> list[Event]:
             max_model_len=deployment.max_model_len,
             load_format=deployment.load_format,
             quantization=deployment.quantization,
+            addresses=tuple(member.address for member in assigned.assignment.members),
         )
     ]
     for other in range(len(assigned.assignment.members)):
@@ -40,7 +41,7 @@ def observe(snapshot: Snapshot, worker: str, incarnation: str) -> list[Event]:
         if other == rank or shard is None:
             continue
         if other == 0 and shard.rendezvous:
-            events.append(RendezvousSeen(assigned.epoch, shard.rendezvous))
+            events.append(RendezvousSeen(assigned.epoch, shard.rendezvous, shard.life))
         if shard.state is ShardState.FAILED:
-            events.append(PeerFailed(assigned.epoch, other, shard.reason, shard.permanent))
+            events.append(PeerFailed(assigned.epoch, other, shard.reason, shard.permanent, shard.life))
     return events

@@ -16,11 +16,15 @@ from dataclasses import dataclass, replace
 
 from controlplane.state import ShardRecord, ShardState
 from dataplane.shard.events import (
+    Abandoned,
     Assigned,
     BeginServing,
     EndServing,
     Event,
     Exited,
+    Form,
+    Formed,
+    Hung,
     Instruction,
     Kill,
     PeerFailed,
@@ -31,12 +35,14 @@ from dataplane.shard.events import (
     Spawned,
     SpawnEngine,
     SpawnText,
+    StoodStill,
     Stop,
     Unassigned,
     Withdraw,
 )
 from engine.wire import EngineFailed, EngineReady, Message, Rendezvous, StartEngine, StartText, TextReady
 
+LIFE_BITS = 16  # of the number that an engine knows its epoch and life by
 MAX_REASON = 1000  # characters: it travels in the store and in gRPC trailers
 
 
@@ -81,16 +87,26 @@ class Supervisor:
                 return self._unassigned()
             case RendezvousSeen():
                 return self._rendezvous_seen(event)
-            case PeerFailed(epoch, rank, reason, permanent):
-                if self._place is None or self._place.epoch != epoch:
+            case PeerFailed(epoch, rank, reason, permanent, life):
+                if self._place is None or self._place.era != (epoch, life):
                     return []
                 return self._fail(f"shard {rank} failed: {reason}", permanent)
+            case Abandoned(epoch, life):
+                return self._abandoned(epoch, life)
+            case Formed():
+                return self._formed(event)
             case Spawned(child, pid):
                 return self._spawned(child, pid)
             case Received(child, message):
                 return self._received(child, message)
             case Exited(child, status):
                 return self._exited(child, status)
+            case Hung(child, status):
+                known = self._engine is not None and self._engine.id == child
+                return self._fail(f"the engine {status}", permanent=False) if known else []
+            case StoodStill(seconds):
+                # Others have gone on without this rank. What it would still say is of the past.
+                return self._fail(f"the worker stood still for {seconds:.1f} s", permanent=False)
             case Stop():
                 return self._stop()
 
@@ -106,7 +122,7 @@ class Supervisor:
 
     def _assigned(self, place: Assigned) -> list[Instruction]:
         past = self._place
-        if past is not None and place.replica == past.replica and place.epoch <= past.epoch:
+        if past is not None and place.replica == past.replica and place.era <= past.era:
             return []
         todo = self._end("the replica is formed anew") + self._kill_engine()
         if past is not None and (past.replica, past.rank) != (place.replica, place.rank):
@@ -122,7 +138,7 @@ class Supervisor:
             tp=place.tp,
             pp=place.pp,
             rank=place.rank,
-            epoch=place.epoch,
+            epoch=place.epoch << LIFE_BITS | place.life,
             host=self._host,
             device=self._device,
             dtype=place.dtype,
@@ -142,8 +158,25 @@ class Supervisor:
             incarnation=self._incarnation,
             state=ShardState.STARTING,
             text_pid=self._text.pid if self._text else 0,
+            life=place.life,
         )
         return [*todo, Publish(self._record)]
+
+    def _abandoned(self, epoch: int, life: int) -> list[Instruction]:
+        """Form the replica anew, as it was: the others are asked once its engine says where to meet."""
+        place, record = self._place, self._record
+        if place is None or record is None or place.era != (epoch, life) or place.rank != 0:
+            return []
+        if record.state is not ShardState.FAILED or record.permanent:
+            return []
+        return self._assigned(replace(place, life=life + 1))
+
+    def _formed(self, event: Formed) -> list[Instruction]:
+        place = self._place
+        if place is None or (place.replica, place.epoch) != (event.replica, event.epoch) or place.rank == 0:
+            return []
+        todo = self._assigned(replace(place, life=event.life))
+        return todo + self._rendezvous_seen(RendezvousSeen(event.epoch, event.rendezvous, event.life))
 
     def _unassigned(self) -> list[Instruction]:
         if self._place is None:
@@ -162,7 +195,7 @@ class Supervisor:
         place, engine = self._place, self._engine
         if place is None or engine is None or self._rendezvous_sent:
             return []
-        if place.epoch != event.epoch or place.rank == 0:
+        if place.era != (event.epoch, event.life) or place.rank == 0:
             return []
         self._rendezvous_sent = True
         return [SendRendezvous(engine.id, event.address)]
@@ -181,7 +214,7 @@ class Supervisor:
         text = self._text if self._text and self._text.id == child else None
         match message:
             case Rendezvous(address) if engine:
-                return self._publish(rendezvous=address)
+                return self._publish(rendezvous=address) + self._ask_others(address)
             case EngineReady() if engine:
                 engine.ready, self._limits = True, message
                 return self._begin()
@@ -191,6 +224,16 @@ class Supervisor:
             case EngineFailed(reason, explanation, permanent) if engine or text:
                 return self._fail(f"{reason}: {explanation}", permanent)
         return []
+
+    def _ask_others(self, rendezvous: str) -> list[Instruction]:
+        """Of a life that no assignment has begun, only the leader can tell the other ranks."""
+        place = self._place
+        if place is None or place.life == 0:
+            return []
+        return [
+            Form(address, place.replica, place.epoch, place.life, rendezvous)
+            for address in place.addresses[1:]
+        ]
 
     def _exited(self, child: int, status: str) -> list[Instruction]:
         if self._engine and self._engine.id == child:

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
-from controlplane.state import Keys, Snapshot, WorkerRecord
+from controlplane.state import Keys, ShardRecord, ShardState, Snapshot, WorkerRecord
 from controlplane.store import Store
-from dataplane.registration import Registration
+from dataplane.registration import LEASE_TTL_S, Registration
 from dataplane.shard import tracing
 from dataplane.shard.events import (
+    Abandoned,
     BeginServing,
     EndServing,
     Event,
     Exited,
+    Form,
+    Formed,
+    Hung,
     Instruction,
     Kill,
     Publish,
@@ -34,18 +41,28 @@ from dataplane.shard.events import (
     Spawned,
     SpawnEngine,
     SpawnText,
+    StoodStill,
     Stop,
     Withdraw,
 )
+from dataplane.shard.launch import ForkServer, Launch, spawn
 from dataplane.shard.leader import Leader
 from dataplane.shard.observe import observe
 from dataplane.shard.process import Child
 from dataplane.shard.server import SERVICE, ShardServer
 from dataplane.shard.supervisor import Supervisor
-from engine.wire import Encoded, Loading, Message, NotEncoded, Rendezvous, Step
+from dataplane.shard.watchdog import CHECK_S, Probe, Silent, Watchdog
+from engine import wire
+from engine.wire import Alive, Began, Encoded, Loading, Message, NotEncoded, Rendezvous, Step
 from phalanx.runtime import rpc
-from phalanx.v1 import shard_pb2_grpc
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import shard_pb2, shard_pb2_grpc
 
+PATIENCE_S, PATIENCE_CAP_S = 0.5, 30.0
+"""How long a controller has to form anew what has failed: it may know of a better place, or that nobody wants
+the replica. Longer each time that a life fails within `LIVED_S`."""
+LIVED_S = 60.0
+_ASK_AGAIN_S, _ASK_TIMEOUT_S = 0.5, 2.0
 _STREAMS_END_S = 0.5
 
 log = logging.getLogger(__name__)
@@ -64,10 +81,11 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """How children are started; `--fd N` is appended."""
+    """How children are started; `--fd N` is appended. Engines are forked where there is a `forkserver`."""
 
     engine: tuple[str, ...] = (sys.executable, "-m", "engine.process")
     text: tuple[str, ...] = (sys.executable, "-m", "engine.text")
+    forkserver: tuple[str, ...] = ()
 
 
 class Worker:
@@ -82,13 +100,16 @@ class Worker:
         # A wildcard is no address that others could reach.
         self._host = identity.host if host in ("0.0.0.0", "[::]", "") else host  # noqa: S104  # compared only
         self._supervisor = Supervisor(identity.name, self.incarnation, self._host, identity.device)
-        self._service = ShardServer(identity.name)
+        self._service = ShardServer(identity.name, self._form)
         self._children: dict[int, Child] = {}
         self._serving: BeginServing | None = None
         self._text = 0
         # The epochs of the steps that are with the text process, which outlives epochs.
         self._with_text: deque[int] = deque()
+        self._watchdog: Watchdog | None = None  # of the engine that serves
         self._health_changed = asyncio.Event()
+        self._forkserver = ForkServer(self._commands.forkserver) if self._commands.forkserver else None
+        self._failed, self._failed_at = 0, -math.inf  # lives that failed soon after one another
 
     async def run(self, stop: asyncio.Event, on_listening: Callable[[str], None]) -> None:
         """Serve until `stop`; `on_listening` hears the address. Raises OSError when it cannot listen."""
@@ -113,7 +134,10 @@ class Worker:
                     self._tasks.create_task(self._registration.run()),
                     self._tasks.create_task(self._watch()),
                     self._tasks.create_task(self._report_health(health)),
+                    self._tasks.create_task(self._watch_engine()),
                 ]
+                if self._forkserver is not None:
+                    background.append(self._tasks.create_task(self._forkserver.run()))
                 on_listening(address)
                 await stop.wait()
                 self._handle(Stop())  # the children's tasks end as they are killed
@@ -129,12 +153,76 @@ class Worker:
             for event in observe(snapshot, self._identity.name, self.incarnation):
                 self._handle(event)
 
+    def _wait_for_others(self, record: ShardRecord) -> None:
+        """Give a controller time to form anew what has failed; then its leader does."""
+        if record.rank != 0 or record.permanent:
+            return
+        now = time.monotonic()
+        self._failed = self._failed + 1 if now - self._failed_at < LIVED_S else 0
+        self._failed_at = now
+        delay_s = min(PATIENCE_CAP_S, PATIENCE_S * 2.0 ** min(self._failed, 10))
+        abandoned = Abandoned(record.epoch, record.life)
+        asyncio.get_running_loop().call_later(delay_s, self._handle, abandoned)
+
+    async def _ask(self, form: Form) -> None:
+        """Ask another worker for its engine of our replica's life, until it has one or the life is over."""
+        request = shard_pb2.FormRequest(
+            replica=form.replica, epoch=form.epoch, life=form.life, rendezvous=form.rendezvous
+        )
+        while self._is_current(form):
+            try:
+                await self._call(form.address, request)
+                return
+            except PhalanxError as error:
+                log.warning("a rank does not join", extra={"address": form.address, "reason": error.message})
+            await asyncio.sleep(_ASK_AGAIN_S)
+
+    def _is_current(self, form: Form) -> bool:
+        record = self._supervisor.record
+        return record is not None and (record.replica, record.epoch, record.life, record.state) == (
+            form.replica, form.epoch, form.life, ShardState.STARTING,
+        )  # fmt: skip
+
+    async def _call(self, address: str, request: shard_pb2.FormRequest) -> None:
+        """Call another worker. Raises PhalanxError."""
+        async with rpc.channel(address) as channel:
+            try:
+                await shard_pb2_grpc.ShardServiceStub(channel).Form(request, timeout=_ASK_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                raise rpc.to_error(error) from error
+
+    def _form(self, request: shard_pb2.FormRequest) -> None:
+        """A leader forms its replica anew. Raises PhalanxError where this worker has no part in it."""
+        self._handle(Formed(request.replica, request.epoch, request.life, request.rendezvous))
+        record = self._supervisor.record
+        if record is None or (record.replica, record.epoch) != (request.replica, request.epoch):
+            message = f"{self._identity.name} has no rank of {request.replica} in epoch {request.epoch}"
+            raise PhalanxError("STALE_EPOCH", message)
+
     async def _report_health(self, health: rpc.Health) -> None:
         states = HealthCheckResponse.ServingStatus
         while True:
             self._health_changed.clear()
             await health.set(SERVICE, states.SERVING if self._service.leader else states.NOT_SERVING)
             await self._health_changed.wait()
+
+    async def _watch_engine(self) -> None:
+        """Notice when the engine hangs, and when this process stood still itself."""
+        checked = time.monotonic()
+        while True:
+            await asyncio.sleep(CHECK_S)
+            now = time.monotonic()
+            stood_still, checked = now - checked, now
+            if stood_still > LEASE_TTL_S:
+                self._handle(StoodStill(stood_still))
+            watchdog, serving = self._watchdog, self._serving
+            if watchdog is None or serving is None:
+                continue
+            match watchdog.check(now):
+                case Probe():
+                    self._send(serving.engine, wire.Probe())
+                case Silent(status):
+                    self._handle(Hung(serving.engine, status))
 
     def _handle(self, event: Event) -> None:
         for instruction in self._supervisor.handle(event):
@@ -143,7 +231,8 @@ class Worker:
     def _do(self, instruction: Instruction) -> None:
         match instruction:
             case SpawnEngine(child, start):
-                self._spawn(child, self._commands.engine, start)
+                launch = spawn if self._forkserver is None else self._forkserver.launch
+                self._spawn(child, self._commands.engine, start, launch)
             case SpawnText(child, start):
                 self._text = child
                 self._with_text.clear()
@@ -165,12 +254,17 @@ class Worker:
                     },
                 )
                 self._registration.publish(record)
+                if record.state is ShardState.FAILED:
+                    self._wait_for_others(record)
+            case Form():
+                self._tasks.create_task(self._ask(instruction))
             case Withdraw():
                 self._registration.publish(None)
             case BeginServing():
                 self._begin(instruction)
             case EndServing(_, reason):
                 leader, self._service.leader, self._serving = self._service.leader, None, None
+                self._watchdog = None
                 self._health_changed.set()
                 if leader is not None:
                     leader.end(reason)
@@ -182,6 +276,7 @@ class Worker:
             self._send(serving.text, message)
 
         self._serving = serving
+        self._watchdog = Watchdog(time.monotonic(), serving.ready.step_s)
         self._service.leader = Leader(
             serving,
             worker=self._identity.name,
@@ -192,10 +287,11 @@ class Worker:
         )
         self._health_changed.set()
 
-    def _spawn(self, child: int, command: tuple[str, ...], start: Message) -> None:
+    def _spawn(self, child: int, command: tuple[str, ...], start: Message, launch: Launch = spawn) -> None:
         self._children[child] = Child(
             command,
             start,
+            launch=launch,
             on_spawned=lambda pid: self._handle(Spawned(child, pid)),
             on_message=lambda message: self._received(child, message),
         )
@@ -213,6 +309,8 @@ class Worker:
 
     def _received(self, child: int, message: Message) -> None:
         leader, serving = self._service.leader, self._serving
+        if serving is not None and child == serving.engine:
+            self._heard(message)
         match message:
             case Step():
                 if child == self._text:
@@ -224,8 +322,21 @@ class Worker:
                     leader.from_text(message)
             case Loading(fraction):
                 log.debug("loading", extra={"child": child, "fraction": fraction})
+            case Began() | Alive():
+                pass  # of interest to the watchdog alone
             case _:
                 self._handle(Received(child, message))
+
+    def _heard(self, message: Message) -> None:
+        """Tell the watchdog what the serving engine said."""
+        assert self._watchdog is not None
+        match message:
+            case Began(tokens):
+                self._watchdog.began(tokens, time.monotonic())
+            case Step(step):
+                self._watchdog.reported(step, time.monotonic())
+            case Alive():
+                self._watchdog.answered(time.monotonic())
 
     def _step_from_text(self, step: Step) -> None:
         epoch = self._with_text.popleft()

@@ -111,6 +111,8 @@ class FakeEngine:
                         self.submit(request)
                     case wire.CancelRequest():
                         self.cancel(message)
+                    case wire.Probe():
+                        self.send(wire.Alive())
 
 
 if __name__ == "__main__":

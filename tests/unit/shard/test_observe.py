@@ -20,7 +20,19 @@ DEPLOYMENT = DeploymentRecord(
 MEMBERS = (MemberRecord("w0", "boot-0", "h:1"), MemberRecord("w1", "boot-1", "h:2"))
 FORMED = Assigned(10, AssignmentRecord("d-0", DEPLOYMENT, MEMBERS))
 RANK_0 = ShardRecord("d-0", 0, 10, "w0", "boot-0", ShardState.STARTING, rendezvous="h:9")
-PLACE = events.Assigned("d-0", 1, 10, "/m", 2, 1, "float32", 64, load_format="dummy", quantization="int8")
+PLACE = events.Assigned(
+    "d-0",
+    1,
+    10,
+    "/m",
+    2,
+    1,
+    "float32",
+    64,
+    load_format="dummy",
+    quantization="int8",
+    addresses=("h:1", "h:2"),
+)
 
 
 def test_a_member_hears_its_place() -> None:
@@ -42,6 +54,13 @@ def test_the_rendezvous_of_rank_0_is_heard_in_its_epoch_only() -> None:
     assert observe(now, "w1", "boot-1") == [PLACE, events.RendezvousSeen(10, "h:9")]
     past = Snapshot(replicas={"d-0": FORMED}, shards={("d-0", 0): replace(RANK_0, epoch=9)})
     assert observe(past, "w1", "boot-1") == [PLACE]
+
+
+def test_what_others_say_comes_with_their_life() -> None:
+    said = replace(RANK_0, life=3, state=ShardState.FAILED, reason="broken")
+    heard = observe(Snapshot(replicas={"d-0": FORMED}, shards={("d-0", 0): said}), "w1", "boot-1")
+    assert events.RendezvousSeen(10, "h:9", life=3) in heard
+    assert events.PeerFailed(10, 0, "broken", permanent=False, life=3) in heard
 
 
 def test_the_failure_of_another_shard_is_heard_but_not_ones_own() -> None:

@@ -8,11 +8,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from controlplane.state import ShardRecord, ShardState, encode
 from dataplane.shard.events import (
+    Abandoned,
     Assigned,
     BeginServing,
     EndServing,
     Event,
     Exited,
+    Form,
+    Formed,
+    Hung,
     Instruction,
     Kill,
     PeerFailed,
@@ -23,11 +27,12 @@ from dataplane.shard.events import (
     Spawned,
     SpawnEngine,
     SpawnText,
+    StoodStill,
     Stop,
     Unassigned,
     Withdraw,
 )
-from dataplane.shard.supervisor import MAX_REASON, Supervisor
+from dataplane.shard.supervisor import LIFE_BITS, MAX_REASON, Supervisor
 from engine.wire import EngineFailed, EngineReady, Rendezvous, StartText, TextReady
 
 READY = EngineReady("hash", 128, 1000, (0,))
@@ -57,7 +62,7 @@ def serving_leader() -> Supervisor:
 def test_a_leader_starts_both_children_and_says_so() -> None:
     engine, text, publish = feed(supervisor(), LEADER)
     assert isinstance(engine, SpawnEngine)
-    assert (engine.start.rank, engine.start.epoch, engine.start.host) == (0, 10, "127.0.0.1")
+    assert (engine.start.rank, engine.start.epoch, engine.start.host) == (0, 10 << LIFE_BITS, "127.0.0.1")
     assert isinstance(text, SpawnText)
     assert isinstance(publish, Publish)
     assert (publish.record.state, publish.record.epoch) == (ShardState.STARTING, 10)
@@ -100,6 +105,46 @@ def test_a_reason_is_short_and_printable_however_a_child_said_it() -> None:
     assert encode(record)
 
 
+def test_a_leader_forms_anew_what_nobody_else_does() -> None:
+    core, members = supervisor(), ("h:1", "h:2", "h:3")
+    feed(core, replace(LEADER, addresses=members), Received(1, READY), Received(2, TextReady()))
+    feed(core, Exited(1, "was killed by SIGKILL"))
+    spawn, publish = feed(core, Abandoned(10, 0))
+    assert isinstance(spawn, SpawnEngine)
+    assert spawn.start.epoch == (10 << LIFE_BITS) + 1
+    assert isinstance(publish, Publish)
+    assert (publish.record.state, publish.record.life) == (ShardState.STARTING, 1)
+    asked = [todo for todo in feed(core, Received(spawn.child, Rendezvous("h:9"))) if isinstance(todo, Form)]
+    assert asked == [Form(address, "d-0", 10, 1, "h:9") for address in members[1:]]
+    assert feed(core, Abandoned(10, 0)) == [], "once is enough"
+
+
+def test_what_a_controller_has_formed_meanwhile_stays() -> None:
+    core = serving_leader()
+    feed(core, Exited(1, "was killed by SIGKILL"), replace(LEADER, epoch=11))
+    assert feed(core, Abandoned(10, 0)) == []
+
+
+def test_what_would_fail_again_is_left_to_the_controller() -> None:
+    core = serving_leader()
+    feed(core, Received(1, EngineFailed("INVALID_MODEL", "no weights", permanent=True)))
+    assert feed(core, Abandoned(10, 0)) == []
+
+
+def test_a_member_follows_its_leader_into_the_next_life() -> None:
+    core = supervisor()
+    feed(core, Assigned("d-0", 1, 10, "/m", tp=2, pp=1), Received(1, READY))
+    todo = feed(core, Formed("d-0", 10, 1, "h:9"))
+    assert Kill(1) in todo
+    (spawn,) = (item for item in todo if isinstance(item, SpawnEngine))
+    assert spawn.start.epoch == (10 << LIFE_BITS) + 1
+    assert SendRendezvous(spawn.child, "h:9") in todo
+    assert feed(core, Formed("d-0", 10, 1, "h:9")) == [], "asked again"
+    assert feed(core, Formed("d-0", 9, 5, "h:9")) == [], "of another epoch"
+    assert feed(core, Formed("e-0", 10, 5, "h:9")) == [], "of another replica"
+    assert feed(core, PeerFailed(10, 0, "killed", permanent=False, life=0)) == [], "of the life before"
+
+
 def test_the_rendezvous_goes_from_the_leaders_engine_to_the_store() -> None:
     core = supervisor()
     todo = feed(core, LEADER, Received(1, Rendezvous("127.0.0.1:9")), RendezvousSeen(10, "127.0.0.1:9"))
@@ -128,6 +173,29 @@ def test_the_death_of_the_text_process_ends_the_epoch_and_the_engine() -> None:
     assert kill == Kill(1)
     assert isinstance(publish, Publish)
     assert publish.record.reason == "the text process exited with code 1"
+
+
+def test_an_engine_that_hangs_is_killed_and_said_to() -> None:
+    end, kill, publish = feed(serving_leader(), Hung(1, "hangs: no step"))
+    assert isinstance(end, EndServing)
+    assert kill == Kill(1)
+    assert isinstance(publish, Publish)
+    assert publish.record.reason == "the engine hangs: no step"
+
+
+def test_a_hang_of_an_engine_of_the_past_means_nothing() -> None:
+    core = serving_leader()
+    feed(core, replace(LEADER, epoch=11))
+    assert feed(core, Hung(1, "hangs")) == []
+
+
+def test_a_worker_that_stood_still_gives_its_epoch_up() -> None:
+    end, kill, publish = feed(serving_leader(), StoodStill(4.2))
+    assert end == EndServing(10, "the worker stood still for 4.2 s")
+    assert kill == Kill(1)
+    assert isinstance(publish, Publish)
+    assert publish.record.state is ShardState.FAILED
+    assert feed(supervisor(), StoodStill(4.2)) == []
 
 
 def test_the_first_failure_of_an_epoch_is_kept() -> None:
@@ -212,6 +280,7 @@ class World(RuleBasedStateMachine):
         self.serving: int | None = None
         self.status: ShardRecord | None = None
         self.stopped = False
+        self.engine_epoch = 0
 
     def feed(self, event: Event) -> None:
         for instruction in self.core.handle(event):
@@ -222,7 +291,9 @@ class World(RuleBasedStateMachine):
             case SpawnEngine(child, start):
                 assert not self.current("engine"), "a second engine"
                 assert self.place is not None
-                assert start.epoch == self.place.epoch
+                assert start.epoch > self.engine_epoch, "an engine of a life that is over"
+                self.engine_epoch = start.epoch
+                assert start.epoch >> LIFE_BITS == self.place.epoch
                 self.spawn(child, "engine")
             case SpawnText(child, start):
                 self.models[child] = start.model
@@ -260,7 +331,7 @@ class World(RuleBasedStateMachine):
             self.place.rank,
             self.place.epoch,
         )
-        if self.status is not None and self.status.epoch == record.epoch:
+        if self.status is not None and (self.status.epoch, self.status.life) == (record.epoch, record.life):
             assert self.status.state is not ShardState.FAILED or (
                 (record.state, record.reason) == (ShardState.FAILED, self.status.reason)
             ), "the first failure is kept"
@@ -290,13 +361,28 @@ class World(RuleBasedStateMachine):
         self.place = None
         self.feed(Unassigned())
 
-    @rule(age=st.integers(0, 2))
-    def rendezvous(self, age: int) -> None:
-        self.feed(RendezvousSeen(self.epoch - age, "127.0.0.1:1"))
+    @property
+    def life(self) -> int:
+        return 0 if self.status is None else self.status.life
 
-    @rule(age=st.integers(0, 2))
-    def peer_failed(self, age: int) -> None:
-        self.feed(PeerFailed(self.epoch - age, 1, "broken", permanent=False))
+    @rule(age=st.integers(0, 2), older=st.integers(0, 1))
+    def rendezvous(self, age: int, older: int) -> None:
+        self.feed(RendezvousSeen(self.epoch - age, "127.0.0.1:1", self.life - older))
+
+    @rule(age=st.integers(0, 2), older=st.integers(0, 1))
+    def peer_failed(self, age: int, older: int) -> None:
+        self.feed(PeerFailed(self.epoch - age, 1, "broken", permanent=False, life=self.life - older))
+
+    @rule(older=st.integers(0, 1))
+    def abandoned(self, older: int) -> None:
+        self.feed(Abandoned(self.epoch, self.life - older))
+
+    @precondition(lambda self: self.place is not None)
+    @rule(newer=st.integers(-1, 2))
+    def formed(self, newer: int) -> None:
+        assert self.place is not None
+        life = max(0, self.life + newer)
+        self.feed(Formed(self.place.replica, self.epoch, life, "127.0.0.1:1"))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
