@@ -1,12 +1,14 @@
-"""The Python client: streams completions from a gateway over gRPC.
+"""The Python client: streams completions from a cluster's gateways over gRPC.
 
-async with Client("127.0.0.1:8001") as client:
+async with Client("10.0.0.1:8001", "10.0.0.2:8001") as client:
     async for event in client.generate("demo", "def main(", max_tokens=64):
         print(event.chunk.text, end="")
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -14,15 +16,25 @@ from typing import Any, Self
 import grpc
 
 from phalanx.runtime import rpc
+from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, inference_pb2_grpc, types_pb2
+
+RESUME_WITHIN_S = 30.0
+_PAUSE_S = 0.1
+# What another gateway, or the same one later, may do better. A request's own errors are none of these.
+_ELSEWHERE = ("UNREACHABLE", "STORE_UNAVAILABLE")
 
 
 class Client:
-    """A connection to one gateway. Failures raise `phalanx.runtime.errors.PhalanxError`."""
+    """Connections to the gateways of one cluster. Failures raise `phalanx.runtime.errors.PhalanxError`.
 
-    def __init__(self, target: str) -> None:
-        self._channel = rpc.channel(target)
-        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
+    A stream whose gateway fails goes on at the next one, where it was.
+    """
+
+    def __init__(self, target: str, *others: str) -> None:
+        self._channels = [rpc.channel(each) for each in (target, *others)]
+        self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(each) for each in self._channels]
+        self._first = 0  # the gateway that answered last
 
     async def __aenter__(self) -> Self:
         return self
@@ -33,8 +45,9 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """End every call and the connection."""
-        await self._channel.close(None)
+        """End every call and connection."""
+        for channel in self._channels:
+            await channel.close(None)
 
     async def generate(
         self,
@@ -109,11 +122,48 @@ class Client:
     async def stream(
         self, request: inference_pb2.GenerateRequest, *, timeout_s: float | None = None
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Stream any request; leaving the loop early cancels it."""
-        call = self._stub.Generate(request, timeout=timeout_s)
+        """Stream any request; leaving the loop early cancels it.
+
+        Raises PhalanxError UNREACHABLE where no gateway could go on with it within `RESUME_WITHIN_S`.
+        """
+        token, cursor, tries, failing_since = "", "", 0, 0.0
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                async for event in self._attempt(request, token, cursor, left):
+                    failing_since = 0.0
+                    cursor = event.cursor
+                    if not event.HasField("started"):
+                        yield event
+                    elif not token:
+                        token = event.started.resume_token
+                        yield event
+                return
+            except PhalanxError as error:
+                now, tries = time.monotonic(), tries + 1
+                failing_since = failing_since or now
+                # What no gateway has taken is refused by every one once; what one has is worth some patience.
+                hopeless = now > failing_since + RESUME_WITHIN_S if token else tries >= len(self._stubs)
+                if hopeless or error.reason not in _ELSEWHERE:
+                    raise
+            self._first = (self._first + 1) % len(self._stubs)
+            if self._first == 0:
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _attempt(
+        self, request: inference_pb2.GenerateRequest, token: str, cursor: str, timeout_s: float | None
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """The stream as one gateway tells it."""
+        stub = self._stubs[self._first]
+        if token:
+            resume = inference_pb2.ResumeRequest(resume_token=token, cursor=cursor)
+            call = stub.Resume(resume, timeout=timeout_s)
+        else:
+            call = stub.Generate(request, timeout=timeout_s)
         try:
             async for event in call:
-                yield event
+                yield event.event if token else event
         except grpc.aio.AioRpcError as error:
             raise rpc.to_error(error) from error
         finally:
@@ -122,7 +172,7 @@ class Client:
     async def models(self) -> list[inference_pb2.Model]:
         """The models that can be named in a request."""
         try:
-            response = await self._stub.ListModels(inference_pb2.ListModelsRequest())
+            response = await self._stubs[self._first].ListModels(inference_pb2.ListModelsRequest())
         except grpc.aio.AioRpcError as error:
             raise rpc.to_error(error) from error
         return list(response.models)

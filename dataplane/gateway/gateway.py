@@ -1,27 +1,30 @@
 """The gateway's shell: carries the dispatcher's instructions out, and events to it.
 
-Owns: replica streams, spans, and the events that wake clients.
+Owns: replica streams, spans, the events that wake clients, and which client reads which request.
 Does not own: decisions (`dispatcher`), client protocols (`server`, `http`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from controlplane.state import Keys, Snapshot
-from controlplane.store import Store
+from controlplane.store import Store, StoreUnavailableError
 from dataplane.gateway import dispatcher as instructions
+from dataplane.gateway.checkpoints import Candidate, Checkpoints, Restored
 from dataplane.gateway.dispatcher import Dispatcher, Instruction
 from dataplane.gateway.journal import Chunk, Journal
 from dataplane.gateway.metrics import Metrics
 from dataplane.gateway.replica_stream import ReplicaStream
+from dataplane.gateway.resume import Cursor, Ticket
 from dataplane.gateway.router import Target, targets
 from phalanx.runtime import telemetry
 from phalanx.runtime.errors import PhalanxError
@@ -35,9 +38,12 @@ _TICK_S = 0.05
 _RECONNECT_S = (0.05, 0.5)
 
 
+_TAKEN_OVER = PhalanxError("TAKEN_OVER", "the stream goes on at another connection")
+
+
 @dataclass(slots=True)
 class Live:
-    """A request as its client's writer sees it."""
+    """A request as its client's writer sees it. One client reads it; who resumes it takes it over."""
 
     journal: Journal
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -45,23 +51,36 @@ class Live:
     attempt: Span | None = None
     opened: float = 0.0
     started: bool = False  # the first token has arrived
+    target: Target | None = None  # that had its last attempt
+    reader: int = 0
+    why_ended: PhalanxError = _TAKEN_OVER  # the reader before
+
+    def take_over(self, why: PhalanxError = _TAKEN_OVER) -> None:
+        """End the present reader; whoever reads next is the one."""
+        self.reader, self.why_ended = self.reader + 1, why
+        self.news.set()
 
     async def accepted(self) -> None:
         """Wait until a replica has accepted the request. Raises PhalanxError if it ends before."""
+        # Nobody can take it over before: its client has no token.
         while not self.journal.accepted and not self.journal.closed:
             self.news.clear()
             await self.news.wait()
         if self.journal.error is not None:
             raise self.journal.error
 
-    async def chunks(self) -> AsyncIterator[Chunk]:
-        """The request's tokens at the client's pace. Raises PhalanxError if it ends with an error.
+    async def chunks(self, cursor: Cursor | None = None) -> AsyncIterator[Chunk]:
+        """The request's tokens from `cursor` on, at the client's pace.
+
+        Raises PhalanxError if it ends with an error, TAKEN_OVER where another client reads on.
 
         What piled up while the client was busy comes as one chunk: a slow client costs no memory
         beyond the journal and delays nobody.
         """
-        cursor = self.journal.start
+        cursor, reader = cursor or self.journal.start, self.reader
         while True:
+            if reader != self.reader:
+                raise self.why_ended
             # Both before reading: the journal goes on while the client takes what was read.
             self.news.clear()
             closed = self.journal.closed
@@ -75,23 +94,39 @@ class Live:
             raise self.journal.error
 
 
+@dataclass(slots=True)
+class _Search:
+    """A request that is sought, and how many clients wait for it."""
+
+    found: asyncio.Future[Live | None]
+    waiting: int = 0
+
+
 class Gateway:
     """One gateway process's dispatcher with its streams.
 
-    `name` and `incarnation` identify it to leaders. `run` must be running for requests to move.
+    `name` and `incarnation` identify it to leaders. `run` must be running for requests to move. Requests that
+    are not `resumable` end with their gateway: nobody keeps anything for another one.
     """
 
-    def __init__(self, name: str, incarnation: str, store: Store, keys: Keys) -> None:
+    def __init__(
+        self, name: str, incarnation: str, store: Store, keys: Keys, *, resumable: bool = True
+    ) -> None:
         self.dispatcher = Dispatcher()
         self.metrics = Metrics(self.dispatcher)
         self.snapshot = Snapshot()
         self.informed = asyncio.Event()  # the store has been read once
-        self._name, self._incarnation = name, incarnation
+        self._name, self._incarnation, self._resumable = name, incarnation, resumable
         self._store, self._keys = store, keys
         self._streams: dict[Target, ReplicaStream] = {}
         self._keepers: dict[Target, asyncio.Task[None]] = {}
         self._ending: dict[Target, asyncio.Task[None]] = {}  # cancelled keepers that have not ended
         self._lives: dict[str, Live] = {}
+        self._searches: dict[str, _Search] = {}  # by resume key
+        self._checkpoints = Checkpoints(store, keys, self._candidates)
+        self._draining = False
+        self._leaving = False  # what clients leave now is not cancelled: they go on elsewhere
+        self._idle = asyncio.Event()  # no client reads; of interest while draining
 
     # Clients
 
@@ -104,28 +139,34 @@ class Gateway:
         `parent` is the client's W3C traceparent. Raises PhalanxError at once where the request cannot
         be taken.
         """
-        if not self.informed.is_set():
-            raise PhalanxError("STORE_UNAVAILABLE", "this gateway has not seen the cluster's state yet")
+        self._check_serving()
         if journal.model not in self.snapshot.deployments:
             raise PhalanxError("UNKNOWN_MODEL", f"model {journal.model!r} is not served here", param="model")
         if journal.request_id in self._lives:  # ended, perhaps, but its client still reads
             raise PhalanxError("DUPLICATE_REQUEST", f"request {journal.request_id!r} is live already")
-        live = Live(journal, opened=time.monotonic())
-        opened = self.dispatcher.open(journal, live.opened, timeout_s)
-        self._lives[journal.request_id] = live
-        live.root = telemetry.start_span(
-            "request",
-            parent=parent,
-            attributes={"request.id": journal.request_id, "gen_ai.request.model": journal.model},
-        )
-        try:
-            self._do(opened)
+        if not self._resumable:
+            journal.template.resume_key = ""
+        opened = self.dispatcher.open(journal, time.monotonic(), timeout_s)
+        live = self._register(journal, parent)
+        self._do(opened)
+        with self._read(live):
             yield live
-        finally:
-            self.cancel(journal.request_id)
-            del self._lives[journal.request_id]
-            self.metrics.request.observe(time.monotonic() - live.opened)
-            self._end_root(live)
+
+    @asynccontextmanager
+    async def resume(self, ticket: Ticket, *, parent: str = "") -> AsyncIterator[Live]:
+        """Go on with a request that this or another gateway has begun; leaving the block ends it.
+
+        Raises PhalanxError: UNKNOWN_REQUEST when nobody has it any more, or STORE_UNAVAILABLE.
+        """
+        self._check_serving()
+        live = self._with(ticket) or await self._seek(ticket)
+        if live is None:
+            restored = await self._from_checkpoint(ticket)
+            # Another client may have come with the same in the meantime.
+            live = self._with(ticket) or self._adopt(restored, parent)
+        live.take_over()
+        with self._read(live):
+            yield live
 
     def cancel(self, request_id: str) -> bool:
         """End a request early; returns whether it was live."""
@@ -133,12 +174,122 @@ class Gateway:
         self._do(todo)
         return found
 
+    async def drain(self, within_s: float) -> None:
+        """Take no new request, and return when the last has ended, or when the time is up.
+
+        Requests that still run then are given up, not cancelled: their clients resume them elsewhere.
+        """
+        self._draining = True
+        if not self._lives:
+            self._idle.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+        self._leaving = True
+        for live in self._lives.values():
+            live.take_over(PhalanxError("UNREACHABLE", "this gateway shuts down; resume at another"))
+
+    def _check_serving(self) -> None:
+        if self._draining:
+            raise PhalanxError("UNREACHABLE", "this gateway is shutting down; another takes the request")
+        if not self.informed.is_set():
+            raise PhalanxError("STORE_UNAVAILABLE", "this gateway has not seen the cluster's state yet")
+
+    def _register(self, journal: Journal, parent: str = "") -> Live:
+        live = self._lives[journal.request_id] = Live(journal, opened=time.monotonic())
+        live.root = telemetry.start_span(
+            "request",
+            parent=parent,
+            attributes={"request.id": journal.request_id, "gen_ai.request.model": journal.model},
+        )
+        return live
+
+    @contextmanager
+    def _read(self, live: Live) -> Iterator[None]:
+        """Leaving the block ends the request, in whatever state it is, unless another client has it."""
+        reader = live.reader
+        try:
+            yield
+        finally:
+            if live.reader == reader and not self._leaving:
+                self._end(live)
+
+    def _end(self, live: Live) -> None:
+        journal = live.journal
+        self.cancel(journal.request_id)
+        stream = None if live.target is None else self._streams.get(live.target)
+        if journal.finished and journal.resume_key and stream is not None:
+            stream.send(shard_pb2.ServeRequest(ack=shard_pb2.Ack(resume_key=journal.resume_key)))
+        del self._lives[journal.request_id]
+        self._checkpoints.forget(journal.resume_key)
+        self.metrics.request.observe(time.monotonic() - live.opened)
+        self._end_root(live)
+        if not self._lives:
+            self._idle.set()
+
+    def _with(self, ticket: Ticket) -> Live | None:
+        return next((live for live in self._lives.values() if live.journal.ticket == ticket), None)
+
+    async def _seek(self, ticket: Ticket) -> Live | None:
+        """The request as one of the replicas holds it."""
+        search = self._searches.get(ticket.key)
+        if search is None:
+            search = self._searches[ticket.key] = _Search(asyncio.get_running_loop().create_future())
+            self._do(self.dispatcher.seek(ticket.model, ticket.key, time.monotonic()))
+        search.waiting += 1
+        try:
+            return await asyncio.shield(search.found)
+        except asyncio.CancelledError:
+            if search.found.done() and search.waiting == 1:
+                self._end_unread(search.found.result())
+            raise
+        finally:
+            search.waiting -= 1
+
+    def _found(self, key: str, live: Live | None) -> None:
+        search = self._searches.pop(key)
+        search.found.set_result(live)
+        if not search.waiting:
+            self._end_unread(live)
+
+    def _end_unread(self, live: Live | None) -> None:
+        """End a request whose client did not wait until it was found."""
+        if live is not None and live.reader == 0 and live.journal.request_id in self._lives:
+            self._end(live)
+
+    async def _from_checkpoint(self, ticket: Ticket) -> Restored:
+        try:
+            restored = await self._checkpoints.load(ticket.key)
+        except StoreUnavailableError as error:
+            message = "no replica holds the request, and the store, which may, cannot be asked"
+            raise PhalanxError("STORE_UNAVAILABLE", message) from error
+        if restored is None:
+            raise PhalanxError("UNKNOWN_REQUEST", "nobody holds this request any more; send it again")
+        return restored
+
+    def _adopt(self, restored: Restored, parent: str) -> Live:
+        """Take a request from its checkpoint."""
+        journal = restored.journal
+        if journal.request_id in self._lives:
+            raise PhalanxError("DUPLICATE_REQUEST", f"request {journal.request_id!r} is live already")
+        todo: list[Instruction] = []
+        if not journal.finished:
+            todo = self.dispatcher.adopt(journal, time.monotonic(), restored.timeout_s)
+        live = self._register(journal, parent)
+        self._do(todo)
+        return live
+
+    def _candidates(self) -> Iterator[Candidate]:
+        for live in self._lives.values() if self._resumable else ():
+            yield Candidate(live.journal, live.opened, self.dispatcher.deadline(live.journal.request_id))
+
     # Replicas
 
     async def run(self) -> None:
         """Follow the topology and keep a stream to every ready replica, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._tick())
+            group.create_task(self._checkpoints.run())
             async for change in self._store.watch(self._keys.root):
                 self.snapshot = Snapshot.of(change.listing, self._keys)
                 self.informed.set()
@@ -212,12 +363,27 @@ class Gateway:
                     self._wake(self._lives[journal.request_id])
                 case instructions.Distrust(target, reason):
                     log.error("replica distrusted", extra={"replica": target.replica, "reason": reason})
-                    if stream := self._streams.get(target):
-                        stream.close()
+                    self._close(target, reason)
+                case instructions.HangUp(target, reason):
+                    log.warning("replica silent", extra={"replica": target.replica, "reason": reason})
+                    self._close(target, reason)
+                case instructions.Attach(target, message):
+                    self._streams[target].send(shard_pb2.ServeRequest(attach=message))
+                case instructions.Found(target, journal):
+                    live = self._register(journal)
+                    live.target, live.started = target, True
+                    self._found(journal.resume_key, live)
+                case instructions.NotHeld(resume_key):
+                    self._found(resume_key, None)
+
+    def _close(self, target: Target, reason: str) -> None:
+        if stream := self._streams.get(target):
+            stream.close(reason)
 
     def _submit(self, submit: instructions.Submit) -> None:
         journal, message = submit.journal, submit.message
         live = self._lives[journal.request_id]
+        live.target = submit.target
         if submit.after:
             log.info(
                 "request failed over",

@@ -11,8 +11,9 @@ from aiohttp import web
 
 from dataplane.gateway import openai, openai_answer
 from dataplane.gateway.gateway import Gateway, Live
-from dataplane.gateway.journal import format_cursor
+from dataplane.gateway.journal import Journal
 from dataplane.gateway.normalize import journal_for
+from dataplane.gateway.resume import Cursor, Ticket, format_cursor
 from dataplane.gateway.server import models
 from phalanx.runtime.errors import PhalanxError
 
@@ -29,6 +30,7 @@ def application(gateway: Gateway) -> web.Application:
     app[GATEWAY] = gateway
     app.router.add_post("/v1/completions", _completions)
     app.router.add_post("/v1/chat/completions", _chat_completions)
+    app.router.add_get("/v1/requests/{resume_token}/stream", _resume)
     app.router.add_get("/v1/models", _models)
     app.router.add_get("/health", _health)
     app.router.add_get("/metrics", _metrics)
@@ -48,44 +50,69 @@ async def _generate(
 ) -> web.StreamResponse:
     asked = openai.parse(await request.read(), shape)
     journal = journal_for(openai.to_generate(asked))
-    answer = openai_answer.Shape(asked, journal.request_id, int(time.time()))
+    form = openai_answer.Form.of(asked, journal.request_id, int(time.time()))
+    journal.template.answer = _encode(form)
     parent = request.headers.get("traceparent", "")
     async with request.app[GATEWAY].request(journal, parent=parent) as live:
         # Nothing is written before a replica has accepted: bad input still gets its status code.
         await live.accepted()
         headers = {"x-request-id": journal.request_id, "x-phalanx-replica": journal.replica}
         if asked.stream:
-            return await _stream(request, live, answer, headers)
+            return await _stream(request, live, journal.start, headers)
         chunks = [chunk async for chunk in live.chunks()]
-        return _json(answer.whole(chunks, journal.usage), headers=headers)
+        whole = openai_answer.Shape(form).whole(chunks, journal.usage)
+        return _json(whole, headers=headers)
+
+
+async def _resume(request: web.Request) -> web.StreamResponse:
+    """Go on with a stream after the event that Last-Event-ID names, from the beginning without it."""
+    ticket = Ticket.parse(request.match_info["resume_token"])
+    cursor = ticket.cursor(request.headers.get("last-event-id", ""))
+    parent = request.headers.get("traceparent", "")
+    async with request.app[GATEWAY].resume(ticket, parent=parent) as live:
+        return await _stream(request, live, cursor, {"x-request-id": live.journal.request_id})
 
 
 async def _stream(
-    request: web.Request, live: Live, answer: openai_answer.Shape, headers: dict[str, str]
+    request: web.Request, live: Live, cursor: Cursor, headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Server-sent events; each one's id is the cursor after it."""
+    """Server-sent events from `cursor` on; each one's id is the cursor after it."""
+    journal = live.journal
+    if token := str(journal.ticket):
+        headers["x-phalanx-resume-token"] = token
     response = web.StreamResponse(
         headers={**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
     )
     await response.prepare(request)
-    cursor = format_cursor(live.journal.start)
+    answer = _shape(journal)
     try:
-        async for chunk in live.chunks():
-            cursor = format_cursor(chunk.cursor)
+        async for chunk in live.chunks(cursor):
+            cursor = chunk.cursor
             await response.write(_event(cursor, answer.chunk(chunk)))
     except PhalanxError as error:
         # The status line is out; the stream ends with the error and without its [DONE].
         await response.write(_event(cursor, openai_answer.error_json(error)))
     else:
-        if (last := answer.last(live.journal.usage)) is not None:
+        if (last := answer.last(journal.usage)) is not None:
             await response.write(_event(cursor, last))
-        await response.write(f"id: {cursor}\ndata: [DONE]\n\n".encode())
+        await response.write(f"id: {format_cursor(cursor)}\ndata: [DONE]\n\n".encode())
     await response.write_eof()
     return response
 
 
-def _event(cursor: str, data: openai.Json) -> bytes:
-    return b"id: %b\ndata: %b\n\n" % (cursor.encode(), _encode(data))
+def _shape(journal: Journal) -> openai_answer.Shape:
+    """How a request's answer looks; one that came by gRPC is shaped as a completion."""
+    if journal.template.answer:
+        form = msgspec.json.decode(journal.template.answer, type=openai_answer.Form)
+    else:
+        form = openai_answer.Form(f"cmpl-{journal.request_id}", int(time.time()), journal.model)
+    return openai_answer.Shape(
+        form, lambda choice, index: sum(map(len, journal.choices[choice].pieces[:index]))
+    )
+
+
+def _event(cursor: Cursor, data: openai.Json) -> bytes:
+    return b"id: %b\ndata: %b\n\n" % (format_cursor(cursor).encode(), _encode(data))
 
 
 async def _models(request: web.Request) -> web.Response:

@@ -4,7 +4,7 @@ Owns: the delivered tokens of every choice, the current attempt, the model that 
 Does not own: replicas and routing (`router`, `dispatcher`), the client's connection, clocks.
 
 The order is always: assign an index, journal, write. A token that is in the journal is never asked
-for again; a token that is not in it was never shown to anyone.
+for again; a token that is not in it was never shown to anyone by this gateway.
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dataplane.gateway.resume import Cursor, Ticket
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import shard_pb2, types_pb2
 
-Cursor = tuple[int, ...]
-"""The next output position wanted, per choice."""
-
+FRUITFUL_TOKENS = 8
+"""An attempt that is lost after fewer may have been ended by the request itself: a poison."""
 UNFINISHED = types_pb2.FINISH_REASON_UNSPECIFIED
-
-
-def format_cursor(cursor: Cursor) -> str:
-    """The cursor as clients see it: one number per choice, separated by dots."""
-    return ".".join(map(str, cursor))
 
 
 @dataclass(slots=True)
@@ -80,13 +75,32 @@ class Journal:
         self.replica = ""  # that accepted it last
         self.attempts = 0
         self.attempt: Attempt | None = None
-        self.fruitless = 0  # attempts lost in a row without a token
+        self.fruitless = 0  # attempts lost in a row that came to next to nothing
         self.error: PhalanxError | None = None
         self.duplicates = 0
         self.cached_tokens: int | None = None  # of the prompt, when the first token came
         self.prompt_logprobs: Sequence[types_pb2.PositionLogprobs] = ()
+        self.eos_token_ids: Sequence[int] = ()
         self._budget = 0  # output tokens per choice, known at acceptance
-        self._eos: Sequence[int] = ()
+
+    @classmethod
+    def restore(cls, model: str, request: shard_pb2.Submit, eos_token_ids: Sequence[int]) -> Journal:
+        """The journal of an accepted request that was begun elsewhere, from what `pinned` said of it.
+
+        `request.prior` is appended; what follows can be as well.
+        """
+        template = shard_pb2.Submit()
+        template.CopyFrom(request)
+        for of_an_attempt in ("prior", "attempt", "traceparent", "deadline_ms"):
+            template.ClearField(of_an_attempt)
+        journal = cls(model, template)
+        journal.prompt_ids = tuple(request.token_ids.ids)
+        journal.model_hash = request.model_hash
+        journal.eos_token_ids = tuple(eos_token_ids)
+        journal._budget = request.stopping.max_tokens
+        for delta in request.prior:
+            journal.append(delta)
+        return journal
 
     @property
     def request_id(self) -> str:
@@ -132,6 +146,16 @@ class Journal:
         """The cursor of a client that has seen nothing."""
         return (0,) * len(self.choices)
 
+    @property
+    def resume_key(self) -> str:
+        """Names the request in the whole cluster; a secret of its client."""
+        return self.template.resume_key
+
+    @property
+    def ticket(self) -> Ticket:
+        """With what its client finds it again, on any gateway."""
+        return Ticket(self.resume_key, len(self.choices), self.model)
+
     # Attempts
 
     def begin(self, number: int, replica: str, leader: shard_pb2.LeaderHello) -> shard_pb2.Submit:
@@ -144,18 +168,46 @@ class Journal:
         assert self.attempt is None
         self.attempts += 1
         self.attempt = Attempt(number, replica, leader, self.tokens)
+        submit = self.pinned()
+        submit.attempt = number
+        if self.accepted:
+            submit.prior.extend(self.since(self.start))
+        if self.prompt_logprobs:
+            submit.ClearField("prompt_logprobs")
+        return submit
+
+    def adopt(self, number: int, replica: str, leader: shard_pb2.LeaderHello) -> None:
+        """An attempt that runs already, begun by another gateway, may append from now on."""
+        assert not self.closed
+        self.attempts += 1
+        self.replica = replica
+        self.attempt = Attempt(number, replica, leader, self.tokens)
+
+    def pinned(self) -> shard_pb2.Submit:
+        """The request without what was generated: after acceptance, with all that must not change."""
         submit = shard_pb2.Submit()
         submit.CopyFrom(self.template)
-        submit.attempt = number
         submit.model_hash = self.model_hash
         if self.prompt_ids is not None:
             submit.token_ids.ids[:] = self.prompt_ids
             submit.stopping.max_tokens = self._budget
-            for choice in self.choices:
-                submit.prior.add(token_ids=choice.token_ids, finished=choice.finish != UNFINISHED)
-        if self.prompt_logprobs:
-            submit.ClearField("prompt_logprobs")
         return submit
+
+    def since(self, cursor: Cursor) -> list[shard_pb2.Delta]:
+        """One delta per choice, with everything journalled from `cursor` on."""
+        return [
+            shard_pb2.Delta(
+                choice=number,
+                index=begin,
+                token_ids=choice.token_ids[begin:],
+                pieces=choice.pieces[begin:],
+                logprobs=choice.logprobs[begin:],
+                finish_reason=choice.finish,
+                prompt_logprobs=self.prompt_logprobs if number == begin == 0 else (),
+                cached_tokens=self.cached_tokens or 0,
+            )
+            for number, (choice, begin) in enumerate(zip(self.choices, cursor, strict=True))
+        ]
 
     def is_current(self, attempt: int) -> bool:
         """Whether an attempt may append."""
@@ -169,7 +221,7 @@ class Journal:
             leader = self.attempt.leader
             self.prompt_ids = tuple(prompt_ids)
             self.model_hash = leader.model_hash
-            self._eos = leader.eos_token_ids
+            self.eos_token_ids = leader.eos_token_ids
             self._budget = self.template.stopping.max_tokens or leader.max_model_len - len(prompt_ids)
 
     def append(self, delta: shard_pb2.Delta) -> bool:
@@ -187,7 +239,7 @@ class Journal:
         self.duplicates += min(known, len(delta.token_ids))
         if choice.finish != UNFINISHED:
             return True
-        if self.cached_tokens is None:
+        if self.cached_tokens is None and delta.token_ids:
             self.cached_tokens = delta.cached_tokens
         choice.token_ids += delta.token_ids[known:]
         choice.pieces += delta.pieces[known:]
@@ -201,10 +253,11 @@ class Journal:
     def lose(self, *, blame: bool = True) -> None:
         """The current attempt is lost. Choices that need no further token end here.
 
-        `blame`: the request may have been the cause, so an attempt without a token counts against it.
+        `blame`: the request may have been the cause, so an attempt that came to next to nothing counts
+        against it.
         """
         assert self.attempt is not None
-        if self.tokens > self.attempt.began_at:
+        if self.tokens >= self.attempt.began_at + FRUITFUL_TOKENS:
             self.fruitless = 0
         elif blame:
             self.fruitless += 1
@@ -222,7 +275,7 @@ class Journal:
     def _finish_known_here(self, choice: Choice) -> types_pb2.FinishReason.ValueType:
         """The end that the tokens themselves tell; a replay with a budget of 0 must never be sent."""
         stopping = self.template.stopping
-        stops = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else set(self._eos))
+        stops = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else set(self.eos_token_ids))
         if choice.token_ids and choice.token_ids[-1] in stops:
             return types_pb2.FINISH_REASON_STOP
         if self.accepted and len(choice.token_ids) >= self._budget:

@@ -26,15 +26,25 @@ _GRACE_S = 1.0
 
 
 async def serve(
-    etcd: list[str], grpc_address: str, http_address: str, name: str, cluster: str, ready_fd: int | None
+    etcd: list[str],
+    grpc_address: str,
+    http_address: str,
+    name: str,
+    cluster: str,
+    ready_fd: int | None,
+    drain_s: float,
+    resumable: bool,
 ) -> None:
-    """Serve clients until SIGTERM or SIGINT."""
+    """Serve clients until SIGTERM or SIGINT; then let them finish for `drain_s`.
+
+    Clients whose streams are cut at the end go on with them at another gateway.
+    """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     keys, incarnation = Keys(cluster), uuid.uuid4().hex
     store = EtcdStore(etcd)
-    gateway = Gateway(name, incarnation, store, keys)
+    gateway = Gateway(name, incarnation, store, keys, resumable=resumable)
 
     server = rpc.server()
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
@@ -65,6 +75,8 @@ async def serve(
             registering.cancel()
             await asyncio.wait([registering])
             await registration.close()
+            await rpc.set_serving(health, ["", SERVICE], serving=False)
+            await gateway.drain(drain_s)
             await server.stop(_GRACE_S)
             await runner.cleanup()
             informed.cancel()
@@ -86,14 +98,36 @@ async def _serve_when_informed(gateway: Gateway, health: rpc.Health) -> None:
 @click.option("--http", "http_address", default="127.0.0.1:0", show_default=True, help="Where to serve HTTP.")
 @click.option("--name", default="gateway-0", show_default=True, help="This gateway's name.")
 @click.option("--cluster", default="default", show_default=True, help="The cluster's name in the store.")
+@click.option(
+    "--drain-s",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that running requests have to finish after SIGTERM.",
+)
+@click.option(
+    "--resumable/--no-resumable",
+    default=True,
+    show_default=True,
+    help="Whether streams outlive this gateway: leaders and etcd then keep what it would take with it.",
+)
 @click.option("--ready-fd", type=int, help="Inherited descriptor to announce the addresses on.")
 def main(
-    etcd: str, grpc_address: str, http_address: str, name: str, cluster: str, ready_fd: int | None
+    etcd: str,
+    grpc_address: str,
+    http_address: str,
+    name: str,
+    cluster: str,
+    ready_fd: int | None,
+    drain_s: float,
+    resumable: bool,
 ) -> None:
     """Run a gateway."""
     logs.setup("gateway", name)
     telemetry.setup("gateway", name)
-    asyncio.run(serve(etcd.split(","), grpc_address, http_address, name, cluster, ready_fd))
+    asyncio.run(
+        serve(etcd.split(","), grpc_address, http_address, name, cluster, ready_fd, drain_s, resumable)
+    )
 
 
 if __name__ == "__main__":

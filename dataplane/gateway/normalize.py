@@ -22,7 +22,9 @@ def journal_for(request: inference_pb2.GenerateRequest) -> Journal:
     Limits that only the model's replica knows (context length, vocabulary) are checked there.
     """
     submit = shard_pb2.Submit(
-        request_id=request.request_id or f"req-{secrets.token_hex(12)}", n=request.n or 1
+        request_id=request.request_id or f"req-{secrets.token_hex(12)}",
+        n=request.n or 1,
+        resume_key=secrets.token_hex(16),
     )
     if len(submit.request_id) > MAX_ID:
         raise _invalid("request_id", f"must have at most {MAX_ID} characters")

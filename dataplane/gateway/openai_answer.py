@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import msgspec
 
 from dataplane.gateway.journal import Chunk
 from dataplane.gateway.openai import ChatRequest, CompletionRequest, Json
@@ -16,41 +19,67 @@ _FINISH = {
 }
 
 
-class Shape:
-    """Builds the answer's objects for one request: `chunk` while streaming, `whole` at the end."""
+class Form(msgspec.Struct):
+    """What a client asked its answer to be. It travels with the request: another gateway may go on."""
 
-    def __init__(self, request: CompletionRequest | ChatRequest, request_id: str, created: int) -> None:
-        self._chat = isinstance(request, ChatRequest)
-        self._wants_ids = request.return_token_ids
-        self._wants_logprobs = request.logprobs is not None and request.logprobs is not False
-        self._wants_prompt = request.prompt_logprobs is not None
-        self._include_usage = bool(request.stream_options and request.stream_options.include_usage)
-        prefix = "chatcmpl" if self._chat else "cmpl"
-        self._head: Json = {"id": f"{prefix}-{request_id}", "created": created, "model": request.model}
-        self._offsets: dict[int, int] = {}
+    id: str
+    created: int
+    model: str
+    chat: bool = False
+    token_ids: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+    usage: bool = False
+
+    @classmethod
+    def of(cls, request: CompletionRequest | ChatRequest, request_id: str, created: int) -> Self:
+        """The form that a request asks for. `created` is in seconds since the Unix epoch."""
+        chat = isinstance(request, ChatRequest)
+        return cls(
+            id=f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
+            created=created,
+            model=request.model,
+            chat=chat,
+            token_ids=request.return_token_ids,
+            logprobs=request.logprobs is not None and request.logprobs is not False,
+            prompt_logprobs=request.prompt_logprobs is not None,
+            usage=bool(request.stream_options and request.stream_options.include_usage),
+        )
+
+
+class Shape:
+    """Builds the answer's objects for one request: `chunk` while streaming, `whole` at the end.
+
+    `offset` tells the characters before a position of a choice: an answer that goes on elsewhere begins late.
+    """
+
+    def __init__(self, form: Form, offset: Callable[[int, int], int] = lambda choice, index: 0) -> None:
+        self._form = form
+        self._head: Json = {"id": form.id, "created": form.created, "model": form.model}
+        self._offset, self._offsets = offset, dict[int, int]()
 
     def chunk(self, chunk: Chunk) -> Json:
         """One event of a stream."""
         choice: Json = {"index": chunk.choice}
-        if self._chat:
+        if self._form.chat:
             first = {"role": "assistant"} if chunk.index == 0 else {}
             choice["delta"] = {**first, "content": chunk.text}
         else:
             choice["text"] = chunk.text
         choice["finish_reason"] = _FINISH[chunk.finish]
         choice["logprobs"] = self._logprobs(chunk)
-        if self._wants_ids:
+        if self._form.token_ids:
             choice["token_ids"] = list(chunk.token_ids)
-        if self._wants_prompt and chunk.index == 0:
+        if self._form.prompt_logprobs and chunk.index == 0:
             choice["prompt_logprobs"] = _prompt_logprobs(chunk)
         event = self._event([choice])
-        if self._include_usage:
+        if self._form.usage:
             event["usage"] = None
         return event
 
     def last(self, usage: types_pb2.Usage) -> Json | None:
         """The event after the last token: usage, where the client asked for it."""
-        return {**self._event([]), "usage": usage_json(usage)} if self._include_usage else None
+        return {**self._event([]), "usage": usage_json(usage)} if self._form.usage else None
 
     def whole(self, chunks: Sequence[Chunk], usage: types_pb2.Usage) -> Json:
         """The answer in one piece. `chunks` has every choice's tokens, in any cut."""
@@ -61,25 +90,25 @@ class Shape:
             choice["token_ids"] += chunk.token_ids
             choice["finish_reason"] = _FINISH[chunk.finish]
             choice["logprobs"] = _merge(choice.get("logprobs"), self._logprobs(chunk))
-            if self._wants_prompt:
+            if self._form.prompt_logprobs:
                 choice.setdefault("prompt_logprobs", _prompt_logprobs(chunk))
         for choice in choices.values():
-            if not self._wants_ids:
+            if not self._form.token_ids:
                 del choice["token_ids"]
-            if self._chat:
+            if self._form.chat:
                 choice["message"] = {"role": "assistant", "content": choice.pop("text")}
         whole = self._event([choices[number] for number in sorted(choices)])
-        whole["object"] = "chat.completion" if self._chat else "text_completion"
+        whole["object"] = "chat.completion" if self._form.chat else "text_completion"
         return {**whole, "usage": usage_json(usage)}
 
     def _event(self, choices: list[Json]) -> Json:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        kind = "chat.completion.chunk" if self._form.chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices}
 
     def _logprobs(self, chunk: Chunk) -> Json | None:
-        if not self._wants_logprobs:
+        if not self._form.logprobs:
             return None
-        if self._chat:
+        if self._form.chat:
             content = [
                 {
                     **_chat_logprob(position.chosen),
@@ -88,7 +117,9 @@ class Shape:
                 for position in chunk.logprobs
             ]
             return {"content": content}
-        offset = self._offsets.get(chunk.choice, 0)
+        offset = self._offsets.get(chunk.choice)
+        if offset is None:
+            offset = self._offset(chunk.choice, chunk.index)
         offsets = []
         for piece in chunk.pieces:
             offsets.append(offset)

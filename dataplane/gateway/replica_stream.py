@@ -22,6 +22,7 @@ class ReplicaStream:
     def __init__(self, target: Target, hello: shard_pb2.GatewayHello) -> None:
         self.target = target
         self._hello = hello
+        self._closed = "the stream was closed"
         self._outbox: asyncio.Queue[shard_pb2.ServeRequest] = asyncio.Queue()
         self._call: grpc.aio.StreamStreamCall[shard_pb2.ServeRequest, shard_pb2.ServeResponse] | None = None
 
@@ -29,8 +30,9 @@ class ReplicaStream:
         """Queue a frame; it is dropped if the stream breaks first."""
         self._outbox.put_nowait(frame)
 
-    def close(self) -> None:
-        """End the stream from this side."""
+    def close(self, reason: str) -> None:
+        """End the stream from this side. `reason` is what `run` returns."""
+        self._closed = reason
         if self._call is not None:
             self._call.cancel()
 
@@ -60,7 +62,7 @@ class ReplicaStream:
                 # Raised for a call that was cancelled by `close` as well as for a cancelled task.
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     raise
-                return PhalanxError("UNREACHABLE", "the stream was closed")
+                return PhalanxError("UNREACHABLE", self._closed)
             finally:
                 call.cancel()
                 if writer is not None:

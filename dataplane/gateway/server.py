@@ -11,9 +11,10 @@ from typing import Any
 import grpc
 
 from controlplane.state import Snapshot
-from dataplane.gateway.gateway import Gateway
-from dataplane.gateway.journal import Chunk, Journal, format_cursor
+from dataplane.gateway.gateway import Gateway, Live
+from dataplane.gateway.journal import Chunk, Journal
 from dataplane.gateway.normalize import journal_for
+from dataplane.gateway.resume import Cursor, Ticket, format_cursor
 from dataplane.gateway.router import Router
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
@@ -93,6 +94,20 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """End a request of this gateway early."""
         return inference_pb2.CancelResponse(found=self._gateway.cancel(request.request_id))
 
+    async def Resume(self, request: inference_pb2.ResumeRequest, context: Context) -> None:  # type: ignore[override]
+        """Go on with a stream that was begun here or elsewhere."""
+        try:
+            ticket = Ticket.parse(request.resume_token)
+            cursor = ticket.cursor(request.cursor)
+            async with (
+                self._gateway.resume(ticket, parent=_traceparent(context)) as live,
+                aclosing(_events(live, cursor)) as events,
+            ):
+                async for event in events:
+                    await context.write(inference_pb2.ResumeResponse(event=event))
+        except PhalanxError as error:
+            await rpc.abort(context, error)
+
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
@@ -107,14 +122,23 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         journal = journal_for(request)
         async with self._gateway.request(journal, timeout_s=timeout_s, parent=parent) as live:
             await live.accepted()
-            yield _started(journal)
-            async for chunk in live.chunks():
-                yield _chunk(journal, chunk)
-                cursor = format_cursor(chunk.cursor)
-            finished = inference_pb2.Finished(usage=journal.usage)
-            yield inference_pb2.GenerateResponse(
-                request_id=journal.request_id, cursor=cursor, finished=finished
-            )
+            async with aclosing(_events(live, journal.start)) as events:
+                async for event in events:
+                    yield event
+
+
+async def _events(live: Live, cursor: Cursor) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+    """An accepted request's events from `cursor` on."""
+    journal = live.journal
+    yield _started(journal, cursor)
+    async for chunk in live.chunks(cursor):
+        yield _chunk(journal, chunk)
+        cursor = chunk.cursor
+    yield inference_pb2.GenerateResponse(
+        request_id=journal.request_id,
+        cursor=format_cursor(cursor),
+        finished=inference_pb2.Finished(usage=journal.usage),
+    )
 
 
 def models(snapshot: Snapshot, router: Router) -> list[inference_pb2.Model]:
@@ -134,14 +158,15 @@ def models(snapshot: Snapshot, router: Router) -> list[inference_pb2.Model]:
     return found
 
 
-def _started(journal: Journal) -> inference_pb2.GenerateResponse:
+def _started(journal: Journal, cursor: Cursor) -> inference_pb2.GenerateResponse:
     return inference_pb2.GenerateResponse(
         request_id=journal.request_id,
-        cursor=format_cursor(journal.start),
+        cursor=format_cursor(cursor),
         started=inference_pb2.Started(
             model=journal.model,
             seed=journal.template.sampling.seed,
             prompt_tokens=len(journal.prompt_ids or ()),
+            resume_token=str(journal.ticket),
         ),
     )
 

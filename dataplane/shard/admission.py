@@ -64,7 +64,7 @@ def _problem(submit: shard_pb2.Submit) -> str | None:
         return f"n must be between 1 and {MAX_CHOICES}, not {submit.n}"
     if submit.prior and len(submit.prior) != submit.n:
         return f"prior has {len(submit.prior)} entries for {submit.n} choices"
-    if submit.prior and all(prior.finished for prior in submit.prior):
+    if submit.prior and all(prior.finish_reason for prior in submit.prior):
         return "every choice has ended already"
     return None
 

@@ -10,8 +10,9 @@ from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import shard_pb2, types_pb2
 
+UNFINISHED = types_pb2.FINISH_REASON_UNSPECIFIED
 _FINISH = {
-    None: types_pb2.FINISH_REASON_UNSPECIFIED,
+    None: UNFINISHED,
     "stop": types_pb2.FINISH_REASON_STOP,
     "length": types_pb2.FINISH_REASON_LENGTH,
 }
@@ -49,7 +50,7 @@ def to_request(
         n=submit.n,
         logprobs=submit.logprobs if submit.HasField("logprobs") else None,
         prior=prior_ids(submit),
-        finished=tuple(prior.finished for prior in submit.prior),
+        finished=tuple(prior.finish_reason != UNFINISHED for prior in submit.prior),
         prompt_logprobs=submit.prompt_logprobs if submit.HasField("prompt_logprobs") else None,
         priority=submit.priority,
         **limit,
@@ -87,6 +88,17 @@ def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.De
         prompt_logprobs=[_to_position(position) for position in delta.prompt_logprobs],
         cached_tokens=delta.cached_tokens,
     )
+
+
+def extend(output: shard_pb2.Delta, news: shard_pb2.Delta) -> None:
+    """Add a choice's next tokens to all that it has generated."""
+    output.token_ids.extend(news.token_ids)
+    output.pieces.extend(news.pieces)
+    output.logprobs.extend(news.logprobs)
+    output.finish_reason = news.finish_reason
+    if not output.prompt_logprobs:
+        output.prompt_logprobs.extend(news.prompt_logprobs)
+    output.cached_tokens = output.cached_tokens or news.cached_tokens
 
 
 def to_load(load: engine.Load) -> shard_pb2.Load:

@@ -1,6 +1,6 @@
 """One epoch of a replica's leader: requests between gateways, the engine and the text process.
 
-Owns: the epoch's request book, its gateways' outboxes, the timer of the nearest deadline.
+Owns: the epoch's request book, its gateways' outboxes, the book's nearest timer.
 Does not own: the children (`worker`), the gRPC streams (`server`).
 """
 
@@ -16,6 +16,9 @@ from dataplane.shard.requests import Ended, Instruction, RequestBook, ToEngine, 
 from engine.wire import Encoded, Message, NotEncoded, Step
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import shard_pb2
+
+BEAT_S = 0.25
+"""Between the frames that tell gateways that this process lives."""
 
 
 class Leader:
@@ -50,17 +53,18 @@ class Leader:
         self._outboxes: dict[int, Outbox] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._beat = self._loop.call_later(BEAT_S, self._beats)
 
-    def join(self, stream: int) -> Outbox:
-        """A gateway's stream begins."""
+    def join(self, stream: int, boot: str) -> Outbox:
+        """A gateway's stream begins; `boot` is the gateway's incarnation."""
         outbox = self._outboxes[stream] = Outbox()
-        self._do(self._book.join(stream))
+        self._do(self._book.join(stream, boot))
         return outbox
 
     def leave(self, stream: int) -> None:
-        """A gateway's stream is over: so are its requests. Idempotent."""
+        """A gateway's stream is over. Idempotent."""
         self._outboxes.pop(stream, None)
-        self._do(self._book.leave(stream))
+        self._do(self._book.leave(stream, self._loop.time()))
 
     def command(self, stream: int, request: shard_pb2.ServeRequest) -> None:
         """A gateway asks for something. Raises PhalanxError when it is nothing that it may ask."""
@@ -71,6 +75,10 @@ class Leader:
                 self._do(self._book.submit(stream, request.submit, self._loop.time()))
             case "cancel":
                 self._do(self._book.cancel(stream, request.cancel.request_id, request.cancel.attempt))
+            case "attach":
+                self._do(self._book.attach(stream, request.attach, self._loop.time()))
+            case "ack":
+                self._book.ack(request.ack.resume_key)
             case other:
                 raise PhalanxError("INVALID_ARGUMENT", f"unexpected frame on an open stream: {other}")
 
@@ -80,15 +88,24 @@ class Leader:
 
     def from_text(self, message: Step | Encoded | NotEncoded) -> None:
         """The text process has answered."""
-        self._do(self._book.stepped(message) if isinstance(message, Step) else self._book.encoded(message))
+        if isinstance(message, Step):
+            self._do(self._book.stepped(message, self._loop.time()))
+        else:
+            self._do(self._book.encoded(message))
 
     def end(self, reason: str) -> None:
         """The epoch is over: end every stream at once, so that gateways go elsewhere."""
+        self._beat.cancel()
+        self._do(self._book.end())
         for stream, outbox in list(self._outboxes.items()):
             outbox.close(
                 PhalanxError("UNREACHABLE", f"{self.replica} has ended epoch {self.epoch}: {reason}")
             )
             self.leave(stream)
+
+    def _beats(self) -> None:
+        self._beat = self._loop.call_later(BEAT_S, self._beats)
+        self._do(self._book.beat())
 
     def _do(self, todo: Iterable[Instruction]) -> None:
         for instruction in todo:
@@ -105,8 +122,8 @@ class Leader:
         self._arm()
 
     def _arm(self) -> None:
-        """Wake up at the nearest deadline."""
-        when = self._book.next_deadline()
+        """Wake up at the book's nearest timer."""
+        when = self._book.next_timer()
         if self._timer is not None and self._timer.when() != when:
             self._timer.cancel()
             self._timer = None

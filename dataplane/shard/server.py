@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -30,10 +30,10 @@ Context = grpc.aio.ServicerContext[shard_pb2.ServeRequest, shard_pb2.ServeRespon
 
 
 class ShardServer(shard_pb2_grpc.ShardServiceServicer):
-    """Admits gateways to the leader of the day."""
+    """Admits gateways to the leader of the day. `form` hears what leaders of other ranks ask for."""
 
-    def __init__(self, worker: str) -> None:
-        self._worker = worker
+    def __init__(self, worker: str, form: Callable[[shard_pb2.FormRequest], None]) -> None:
+        self._worker, self._form = worker, form
         self._numbers = itertools.count(1)
         self.leader: Leader | None = None
 
@@ -47,7 +47,7 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
         except PhalanxError as error:
             await rpc.abort(context, error)
         stream = next(self._numbers)
-        outbox = leader.join(stream)
+        outbox = leader.join(stream, first.hello.incarnation)
         reader = asyncio.create_task(self._listen(context, leader, stream, outbox))
         try:
             await context.write(shard_pb2.ServeResponse(hello=leader.hello))
@@ -59,6 +59,16 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
             leader.leave(stream)
             # Cancelling a read leaks it in gRPC; it ends by itself with the call.
             await asyncio.wait([reader])
+
+    async def Form(
+        self, request: shard_pb2.FormRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> shard_pb2.FormResponse:
+        """A leader forms its replica anew."""
+        try:
+            self._form(request)
+        except PhalanxError as error:
+            await rpc.abort(context, error)
+        return shard_pb2.FormResponse()
 
     def _admit(self, first: Any) -> Leader:
         if first is _EOF or first.WhichOneof("frame") != "hello":

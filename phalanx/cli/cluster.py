@@ -20,11 +20,24 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
+class Gateway:
+    """Where a gateway listens: a URL and host:port."""
+
+    name: str
+    http: str
+    grpc: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where a cluster listens and what it consists of. `http` is a URL, the others are host:port."""
+    """Where a cluster listens and what it consists of. `http` is a URL, the others are host:port.
+
+    `http` and `grpc` are the first gateway's.
+    """
 
     http: str
     grpc: str
+    gateways: tuple[Gateway, ...]
     controller: str
     etcd: tuple[str, ...]
     processes: tuple[Process, ...]
@@ -44,7 +57,8 @@ def read(state_dir: Path) -> Cluster | None:
     except FileNotFoundError:
         return None
     processes = tuple(Process(**process) for process in fields.pop("processes"))
-    return Cluster(**fields | {"etcd": tuple(fields["etcd"]), "processes": processes})
+    gateways = tuple(Gateway(**gateway) for gateway in fields.pop("gateways"))
+    return Cluster(**fields | {"etcd": tuple(fields["etcd"]), "gateways": gateways, "processes": processes})
 
 
 def remove(state_dir: Path) -> None:

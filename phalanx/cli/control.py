@@ -20,9 +20,11 @@ def controller_of(state_dir: Path, override: str | None) -> str:
     return override or _cluster(state_dir).controller
 
 
-def gateway_of(state_dir: Path, override: str | None) -> str:
-    """host:port of a gateway's gRPC server. Raises Failure where the state directory names none."""
-    return override or _cluster(state_dir).grpc
+def gateways_of(state_dir: Path, override: str | None) -> list[str]:
+    """host:port of each gateway's gRPC server. Raises Failure where the state directory names none."""
+    if override:
+        return override.split(",")
+    return [gateway.grpc for gateway in _cluster(state_dir).gateways]
 
 
 def _cluster(state_dir: Path) -> cluster.Cluster:

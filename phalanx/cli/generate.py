@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from phalanx.cli import options
-from phalanx.cli.control import gateway_of, run
+from phalanx.cli.control import gateways_of, run
 
 
 @click.command()
@@ -23,7 +23,7 @@ from phalanx.cli.control import gateway_of, run
 @click.option("--stop", multiple=True, help="A text that ends the completion; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
 @click.option(
-    "--gateway", metavar="HOST:PORT", help="The gateway, instead of the one in the state directory."
+    "--gateway", metavar="HOST:PORT,...", help="The gateways, instead of those in the state directory."
 )
 @options.state_dir
 def generate(
@@ -41,13 +41,13 @@ def generate(
     state_dir: Path,
 ) -> None:
     """Stream the completion of PROMPT, or of standard input, to the terminal."""
-    target = gateway_of(state_dir, gateway)
+    targets = gateways_of(state_dir, gateway)
     text = sys.stdin.read() if prompt is None else prompt
 
     async def streamed() -> None:
         from phalanx.client import Client
 
-        async with Client(target) as client:
+        async with Client(*targets) as client:
             async for event in client.generate(
                 model,
                 text,
@@ -62,5 +62,5 @@ def generate(
             ):
                 click.echo(event.chunk.text, nl=False)
 
-    run(target, streamed())
+    run(targets[0], streamed())
     click.echo()

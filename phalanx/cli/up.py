@@ -38,6 +38,7 @@ PORT = click.IntRange(0, 65535)
 @click.option(
     "--workers", type=click.IntRange(min=1), help="Worker processes.  [default: replicas x tp x pp]"
 )
+@click.option("--gateways", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the engine's choice]"
@@ -52,8 +53,10 @@ PORT = click.IntRange(0, 65535)
     show_default=True,
     help="dummy draws random weights from config.json alone.",
 )
-@click.option("--http-port", type=PORT, default=8000, show_default=True, help="0 picks a free one.")
-@click.option("--grpc-port", type=PORT, default=8001, show_default=True, help="0 picks a free one.")
+@click.option(
+    "--http-port", type=PORT, default=8000, show_default=True, help="0 picks a free one; further gateways do."
+)
+@click.option("--grpc-port", type=PORT, default=8001, show_default=True, help="As --http-port.")
 @click.option("--etcd", metavar="HOST:PORT,...", help="Use this etcd instead of starting one.")
 @click.option(
     "--cluster", "name_in_etcd", default="default", show_default=True, help="Its name within the etcd."
@@ -70,6 +73,7 @@ def up(
     tp: int,
     pp: int,
     workers: int | None,
+    gateways: int,
     device: str,
     dtype: str | None,
     quantization: str | None,
@@ -82,7 +86,7 @@ def up(
     detach: bool,
     state_dir: Path,
 ) -> None:
-    """Start etcd, a controller, workers and a gateway on this machine and serve a model.
+    """Start etcd, a controller, workers and gateways on this machine and serve a model.
 
     Everything listens on loopback. Processes that die are started again. Without --detach it runs
     until Ctrl-C. Other commands find the cluster by its state directory.
@@ -103,6 +107,7 @@ def up(
     spec = LocalSpec(
         state_dir=str(state_dir.resolve()),
         workers=workers or replicas * tp * pp,
+        gateways=gateways,
         device=device,
         devices=_devices() if device == "cuda" else 1,
         http_port=http_port,

@@ -23,6 +23,8 @@ _KINDS: dict[str, tuple[grpc.StatusCode, int, bool]] = {
     "INVALID_LAYOUT": (grpc.StatusCode.INVALID_ARGUMENT, 400, False),
     "UNKNOWN_MODEL": (grpc.StatusCode.NOT_FOUND, 404, False),
     "UNKNOWN_DEPLOYMENT": (grpc.StatusCode.NOT_FOUND, 404, False),
+    "UNKNOWN_REQUEST": (grpc.StatusCode.NOT_FOUND, 404, False),
+    "TAKEN_OVER": (grpc.StatusCode.ABORTED, 409, False),
     "DUPLICATE_REQUEST": (grpc.StatusCode.ALREADY_EXISTS, 409, False),
     "OVERLOADED": (grpc.StatusCode.RESOURCE_EXHAUSTED, 429, True),
     "CANCELLED": (grpc.StatusCode.CANCELLED, 499, False),

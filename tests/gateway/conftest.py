@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Self
 
 import aiohttp
+import grpc
 import pytest
 from aiohttp import web
 
@@ -34,16 +36,54 @@ DEPLOYMENT = DeploymentRecord("demo", 1, "/models/demo", replicas=2)
 
 
 @dataclass
+class Running:
+    """A real gateway with HTTP and gRPC on loopback."""
+
+    gateway: Gateway
+    address: str
+    url: str
+    server: grpc.aio.Server
+    runner: web.AppRunner
+    task: asyncio.Task[None]
+
+    @classmethod
+    async def start(cls, name: str, store: MemoryStore) -> Self:
+        gateway = Gateway(name, f"boot of {name}", store, KEYS)
+        server = rpc.server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
+        address = rpc.bind(server, "127.0.0.1:0")
+        await server.start()
+        runner = web.AppRunner(
+            application(gateway), handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+        )
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        task = asyncio.create_task(gateway.run())
+        await until(lambda: "demo" in gateway.snapshot.deployments)
+        return cls(gateway, address, f"http://127.0.0.1:{runner.addresses[0][1]}", server, runner, task)
+
+    async def kill(self) -> None:
+        """Die without a word to anyone. Idempotent."""
+        self.gateway._leaving = True  # a dead process cancels nothing
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        await self.server.stop(None)
+        await self.runner.cleanup()
+
+
+@dataclass
 class Rig:
-    """A real gateway over a memory store and fake leaders, with HTTP and gRPC on loopback."""
+    """A gateway over a memory store and fake leaders, and its client."""
 
     store: MemoryStore
     gateway: Gateway
     url: str
     client: Client
+    first: Running
     leaders: list[FakeLeader] = field(default_factory=list)
 
-    async def add_leader(self, replica: str, **options: object) -> FakeLeader:
+    async def add_leader(self, replica: str, *, wait: bool = True, **options: object) -> FakeLeader:
         """A replica joins, or joins again under a new epoch; returns when the gateway reaches it."""
         bare = AssignmentRecord(replica, DEPLOYMENT, (MemberRecord("w", "i", "127.0.0.1:1"),))
         epoch = await self.store.txn([], [Put(KEYS.assignment(replica), encode(bare))])
@@ -58,7 +98,8 @@ class Rig:
         )
         shard = ShardRecord(replica, 0, epoch + 1, "w", "i", ShardState.READY)
         await self.store.txn([], [Put(KEYS.shard(replica, 0), encode(shard))])
-        await until(lambda: self.gateway.dispatcher.router.connected.get(replica) == epoch + 1)
+        if wait:
+            await until(lambda: self.gateway.dispatcher.router.connected.get(replica) == epoch + 1)
         return leader
 
 
@@ -66,27 +107,12 @@ class Rig:
 async def rig() -> AsyncIterator[Rig]:
     store = MemoryStore()
     await store.txn([], [Put(KEYS.deployment("demo"), encode(DEPLOYMENT))])
-    gateway = Gateway("gateway-0", "boot", store, KEYS)
-    server = rpc.server()
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
-    address = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
-    runner = web.AppRunner(
-        application(gateway), handler_cancellation=True, access_log=None, shutdown_timeout=0.1
-    )
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    running = asyncio.create_task(gateway.run())
-    async with Client(address) as client:
-        rig = Rig(store, gateway, f"http://127.0.0.1:{runner.addresses[0][1]}", client)
-        await until(lambda: "demo" in gateway.snapshot.deployments)
+    first = await Running.start("gateway-0", store)
+    async with Client(first.address) as client:
+        rig = Rig(store, first.gateway, first.url, client, first)
         yield rig
-        gateway.dispatcher.check_integrity()
-    await runner.cleanup()
-    await server.stop(0)
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
+        first.gateway.dispatcher.check_integrity()
+    await first.kill()
     for leader in rig.leaders:
         await leader.kill()
     await store.close()

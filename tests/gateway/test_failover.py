@@ -104,7 +104,7 @@ async def test_cancel_by_id_ends_a_request_from_outside(rig: Rig) -> None:
 
 async def test_converse_carries_many_requests_and_their_errors(rig: Rig) -> None:
     await rig.add_leader("demo-0")
-    call = rig.client._stub.Converse()
+    call = rig.client._stubs[0].Converse()
     for number in range(3):
         generate = inference_pb2.GenerateRequest(request_id=f"c{number}", model="demo")
         generate.token_ids.ids[:] = PROMPT
@@ -127,7 +127,7 @@ async def test_converse_carries_many_requests_and_their_errors(rig: Rig) -> None
 
 async def test_converse_cancels_one_request_and_leaves_the_others(rig: Rig) -> None:
     leader = await rig.add_leader("demo-0", hold_at=2)
-    call = rig.client._stub.Converse()
+    call = rig.client._stubs[0].Converse()
     for name in ("kept", "left"):
         generate = inference_pb2.GenerateRequest(request_id=name, model="demo", text="x")
         await call.write(inference_pb2.ConverseRequest(generate=generate))

@@ -85,7 +85,7 @@ async def test_a_bug_met_by_one_request_of_a_conversation_spares_the_others(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leader = await rig.add_leader("demo-0", hold_at=2)
-    call = rig.client._stub.Converse()
+    call = rig.client._stubs[0].Converse()
     await call.write(inference_pb2.ConverseRequest(generate=request("good")))
     await until(lambda: leader.submits)
     monkeypatch.setattr("dataplane.gateway.server.journal_for", lambda asked: 1 / 0)
@@ -148,7 +148,7 @@ async def test_a_frame_of_another_epoch_is_dropped(rig: Rig) -> None:
     (submit,) = leader.submits
     stale = shard_pb2.StepFrame(replica="demo-0", epoch=leader.epoch - 1)
     stale.deltas.add(request_id="x", attempt=submit.attempt, index=1, token_ids=[666], pieces=["!"])
-    leader._frames.put_nowait(shard_pb2.ServeResponse(step=stale))
+    next(iter(leader._attempts.values())).frames.put_nowait(shard_pb2.ServeResponse(step=stale))
     await until(lambda: rig.gateway.dispatcher.counters.stale_frames_dropped == 1)
     leader.release.set()
     rest = [token async for event in stream for token in event.chunk.token_ids]

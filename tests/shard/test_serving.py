@@ -62,7 +62,7 @@ async def test_a_replay_goes_on_after_prior_output_and_leaves_finished_choices_a
         epoch, _ = await cluster.form()
         async with cluster.gateway(epoch) as gateway:
             await gateway.hello()
-            prior = [{"token_ids": [5, 6]}, {"token_ids": [6], "finished": True}]
+            prior = [{"token_ids": [5, 6]}, {"choice": 1, "token_ids": [6], "finish_reason": 1}]
             await gateway.submit(token_ids=ids(5), n=2, prior=prior, attempt=2, model_hash="hash-1")
             deltas = await gateway.until_finished()
         assert {delta.choice for delta in deltas} == {0}

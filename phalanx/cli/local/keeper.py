@@ -20,12 +20,12 @@ from phalanx.cli.local.logtail import exit_reason
 from phalanx.cli.local.spec import (
     CONTROLLER,
     ETCD,
-    GATEWAY,
     LocalSpec,
     Program,
     command,
     cores,
     environment,
+    gateways,
     log_path,
     programs,
 )
@@ -188,12 +188,13 @@ class Keeper:
             cluster.Process(self._programs[name].role, name, child.pid)
             for name, child in self._children.items()
         ]
-        gateway = self._known[GATEWAY]
+        listening = tuple(cluster.Gateway(name, **self._known[name]) for name in gateways(self._spec))
         cluster.write(
             self._state_dir,
             cluster.Cluster(
-                http=gateway["http"],
-                grpc=gateway["grpc"],
+                http=listening[0].http,
+                grpc=listening[0].grpc,
+                gateways=listening,
                 controller=self._known[CONTROLLER]["grpc"],
                 etcd=self._spec.etcd or (self._known[ETCD]["grpc"],),
                 processes=(cluster.Process("supervisor", "supervisor-0", os.getpid()), *running),

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CONTROLLER = "controller-0"
-GATEWAY = "gateway-0"
 ETCD = "etcd-0"
 
 
@@ -20,6 +19,7 @@ class LocalSpec:
 
     state_dir: str
     workers: int
+    gateways: int = 1
     device: str = "cpu"
     devices: int = 1
     http_port: int = 0
@@ -63,8 +63,13 @@ def programs(spec: LocalSpec) -> tuple[Program, ...]:
         # Before the workers: a leader that sees them go would form their replicas again.
         Program(CONTROLLER, "controller", after, stop_stage=1),
         *(Program(f"worker-{i}", "worker", after, stop_stage=2) for i in range(spec.workers)),
-        Program(GATEWAY, "gateway", after, stop_stage=0),
+        *(Program(name, "gateway", after, stop_stage=0) for name in gateways(spec)),
     )
+
+
+def gateways(spec: LocalSpec) -> list[str]:
+    """The names of the gateways; the first has the ports that were asked for."""
+    return [f"gateway-{i}" for i in range(spec.gateways)]
 
 
 def command(spec: LocalSpec, program: Program, known: Mapping[str, Addresses], ready_fd: int) -> list[str]:
@@ -77,8 +82,11 @@ def command(spec: LocalSpec, program: Program, known: Mapping[str, Addresses], r
     line = [sys.executable, "-P", "-m", _MODULES[program.role]]
     line += ["--etcd", ",".join(etcd), "--cluster", spec.cluster, "--name", program.name]
     if program.role == "gateway":
-        line += ["--grpc", own.get("grpc", f"127.0.0.1:{spec.grpc_port}")]
-        line += ["--http", own.get("http", f"127.0.0.1:{spec.http_port}").removeprefix("http://")]
+        first = program.name == gateways(spec)[0]
+        grpc_port, http_port = (spec.grpc_port, spec.http_port) if first else (0, 0)
+        line += ["--grpc", own.get("grpc", f"127.0.0.1:{grpc_port}")]
+        line += ["--drain-s", "1"]
+        line += ["--http", own.get("http", f"127.0.0.1:{http_port}").removeprefix("http://")]
     else:
         line += ["--listen", own.get("grpc", "127.0.0.1:0")]
     if program.role == "worker":

@@ -20,6 +20,7 @@ from phalanx.cli.local.stop import stop
 from phalanx.cli.up import deployment_name
 
 KNOWN = {ETCD: {"grpc": "127.0.0.1:1"}}
+GATEWAYS = (cluster.Gateway("gateway-0", "http://h:1", "h:2"),)
 
 
 def sleeper(state_dir: Path, program: str = "import time; time.sleep(600)") -> subprocess.Popen[bytes]:
@@ -28,11 +29,14 @@ def sleeper(state_dir: Path, program: str = "import time; time.sleep(600)") -> s
 
 
 def test_cluster_json_is_what_scripts_expect(tmp_path: Path):
-    written = cluster.Cluster("http://h:1", "h:2", "h:3", ("h:4",), (cluster.Process("etcd", "etcd-0", 5),))
+    written = cluster.Cluster(
+        "http://h:1", "h:2", GATEWAYS, "h:3", ("h:4",), (cluster.Process("etcd", "etcd-0", 5),)
+    )
     cluster.write(tmp_path, written)
     assert json.loads((tmp_path / "cluster.json").read_text()) == {
         "http": "http://h:1",
         "grpc": "h:2",
+        "gateways": [{"name": "gateway-0", "http": "http://h:1", "grpc": "h:2"}],
         "controller": "h:3",
         "etcd": ["h:4"],
         "processes": [{"role": "etcd", "name": "etcd-0", "pid": 5}],
@@ -49,6 +53,16 @@ def test_a_program_listens_again_where_it_first_served():
     again = command(spec, gateway, {**KNOWN, **served}, 9)
     assert again[again.index("--http") + 1] == "127.0.0.1:8"
     assert again[again.index("--grpc") + 1] == "127.0.0.1:7"
+
+
+def test_the_first_gateway_has_the_ports_that_were_asked_for():
+    spec = LocalSpec("/d", workers=1, gateways=2, http_port=8000, grpc_port=8001)
+    first, second = (
+        command(spec, program, KNOWN, 9) for program in programs(spec) if program.role == "gateway"
+    )
+    assert first[first.index("--grpc") + 1] == "127.0.0.1:8001"
+    assert second[second.index("--grpc") + 1] == "127.0.0.1:0"
+    assert second[second.index("--http") + 1] == "127.0.0.1:0"
 
 
 def test_workers_are_spread_over_the_devices():

@@ -43,7 +43,7 @@ def test_without_a_cluster_commands_say_so(tmp_path):
 def test_a_stale_cluster_is_recognised(tmp_path):
     from phalanx.cli import cluster
 
-    cluster.write(tmp_path, cluster.Cluster("http://h:1", "h:2", "h:3", ("h:4",), ()))
+    cluster.write(tmp_path, cluster.Cluster("http://h:1", "h:2", (), "h:3", ("h:4",), ()))
     result = CliRunner().invoke(main, ["get", "workers", "--state-dir", str(tmp_path)])
     assert result.exit_code == UNREACHABLE
     assert "is gone" in result.stderr

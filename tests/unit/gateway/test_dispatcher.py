@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dataplane.gateway import dispatcher as instructions
-from dataplane.gateway.dispatcher import MAX_FRUITLESS_ATTEMPTS, PATIENCE_S, Dispatcher
+from dataplane.gateway.dispatcher import MAX_FRUITLESS_ATTEMPTS, PATIENCE_S, SEEK_S, SILENCE_S, Dispatcher
 from dataplane.gateway.journal import Journal
 from dataplane.gateway.router import Target
 from phalanx.runtime.errors import PhalanxError
@@ -92,6 +92,9 @@ class Cluster(RuleBasedStateMachine):
                     replica.submit(message)
                 case instructions.CancelAttempt(target, message):
                     self.replicas[target.replica].attempts.pop((message.request_id, message.attempt), None)
+                case instructions.HangUp(target, reason):
+                    self.replicas[target.replica] = FakeReplica(target)
+                    self.do(self.dispatcher.stream_down(target, reason, self.now))
                 case instructions.Distrust():
                     raise AssertionError("an honest replica was distrusted")
 
@@ -219,6 +222,33 @@ def test_a_deadline_ends_a_running_request_and_cancels_its_attempt() -> None:
     assert request.error.reason == "DEADLINE_EXCEEDED"
 
 
+def ticks(dispatcher: Dispatcher, start: float, end: float) -> list[instructions.Instruction]:
+    """Tick as the gateway does."""
+    times = [start + i * 0.05 for i in range(int((end - start) / 0.05) + 1)]
+    return [todo for now in times for todo in dispatcher.tick(now)]
+
+
+def test_a_stream_that_falls_silent_is_closed_once() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    assert ticks(dispatcher, 0.0, 1.0) == []
+    beat = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    assert dispatcher.frame(UP, beat, 1.0) == []
+    assert ticks(dispatcher, 1.0, 1.0 + SILENCE_S - 0.1) == []
+    (hang_up,) = ticks(dispatcher, 1.0 + SILENCE_S - 0.1, 5.0)
+    assert hang_up == instructions.HangUp(UP, f"silent for {SILENCE_S} s")
+    dispatcher.check_integrity()
+
+
+def test_a_gateway_that_stood_still_itself_closes_no_stream() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    ticks(dispatcher, 0.0, 0.5)
+    assert dispatcher.tick(60.0) == []
+    assert dispatcher.frame(UP, shard_pb2.StepFrame(replica="demo-0", epoch=1), 60.0) == []
+    assert ticks(dispatcher, 60.0, 61.0) == []
+
+
 def test_a_refusal_that_cannot_be_retried_ends_the_request() -> None:
     dispatcher, request = Dispatcher(), journal("r")
     dispatcher.stream_up(UP, LEADER, 0.0)
@@ -339,3 +369,106 @@ def test_rolling_replicas_never_use_up_the_attempts_of_a_request_that_waits() ->
         dispatcher.stream_up(target, LEADER, 0.0)
         dispatcher.stream_down(target, "the replica has left the topology", 0.0, blame=False)
     assert request.error is None
+
+
+OTHER = Target("demo-1", 1, "demo", "a:2")
+KEY = "k" * 32
+
+
+def held(tokens: int, attempt: int, *, finished: bool = False) -> shard_pb2.Attached:
+    """What a leader says that holds request "r"."""
+    request = shard_pb2.Submit(
+        request_id="r", attempt=attempt, resume_key=KEY, n=1, token_ids=types_pb2.TokenIds(ids=[1, 2]),
+        stopping=types_pb2.Stopping(max_tokens=6), model_hash="m", deadline_ms=5000,
+    )  # fmt: skip
+    ids = [token("r", 0, i) for i in range(tokens)]
+    request.prior.add(token_ids=ids, pieces=[f"{i} " for i in ids], finish_reason=2 if finished else 0)
+    return shard_pb2.Attached(attempt=attempt, request=request)
+
+
+def sought() -> tuple[Dispatcher, list[shard_pb2.Attach]]:
+    dispatcher = Dispatcher()
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    dispatcher.stream_up(OTHER, LEADER, 0.0)
+    dispatcher.stream_up(Target("else-0", 1, "else", "a:3"), LEADER, 0.0)
+    asked = dispatcher.seek("demo", KEY, 0.0)
+    assert [todo.target for todo in asked if isinstance(todo, instructions.Attach)] == [UP, OTHER]
+    return dispatcher, [todo.message for todo in asked if isinstance(todo, instructions.Attach)]
+
+
+def test_what_a_replica_holds_goes_on_here() -> None:
+    dispatcher, (first, second) = sought()
+    frame = shard_pb2.StepFrame(replica="demo-1", epoch=1, attached=[held(3, second.attempt)])
+    (found,) = dispatcher.frame(OTHER, frame, 1.0)
+    assert isinstance(found, instructions.Found)
+    assert (found.target, found.journal.tokens) == (OTHER, 3)
+    no = types_pb2.Error(reason="UNKNOWN_REQUEST")
+    late = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    late.failed.add(attempt=first.attempt, error=no)
+    assert dispatcher.frame(UP, late, 1.0) == []
+    dispatcher.check_integrity()
+    news = shard_pb2.StepFrame(replica="demo-1", epoch=1)
+    news.deltas.add(request_id="r", attempt=second.attempt, index=3, token_ids=[9], pieces=["x"])
+    dispatcher.frame(OTHER, news, 1.0)
+    assert found.journal.tokens == 4
+    _, submit = dispatcher.stream_down(OTHER, "killed", 2.0)
+    assert isinstance(submit, instructions.Submit)
+    assert submit.target == UP
+    assert len(submit.message.prior[0].token_ids) == 4
+    assert submit.message.deadline_ms == 4000
+    dispatcher.check_integrity()
+
+
+def test_what_has_finished_is_found_and_not_live() -> None:
+    dispatcher, (first, _) = sought()
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(6, first.attempt, finished=True)])
+    (found,) = dispatcher.frame(UP, frame, 1.0)
+    assert isinstance(found, instructions.Found)
+    assert found.journal.finished
+    assert dispatcher.live == 0
+    dispatcher.check_integrity()
+
+
+def test_a_search_ends_when_the_last_replica_has_said_no() -> None:
+    dispatcher, (first, second) = sought()
+    for target, asked in ((UP, first), (OTHER, second)):
+        frame = shard_pb2.StepFrame(replica=target.replica, epoch=1)
+        frame.failed.add(attempt=asked.attempt, error=types_pb2.Error(reason="UNKNOWN_REQUEST"))
+        todo = dispatcher.frame(target, frame, 0.5)
+    assert todo == [instructions.NotHeld(KEY)]
+    assert dispatcher.tick(0.6) == []
+
+
+def test_a_search_does_not_wait_for_a_replica_that_is_silent_or_gone() -> None:
+    dispatcher, (first, _) = sought()
+    assert dispatcher.stream_down(OTHER, "killed", 0.1) == []
+    assert dispatcher.tick(SEEK_S) == [instructions.NotHeld(KEY)]
+    # It answers after all: nobody waits for it any more.
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(3, first.attempt)])
+    (cancel,) = dispatcher.frame(UP, frame, SEEK_S)
+    assert isinstance(cancel, instructions.CancelAttempt)
+    assert dispatcher.seek("nobody", KEY, 2.0) == [instructions.NotHeld(KEY)]
+
+
+def test_whose_time_is_up_first_is_placed_first() -> None:
+    dispatcher = Dispatcher()
+    for name, timeout_s in (("never", None), ("late", 9.0), ("soon", 2.0)):
+        dispatcher.open(journal(name), 0.0, timeout_s)
+    placed = [todo.journal.request_id for todo in dispatcher.stream_up(UP, LEADER, 1.0)]  # type: ignore[union-attr]
+    assert placed == ["soon", "late", "never"]
+
+
+def test_what_the_cluster_could_not_keep_is_counted_as_lost() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.stream_up(UP, LEADER, 0.0)
+    for name, ended in (("kept", None), ("lost", "INTERNAL"), ("moved", "TAKEN_OVER")):
+        request = journal(name)
+        (submit,) = dispatcher.open(request, 0.0)
+        assert isinstance(submit, instructions.Submit)
+        frame = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+        frame.accepted.add(request_id=name, attempt=submit.message.attempt, prompt_ids=[1])
+        if ended:
+            error = types_pb2.Error(reason=ended, message="x", retryable=False)
+            frame.failed.add(request_id=name, attempt=submit.message.attempt, error=error)
+        dispatcher.frame(UP, frame, 0.0)
+    assert (dispatcher.counters.lost, dispatcher.counters.failed) == (1, 1)

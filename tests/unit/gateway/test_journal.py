@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataplane.gateway.journal import Journal, format_cursor
+from dataplane.gateway.journal import FRUITFUL_TOKENS, Journal
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import shard_pb2, types_pb2
 
@@ -68,7 +68,8 @@ def test_a_replay_carries_prompt_ids_and_prior_output_apart() -> None:
     submit = journal.begin(2, "demo-1", LEADER)
     assert list(submit.token_ids.ids) == [7, 8, 9]
     assert [list(prior.token_ids) for prior in submit.prior] == [[10, 11], [20]]
-    assert [prior.finished for prior in submit.prior] == [False, True]
+    assert [prior.finish_reason for prior in submit.prior] == [0, STOP]
+    assert [list(prior.pieces) for prior in submit.prior] == [["<10>", "<11>"], ["<20>"]]
     assert submit.attempt == 2
     assert submit.model_hash == "m"
 
@@ -136,14 +137,15 @@ def test_usage_tells_what_was_cached_when_the_first_token_came() -> None:
     assert journal.usage.cached_tokens == 2
 
 
-def test_attempts_without_a_token_are_counted_until_one_makes_progress() -> None:
-    journal = begun()
+def test_attempts_that_come_to_nothing_are_counted_until_one_makes_progress() -> None:
+    journal = begun(max_tokens=64)
     journal.lose()
     journal.begin(2, "demo-1", LEADER)
+    journal.append(delta(0, *range(10, 9 + FRUITFUL_TOKENS)))
     journal.lose()
-    assert journal.fruitless == 2
+    assert journal.fruitless == 2, "a poison may have some tokens in it"
     journal.begin(3, "demo-1", LEADER)
-    journal.append(delta(0, 10))
+    journal.append(delta(journal.tokens, *range(10, 10 + FRUITFUL_TOKENS)))
     journal.lose()
     assert journal.fruitless == 0
 
@@ -164,10 +166,6 @@ def test_a_finish_without_a_token_is_delivered_once() -> None:
     (second,) = journal.read(first.cursor)
     assert (second.finish, list(second.token_ids)) == (STOP, [])
     assert journal.read(second.cursor) == []
-
-
-def test_the_cursor_names_every_choice() -> None:
-    assert format_cursor((3, 0, 12)) == "3.0.12"
 
 
 @given(st.data())
@@ -233,3 +231,40 @@ def test_log_probabilities_of_the_prompt_are_asked_for_until_they_are_there() ->
     chunks = journal.read(journal.start)
     assert [[entry.chosen.token_id for entry in chunk.prompt_logprobs] for chunk in chunks] == [[8], []]
     assert all(not chunk.prompt_logprobs for chunk in journal.read((1, 0)))
+
+
+def test_a_journal_comes_back_whole_from_what_a_replay_sends() -> None:
+    journal = begun(n=2)
+    journal.append(delta(0, 10, 11))
+    journal.append(delta(0, 20, choice=1, finish=STOP))
+    journal.lose()
+    sent = journal.begin(2, "demo-1", LEADER)
+    again = Journal.restore("demo", sent, LEADER.eos_token_ids)
+    assert again.choices == journal.choices
+    assert again.usage == journal.usage
+    assert again.pinned() == journal.pinned()
+    assert (again.accepted, again.attempt, again.length) == (True, None, journal.length)
+    again.adopt(7, "demo-1", LEADER)
+    assert again.is_current(7)
+    again.append(delta(2, 2, finish=STOP))
+    assert again.finished
+
+
+def test_parts_of_a_journal_make_the_whole() -> None:
+    journal = begun(max_tokens=64)
+    parts = []
+    for index in range(5):
+        journal.append(delta(2 * index, 10 + index, 20 + index))
+        parts += journal.since((2 * index,))
+    again = Journal.restore("demo", journal.pinned(), [])
+    assert all(again.append(part) for part in parts)
+    assert again.choices == journal.choices
+
+
+def test_a_reader_that_is_ahead_of_the_journal_waits_for_it() -> None:
+    journal = begun()
+    journal.append(delta(0, 10, 11))
+    assert journal.read((3,)) == []
+    journal.append(delta(2, 12, 13))
+    (chunk,) = journal.read((3,))
+    assert (chunk.index, chunk.token_ids) == (3, [13])

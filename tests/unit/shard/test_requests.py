@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dataplane.shard.admission import MAX_SUBMIT_BYTES, ServedModel
 from dataplane.shard.requests import (
     LOAD_EVERY_STEPS,
+    RETENTION_S,
     Ended,
     Instruction,
     RequestBook,
@@ -24,6 +25,7 @@ from phalanx.v1 import shard_pb2, types_pb2
 
 IDS = types_pb2.TokenIds(ids=[1, 2])
 IDLE = Load(kv_blocks_free=10, kv_blocks_total=10)
+STOP = types_pb2.FINISH_REASON_STOP
 TIMES = Timing(1.0, 2.0, 3.0, 4.0)
 MODEL = ServedModel("hash", max_model_len=8, longest_token_bytes=5)
 
@@ -122,7 +124,7 @@ def test_the_same_request_of_two_gateways_has_two_ids() -> None:
 
 
 def test_prior_output_goes_to_the_engine_and_to_the_text_process() -> None:
-    prior = [shard_pb2.PriorOutput(token_ids=[3, 4]), shard_pb2.PriorOutput(token_ids=[5], finished=True)]
+    prior = [shard_pb2.Delta(token_ids=[3, 4]), shard_pb2.Delta(choice=1, token_ids=[5], finish_reason=STOP)]
     todo = book(1).submit(1, submit(n=2, prior=prior), now=0.0)
     (queued,) = engine(todo)
     assert isinstance(queued, SubmitRequest)
@@ -136,8 +138,8 @@ def test_a_step_makes_one_frame_for_each_gateway_with_news() -> None:
     requests = book(1, 2)
     one, two = started(requests, 1, request_id="a"), started(requests, 1, request_id="b")
     deltas = (Delta(one, 0, 0, (9,), ("x",)), Delta(two, 0, 0, (8,), ("y",)))
-    requests.stepped(step(1))
-    todo = requests.stepped(step(2, accepted=(one, two), deltas=deltas))
+    requests.stepped(step(1), 0.0)
+    todo = requests.stepped(step(2, accepted=(one, two), deltas=deltas), 0.0)
     assert [item.stream for item in todo if isinstance(item, ToGateway)] == [1]
     (frame,) = frames(todo)
     assert (frame.replica, frame.epoch, frame.step) == ("d-0", 7, 2)
@@ -147,8 +149,10 @@ def test_a_step_makes_one_frame_for_each_gateway_with_news() -> None:
 
 def test_load_is_sent_when_it_changes_and_now_and_then() -> None:
     requests = book(1)
-    assert frames(requests.stepped(step(1)))
-    quiet = [number for number in range(2, LOAD_EVERY_STEPS + 2) if frames(requests.stepped(step(number)))]
+    assert frames(requests.stepped(step(1), 0.0))
+    quiet = [
+        number for number in range(2, LOAD_EVERY_STEPS + 2) if frames(requests.stepped(step(number), 0.0))
+    ]
     assert quiet == [LOAD_EVERY_STEPS + 1]
 
 
@@ -158,8 +162,8 @@ def test_the_last_choice_to_end_ends_the_attempt() -> None:
     last = [Delta(id, choice, 0, (9,), ("x",), finish="length", timing=TIMES) for choice in (0, 1)]
     for delta in last:
         requests.generated(step(1, deltas=(delta,)))
-    assert text(requests.stepped(step(1, deltas=(last[0],)))) == []
-    todo = requests.stepped(step(2, deltas=(last[1],)))
+    assert text(requests.stepped(step(1, deltas=(last[0],)), 0.0)) == []
+    todo = requests.stepped(step(2, deltas=(last[1],)), 0.0)
     assert text(todo) == [Forget(id)]
     assert not engine(todo)
     assert todo[-1] == Ended("", "r", 1, 2, 2, (TIMES, TIMES), "")
@@ -169,18 +173,18 @@ def test_the_last_choice_to_end_ends_the_attempt() -> None:
 def test_a_stop_text_ends_its_choice_and_later_deltas_of_it_are_dropped() -> None:
     requests = book(1)
     id = started(requests, n=2)
-    todo = requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("",), finish="stop"),)))
+    todo = requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("",), finish="stop"),)), 0.0)
     assert engine(todo) == [CancelRequest(id, 0)]
     assert len(requests) == 1
-    requests.stepped(step(2))
-    assert not frames(requests.stepped(step(3, deltas=(Delta(id, 0, 1, ()),))))
+    requests.stepped(step(2), 0.0)
+    assert not frames(requests.stepped(step(3, deltas=(Delta(id, 0, 1, ()),)), 0.0))
 
 
 def test_a_stop_text_in_the_last_token_tells_the_engine_nothing() -> None:
     requests = book(1)
     id = started(requests)
     requests.generated(step(1, deltas=(Delta(id, 0, 0, (9,), finish="length"),)))
-    todo = requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("",), finish="stop"),)))
+    todo = requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("",), finish="stop"),)), 0.0)
     assert not engine(todo)
 
 
@@ -215,15 +219,95 @@ def test_a_lost_stream_cancels_its_own_requests() -> None:
     requests = book(1, 2)
     mine = started(requests, 1)
     started(requests, 2)
-    assert engine(requests.leave(1)) == [CancelRequest(mine)]
-    assert requests.leave(1) == []
+    assert engine(requests.leave(1, 0.0)) == [CancelRequest(mine)]
+    assert requests.leave(1, 0.0) == []
+    assert len(requests) == 1
+
+
+def attached(todo: list[Instruction]) -> list[shard_pb2.Attached]:
+    return [item for frame in frames(todo) for item in frame.attached]
+
+
+def attach(attempt: int = 5, key: str = "k") -> shard_pb2.Attach:
+    return shard_pb2.Attach(resume_key=key, attempt=attempt)
+
+
+def test_an_orphan_goes_on_and_another_gateway_gets_all_of_it() -> None:
+    requests = book(1)
+    id = started(requests, n=2, resume_key="k", deadline_ms=9000)
+    requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("x",)),)), 0.0)
+    assert requests.leave(1, 1.0) == []
+    assert not frames(requests.stepped(step(2, deltas=(Delta(id, 0, 1, (8,), ("y",)),)), 1.0))
+    requests.stepped(step(2, deltas=(Delta(id, 1, 0, (7,), ("z",), finish="length"),)), 1.0)
+    requests.join(2)
+    (got,) = attached(requests.attach(2, attach(), 2.0))
+    assert got.attempt == got.request.attempt == 5
+    assert [list(prior.token_ids) for prior in got.request.prior] == [[9, 8], [7]]
+    assert [list(prior.pieces) for prior in got.request.prior] == [["x", "y"], ["z"]]
+    assert [prior.finish_reason for prior in got.request.prior] == [0, types_pb2.FINISH_REASON_LENGTH]
+    assert list(got.request.token_ids.ids) == [1, 2]
+    assert (got.request.model_hash, got.request.stopping.max_tokens) == ("hash", 6)
+    assert got.request.deadline_ms == 7000
+    (frame,) = frames(requests.stepped(step(3, deltas=(Delta(id, 0, 2, (6,), ("w",)),)), 2.0))
+    assert [(delta.attempt, delta.index) for delta in frame.deltas] == [(5, 2)]
+
+
+def test_what_has_finished_is_retained_until_its_client_has_it() -> None:
+    requests = book(1, 2)
+    id = started(requests, resume_key="k")
+    last = step(1, deltas=(Delta(id, 0, 0, (9,), ("x",), finish="length"),))
+    requests.generated(last)
+    requests.stepped(last, 0.0)
+    assert len(requests) == 0
+    (got,) = attached(requests.attach(2, attach(), 1.0))
+    assert list(got.request.prior[0].token_ids) == [9]
+    requests.ack("k")
+    requests.ack("k")
+    assert reasons(requests.attach(2, attach(), 1.0)) == ["UNKNOWN_REQUEST"]
+
+
+def test_what_nobody_asks_for_is_dropped_after_a_while() -> None:
+    requests = book(1)
+    id = started(requests, resume_key="k")
+    requests.leave(1, 10.0)
+    assert requests.next_timer() == 10.0 + RETENTION_S
+    assert requests.expire(9.0 + RETENTION_S) == []
+    assert engine(requests.expire(10.0 + RETENTION_S)) == [CancelRequest(id)]
+    assert len(requests) == 0
+
+
+def test_a_gateway_that_comes_back_has_given_up_what_it_had() -> None:
+    requests = book()
+    requests.join(1, "boot-a")
+    id = started(requests, resume_key="k")
+    requests.leave(1, 0.0)
+    assert not engine(requests.join(2, "boot-b"))
+    assert engine(requests.join(3, "boot-a")) == [CancelRequest(id)]
+
+
+def test_a_client_that_went_elsewhere_is_told_to_its_first_gateway() -> None:
+    requests = book(1, 2)
+    id = started(requests, resume_key="k")
+    todo = requests.attach(2, attach(), 0.0)
+    assert reasons(todo) == ["TAKEN_OVER"]
+    assert [item.stream for item in todo if isinstance(item, ToGateway)] == [1, 2]
+    assert requests.cancel(1, "r", 1) == [], "it is no longer the first one's to cancel"
+    assert engine(requests.cancel(2, "r", 5)) == [CancelRequest(id)]
+
+
+def test_a_replay_of_what_still_runs_here_takes_its_place() -> None:
+    requests = book(1, 2)
+    id = started(requests, resume_key="k")
+    todo = requests.submit(2, submit(resume_key="k", attempt=9), now=0.0)
+    assert reasons(todo) == ["TAKEN_OVER"]
+    assert engine(todo)[0] == CancelRequest(id)
     assert len(requests) == 1
 
 
 def test_refusals_end_the_attempt_with_their_reason() -> None:
     requests = book(1)
     id = started(requests)
-    todo = requests.stepped(step(1, failed=(Refusal(id, "PROMPT_TOO_LONG", "too long"),)))
+    todo = requests.stepped(step(1, failed=(Refusal(id, "PROMPT_TOO_LONG", "too long"),)), 0.0)
     assert reasons(todo) == ["PROMPT_TOO_LONG"]
     assert text(todo) == [Forget(id)]
     (encode,) = text(requests.submit(1, submit("s", text="hello", token_ids=None), now=0.0))
@@ -234,7 +318,7 @@ def test_refusals_end_the_attempt_with_their_reason() -> None:
 
 
 def test_what_cannot_be_an_attempt_is_refused_at_once() -> None:
-    done = shard_pb2.PriorOutput(finished=True)
+    done = shard_pb2.Delta(finish_reason=STOP)
     for bad in (
         submit(n=0),
         submit(n=2**32 - 1),
@@ -302,7 +386,7 @@ def test_what_would_break_a_frame_to_a_child_is_refused_whichever_field_it_is_in
         submit(token_ids=types_pb2.TokenIds(ids=[127] * 10_000)),
         submit(stopping=types_pb2.Stopping(stop=[""] * 10_000)),
         submit(stopping=types_pb2.Stopping(stop=["\x01"] * 10_000, stop_token_ids=[127] * 10_000)),
-        submit(n=2, prior=[shard_pb2.PriorOutput(token_ids=[127] * 10_000)] * 2),
+        submit(n=2, prior=[shard_pb2.Delta(token_ids=[127] * 10_000)] * 2),
     ],
 )
 def test_what_is_admitted_makes_no_frame_that_is_too_large(dense: shard_pb2.Submit) -> None:
@@ -315,10 +399,10 @@ def test_what_is_admitted_makes_no_frame_that_is_too_large(dense: shard_pb2.Subm
 
 def test_a_choice_may_end_without_a_token() -> None:
     requests = book(1)
-    id = started(requests, prior=[shard_pb2.PriorOutput(token_ids=[3, 4])])
+    id = started(requests, prior=[shard_pb2.Delta(token_ids=[3, 4])])
     last = step(1, deltas=(Delta(id, 0, 2, (), finish="length", timing=TIMES),))
     requests.generated(last)
-    (frame,) = frames(requests.stepped(last))
+    (frame,) = frames(requests.stepped(last, 0.0))
     assert frame.deltas[0].index == 2
     assert not frame.deltas[0].pieces
     assert frame.deltas[0].finish_reason == types_pb2.FINISH_REASON_LENGTH
@@ -330,14 +414,14 @@ def test_deadlines_end_attempts_in_their_order() -> None:
     started(requests, request_id="late", deadline_ms=2000)
     soon = started(requests, request_id="soon", deadline_ms=1000)
     started(requests, request_id="never")
-    assert requests.next_deadline() == 1.0
+    assert requests.next_timer() == 1.0
     assert requests.expire(0.9) == []
     todo = requests.expire(1.0)
     assert reasons(todo) == ["DEADLINE_EXCEEDED"]
     assert engine(todo) == [CancelRequest(soon)]
-    assert requests.next_deadline() == 2.0
+    assert requests.next_timer() == 2.0
     requests.cancel(1, "late", 1)
-    assert requests.next_deadline() is None
+    assert requests.next_timer() is None
 
 
 def test_deadlines_that_pass_together_are_told_in_one_frame() -> None:
@@ -364,7 +448,12 @@ class Conversation(RuleBasedStateMachine):
         self.with_text: list[Step] = []
         self.expected: dict[tuple[int, str, int], dict[int, int]] = {}  # what each gateway awaits
         self.over: set[tuple[int, str, int]] = set()
-        self.ended: Counter[tuple[str, int]] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.keys: dict[str, str] = {}  # request id: resume key, of those that have one
+        self.orphans: set[str] = set()  # request ids
+        self.passed: dict[str, list[int]] = {}  # tokens per choice that have come through the text process
+        self.closed: set[tuple[str, int]] = set()  # choices of which no more tokens pass
+        self.attached = 100  # attempt numbers
 
     def do(self, todo: list[Instruction]) -> None:
         stepped = Counter(item.stream for item in todo if isinstance(item, ToGateway))
@@ -391,10 +480,21 @@ class Conversation(RuleBasedStateMachine):
                         self.running.get(id, {}).pop(choice, None)
                 case ToGateway(stream, frame):
                     self.receive(stream, frame)
-                case Ended(request_id=request_id, attempt=attempt):
-                    self.ended[request_id, attempt] += 1
+                case Ended(request_id=request_id):
+                    self.ended[request_id] += 1
+                    self.orphans.discard(request_id)
 
     def receive(self, stream: int, frame: shard_pb2.StepFrame) -> None:
+        for attached in frame.attached:
+            prior, request_id = attached.request.prior, attached.request.request_id
+            assert [len(choice.token_ids) for choice in prior] == self.passed[request_id]
+            key = (stream, request_id, attached.attempt)
+            self.orphans.discard(request_id)
+            self.expected[key] = {
+                choice.choice: len(choice.token_ids) for choice in prior if not choice.finish_reason
+            }
+            if not self.expected[key]:
+                self.over.add(key)
         for accepted in frame.accepted:
             key = (stream, accepted.request_id, accepted.attempt)
             assert key not in self.over
@@ -408,6 +508,8 @@ class Conversation(RuleBasedStateMachine):
             if not self.expected[key]:
                 self.over.add(key)
         for failed in frame.failed:
+            if not failed.request_id:
+                continue  # nothing to attach to
             key = (stream, failed.request_id, failed.attempt)
             assert key not in self.over, "a second end"
             self.over.add(key)
@@ -425,6 +527,9 @@ class Conversation(RuleBasedStateMachine):
         self.submitted += 1
         prompt: dict[str, object] = {"text": "x", "token_ids": None} if as_text else {}
         sent = submit(f"r{self.submitted}", n=n, deadline_ms=deadline_ms, **prompt)
+        if data.draw(st.booleans()):
+            sent.resume_key = self.keys[sent.request_id] = f"k{self.submitted}"
+        self.passed[sent.request_id] = [0] * n
         self.expected[stream, sent.request_id, 1] = dict.fromkeys(range(n), 0)
         self.do(self.book.submit(stream, sent, self.now))
 
@@ -441,10 +546,26 @@ class Conversation(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         stream = data.draw(st.sampled_from(sorted(self.streams)))
         self.streams.discard(stream)
-        self.over |= {key for key in self.expected if key[0] == stream}
-        self.do(self.book.leave(stream))
+        mine = {key for key in self.expected if key[0] == stream}
+        self.orphans |= {key[1] for key in mine - self.over if key[1] in self.keys}
+        self.over |= mine
+        self.do(self.book.leave(stream, self.now))
 
-    @rule(elapsed=st.integers(1, 4))
+    @precondition(lambda self: self.streams and self.keys)
+    @rule(data=st.data())
+    def attach(self, data: st.DataObject) -> None:
+        stream = data.draw(st.sampled_from(sorted(self.streams)))
+        request_id, key = data.draw(st.sampled_from(sorted(self.keys.items())))
+        if not any(live[:2] == (stream, request_id) for live in self.expected.keys() - self.over):
+            self.attached += 1
+            self.do(self.book.attach(stream, attach(self.attached, key), self.now))
+
+    @precondition(lambda self: self.keys)
+    @rule(data=st.data())
+    def ack(self, data: st.DataObject) -> None:
+        self.book.ack(data.draw(st.sampled_from(sorted(self.keys.values()))))
+
+    @rule(elapsed=st.sampled_from([1, 2, 4, 20_000]))
     def wait(self, elapsed: int) -> None:
         self.now += elapsed / 1000
         self.do(self.book.expire(self.now))
@@ -481,15 +602,20 @@ class Conversation(RuleBasedStateMachine):
             stopped = data.draw(st.integers(0, 3)) == 0
             finish = "stop" if stopped else delta.finish
             deltas.append(Delta(delta.id, delta.choice, delta.index, delta.token_ids, ("x",), (), finish))
-        self.do(self.book.stepped(Step(done.step, done.load, done.accepted, tuple(deltas))))
+            request_id = delta.id.split("/")[1]
+            if (request_id, delta.choice) not in self.closed:
+                self.passed[request_id][delta.choice] += 1
+            if finish:
+                self.closed.add((request_id, delta.choice))
+        self.do(self.book.stepped(Step(done.step, done.load, done.accepted, tuple(deltas)), self.now))
 
     @invariant()
     def the_book_is_whole(self) -> None:
         self.book.check_integrity()
         live = {key for key in self.expected if key not in self.over}
-        assert len(self.book) == len(live)
-        assert len(self.tracked) <= len(live), "the text process remembers what is over"
-        assert sum(self.ended.values()) == len(self.over)
+        assert len(self.book) == len(live) + len(self.orphans)
+        assert len(self.tracked) <= len(self.book), "the text process remembers what is over"
+        assert sum(self.ended.values()) == self.submitted - len(self.book)
         assert max(self.ended.values(), default=1) == 1
 
     @invariant()
@@ -499,3 +625,10 @@ class Conversation(RuleBasedStateMachine):
 
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_every_stream_hears_that_its_leader_lives() -> None:
+    requests = book(1, 2)
+    beats = requests.beat()
+    assert [beat.stream for beat in beats if isinstance(beat, ToGateway)] == [1, 2]
+    assert all(isinstance(beat, ToGateway) and beat.frame.epoch == 7 for beat in beats)

@@ -1,0 +1,227 @@
+"""Checkpoints of long requests in the store, for the case that a gateway and a leader die together.
+
+Owns: what of each live request has been written, and when the next part is due.
+Does not own: requests (`journal`), or when a client may resume one (`gateway`).
+
+A request is written once it is `AFTER_S` old, and then in parts: each has what was delivered since the one
+before. Writes of many requests share a transaction. All of it is under one lease, which outlives the gateway
+by `TTL_S`; what has ended is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from controlplane.state import Keys
+from controlplane.store import Delete, LeaseLostError, Operation, Put, Store, StoreUnavailableError
+from dataplane.gateway.journal import Journal
+from dataplane.gateway.resume import Cursor
+from phalanx.v1 import state_pb2
+
+AFTER_S = 1.0
+EVERY_S = 2.0
+EVERY_TOKENS = 100
+TTL_S = 60
+MAX_OPERATIONS = 64
+MAX_BYTES = 1 << 19  # of a transaction; etcd takes three times as much
+_TICK_S = 0.25
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A live request: when it was opened, and when its time is up, on the monotonic clock."""
+
+    journal: Journal
+    opened: float
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part to be written; `cursor` and `tokens` are what is safe once it has been."""
+
+    resume_key: str
+    number: int
+    cursor: Cursor
+    tokens: int
+    record: state_pb2.CheckpointRecord
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    at: float
+    cursor: Cursor
+    tokens: int
+    parts: int
+
+
+class Plan:
+    """What is due. Pure: `now` is seconds on the monotonic clock, `wall` since the Unix epoch."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, _Mark] = {}
+
+    def due(self, candidates: Iterable[Candidate], now: float, wall: float) -> list[Part]:
+        """The parts to write now."""
+        return [self._part(candidate, now, wall) for candidate in candidates if self._is_due(candidate, now)]
+
+    def written(self, part: Part, now: float) -> None:
+        """A part is in the store."""
+        self._marks[part.resume_key] = _Mark(now, part.cursor, part.tokens, part.number + 1)
+
+    def forget(self, resume_key: str) -> int:
+        """A request is over; returns how many parts of it may be in the store."""
+        mark = self._marks.pop(resume_key, None)
+        return 0 if mark is None else mark.parts
+
+    def lost(self) -> None:
+        """The store has dropped everything."""
+        self._marks.clear()
+
+    def _is_due(self, candidate: Candidate, now: float) -> bool:
+        journal = candidate.journal
+        if not journal.accepted or journal.closed or now < candidate.opened + AFTER_S:
+            return False
+        mark = self._marks.get(journal.resume_key)
+        if mark is None:
+            return True
+        fresh = journal.tokens - mark.tokens
+        return fresh >= EVERY_TOKENS or (fresh > 0 and now >= mark.at + EVERY_S)
+
+    def _part(self, candidate: Candidate, now: float, wall: float) -> Part:
+        journal, mark = candidate.journal, self._marks.get(candidate.journal.resume_key)
+        record = state_pb2.CheckpointRecord(
+            deltas=journal.since(journal.start if mark is None else mark.cursor)
+        )
+        if mark is None:
+            record.model, record.written_at = journal.model, wall
+            record.request.CopyFrom(journal.pinned())
+            if candidate.deadline is not None:
+                record.request.deadline_ms = max(1, int((candidate.deadline - now) * 1000))
+            record.eos_token_ids.extend(journal.eos_token_ids)
+        cursor = tuple(len(choice.token_ids) for choice in journal.choices)
+        number = 0 if mark is None else mark.parts
+        return Part(journal.resume_key, number, cursor, journal.tokens, record)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A request as its checkpoint has it; `timeout_s` is the time left to it."""
+
+    journal: Journal
+    timeout_s: float | None
+
+
+def restore(records: Sequence[state_pb2.CheckpointRecord], wall: float) -> Restored | None:
+    """The request in the parts of a checkpoint, in order; None where there is none.
+
+    A part that does not follow the one before ends it: what is missing is generated again.
+    """
+    if not records or not records[0].model:
+        return None
+    first = records[0]
+    journal = Journal.restore(first.model, first.request, first.eos_token_ids)
+    for record in records:
+        fits = [journal.append(delta) for delta in record.deltas]
+        if not all(fits):
+            break
+    if not first.request.deadline_ms:
+        return Restored(journal, None)
+    return Restored(journal, first.request.deadline_ms / 1000 - max(0.0, wall - first.written_at))
+
+
+class Checkpoints:
+    """The plan carried out. `run` writes until cancelled; the store may be away for any time."""
+
+    def __init__(self, store: Store, keys: Keys, candidates: Callable[[], Iterable[Candidate]]) -> None:
+        self._store, self._keys, self._candidates = store, keys, candidates
+        self._plan = Plan()
+        self._doomed: list[str] = []  # keys of parts whose requests are over
+        self._lease: int | None = None
+        self._renew_at = 0.0
+
+    def forget(self, resume_key: str) -> None:
+        """A request is over: its checkpoint is deleted soon."""
+        parts = self._plan.forget(resume_key)
+        self._doomed += [self._keys.checkpoint(resume_key, number) for number in range(parts)]
+
+    async def load(self, resume_key: str) -> Restored | None:
+        """A request that some gateway has left, or None. Raises StoreUnavailableError."""
+        listing = await self._store.list(self._keys.checkpoints(resume_key))
+        try:
+            records = [
+                state_pb2.CheckpointRecord.FromString(listing.entries[key].value)
+                for key in sorted(listing.entries)
+            ]
+        except DecodeError:
+            log.warning("unreadable checkpoint passed over")
+            return None
+        return restore(records, time.time())
+
+    async def run(self) -> None:
+        """Write what is due, again and again."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            try:
+                await self._round()
+            except LeaseLostError:
+                self._lease = None
+                self._plan.lost()
+            except StoreUnavailableError as error:
+                log.debug("checkpoints wait for the store", extra={"reason": repr(error)})
+
+    async def _round(self) -> None:
+        parts = self._plan.due(self._candidates(), time.monotonic(), time.time())
+        if not parts and not self._doomed and self._lease is None:
+            return
+        lease = await self._hold_lease()
+        while parts or self._doomed:
+            doomed, self._doomed = self._doomed[:MAX_OPERATIONS], self._doomed[MAX_OPERATIONS:]
+            taken = self._take(parts, MAX_OPERATIONS - len(doomed))
+            operations: list[Operation] = [Delete(key) for key in doomed]
+            for part, value in taken:
+                operations.append(Put(self._keys.checkpoint(part.resume_key, part.number), value, lease))
+            try:
+                await self._store.txn([], operations)
+            except StoreUnavailableError:
+                self._doomed += doomed
+                raise
+            live = {candidate.journal.resume_key for candidate in self._candidates()}
+            for part, _ in taken:
+                if part.resume_key in live:
+                    self._plan.written(part, time.monotonic())
+                else:  # it has ended meanwhile
+                    self._doomed.append(self._keys.checkpoint(part.resume_key, part.number))
+            del parts[: len(taken)]
+
+    @staticmethod
+    def _take(parts: Sequence[Part], most: int) -> list[tuple[Part, bytes]]:
+        """The first parts, as many as fit a transaction, at least one where there is room for any."""
+        taken: list[tuple[Part, bytes]] = []
+        size = 0
+        for part in parts[:most]:
+            value = part.record.SerializeToString()
+            size += len(value)
+            if taken and size > MAX_BYTES:
+                break
+            taken.append((part, value))
+        return taken
+
+    async def _hold_lease(self) -> int:
+        now = time.monotonic()
+        if self._lease is None:
+            self._lease = await self._store.grant(TTL_S)
+        elif now >= self._renew_at:
+            await self._store.refresh(self._lease)
+        else:
+            return self._lease
+        self._renew_at = now + TTL_S / 3
+        return self._lease

@@ -1,0 +1,279 @@
+"""Gateways that die or leave: their clients go on at another one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+import grpc
+import pytest
+
+from dataplane.gateway import checkpoints
+from phalanx.client import Client
+from phalanx.runtime import rpc
+from phalanx.runtime.errors import PhalanxError
+from phalanx.v1 import inference_pb2
+from tests.gateway.conftest import Rig, Running
+from tests.gateway.fake_leader import FakeLeader, text_of, token
+from tests.until import until
+
+PROMPT = [5, 6, 7]
+
+
+def expected(max_tokens: int, choice: int = 0) -> list[int]:
+    return [token(PROMPT, 1, choice, position) for position in range(max_tokens)]
+
+
+@pytest.fixture
+async def second(rig: Rig) -> AsyncIterator[Running]:
+    running = await Running.start("gateway-1", rig.store)
+    yield running
+    running.gateway.dispatcher.check_integrity()
+    await running.kill()
+
+
+async def reached(running: Running, leader: FakeLeader) -> None:
+    await until(lambda: running.gateway.dispatcher.router.connected.get(leader.replica) == leader.epoch)
+
+
+async def collect(
+    client: Client, at: int, hurt: Callable[[], Awaitable[object]], max_tokens: int = 20, n: int = 1
+) -> list[list[int]]:
+    """A request's tokens; `hurt` runs once, when every choice has `at` of them."""
+    got: list[list[int]] = [[] for _ in range(n)]
+    started = finished = 0
+    hurting = None
+    async for event in client.generate("demo", PROMPT, max_tokens=max_tokens, seed=1, n=n):
+        started += event.HasField("started")
+        finished += event.HasField("finished")
+        if event.HasField("chunk"):
+            assert event.chunk.index == len(got[event.chunk.choice]), "a token was repeated or skipped"
+            got[event.chunk.choice] += event.chunk.token_ids
+            assert event.chunk.text == "".join(map(text_of, event.chunk.token_ids))
+        if hurting is None and min(map(len, got)) >= at:
+            hurting = asyncio.ensure_future(hurt())
+    assert hurting is not None
+    await hurting
+    assert (started, finished) == (1, 1)
+    assert event.finished.usage.completion_tokens == sum(map(len, got))
+    return got
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_stream_goes_on_exactly_at_another_gateway(rig: Rig, second: Running, n: int) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+
+    async def die() -> None:
+        await rig.first.kill()
+        leader.release.set()
+
+    async with Client(rig.first.address, second.address) as client:
+        assert await collect(client, 5, die, n=n) == [expected(20, choice) for choice in range(n)]
+    assert len(leader.submits) == 1, "the leader went on by itself"
+    assert second.gateway.dispatcher.counters.resumed == 1
+    await until(lambda: leader.acks)
+    assert not leader.cancels
+
+
+async def test_what_ran_on_while_nobody_listened_is_delivered_too(rig: Rig, second: Running) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+    stream = rig.client.generate("demo", PROMPT, max_tokens=20, seed=1)
+    started = (await anext(stream)).started
+    await rig.first.kill()
+    leader.release.set()
+    attempt = next(iter(leader._attempts.values()))
+    await until(lambda: len(attempt.outputs[0].token_ids) == 20)
+    async with Client(second.address) as client:
+        resumed = [event.event async for event in resume(client, started.resume_token, "3")]
+    assert [event.WhichOneof("event") for event in resumed] == ["started", "chunk", "finished"]
+    assert resumed[1].chunk.index == 3
+    assert list(resumed[1].chunk.token_ids) == expected(20)[3:]
+    assert second.gateway.dispatcher.live == 0
+
+
+async def test_gateway_and_leader_may_die_together(
+    rig: Rig, second: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "AFTER_S", 0.0)
+    monkeypatch.setattr(checkpoints, "EVERY_TOKENS", 1)
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+
+    async def die() -> None:
+        writer = rig.gateway._checkpoints
+        await until(lambda: any(mark.tokens == 5 for mark in writer._plan._marks.values()))
+        await rig.first.kill()
+        await leader.kill()
+        # In the life of a cluster the controller does this.
+        again = await rig.add_leader("demo-0", wait=False)
+        await reached(second, again)
+
+    async with Client(rig.first.address, second.address) as client:
+        assert await collect(client, 5, die) == [expected(20)]
+    (replay,) = rig.leaders[1].submits
+    assert list(replay.prior[0].token_ids) == expected(5)
+    await until(lambda: not second.gateway._checkpoints._plan._marks)
+
+
+async def test_a_client_may_have_seen_more_than_the_checkpoint(
+    rig: Rig, second: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "AFTER_S", 0.0)
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    stream = rig.client.generate("demo", PROMPT, max_tokens=20, seed=1)
+    started = (await anext(stream)).started
+    writer = rig.gateway._checkpoints
+    await until(lambda: writer._plan._marks)
+    await rig.first.kill()
+    await leader.kill()
+    await reached(second, await rig.add_leader("demo-0", wait=False))
+    async with Client(second.address) as client:
+        ahead = [event.event async for event in resume(client, started.resume_token, "9")]
+    ids = [id for event in ahead for id in event.chunk.token_ids]
+    assert ids == expected(20)[9:]
+
+
+async def test_nobody_knows_a_request_that_is_over(rig: Rig, second: Running) -> None:
+    leader = await rig.add_leader("demo-0")
+    await reached(second, leader)
+    events = [event async for event in rig.client.generate("demo", PROMPT, max_tokens=3, seed=1)]
+    await until(lambda: leader.acks)
+    async with Client(second.address) as client:
+        with pytest.raises(PhalanxError) as caught:
+            async for _ in resume(client, events[0].started.resume_token, ""):
+                pass
+    assert caught.value.reason == "UNKNOWN_REQUEST"
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("token", "cursor"), [("x", ""), ("0" * 32 + ".2.demo", "1"), ("0" * 32 + ".1.demo", "-1")]
+)
+async def test_what_is_no_token_or_no_cursor_is_refused(rig: Rig, token: str, cursor: str) -> None:
+    with pytest.raises(PhalanxError) as caught:
+        async for _ in resume(rig.client, token, cursor):
+            pass
+    assert caught.value.reason == "INVALID_ARGUMENT"
+
+
+async def test_a_client_that_comes_back_to_its_gateway_takes_its_stream_over(rig: Rig) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    stream = rig.client.generate("demo", PROMPT, max_tokens=20, seed=1)
+    event = await anext(stream)
+    token = event.started.resume_token
+    again = resume(rig.client, token, "2")
+    assert (await anext(again)).event.HasField("started")
+    with pytest.raises(PhalanxError) as caught:
+        async for _ in stream:
+            pass
+    assert caught.value.reason == "TAKEN_OVER"
+    leader.release.set()
+    ids = [id async for event in again for id in event.event.chunk.token_ids]
+    assert ids == expected(20)[2:]
+    assert not leader.cancels
+    assert not rig.gateway._lives
+
+
+async def test_a_gateway_that_leaves_sends_its_clients_to_another(rig: Rig, second: Running) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+
+    async def leave() -> None:
+        await rig.gateway.drain(0.0)
+        leader.release.set()
+
+    async with Client(rig.first.address, second.address) as client:
+        assert await collect(client, 5, leave) == [expected(20)]
+        assert not leader.cancels
+        # And new requests find the other one by themselves.
+        events = [event async for event in client.generate("demo", PROMPT, max_tokens=4, seed=1)]
+        assert events[-1].finished.usage.completion_tokens == 4
+
+
+async def test_a_gateway_that_leaves_lets_its_clients_finish(rig: Rig) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    draining: list[asyncio.Task[None]] = []
+
+    async def leave() -> None:
+        draining.append(asyncio.create_task(rig.gateway.drain(20.0)))
+        await asyncio.sleep(0)
+        with pytest.raises(PhalanxError) as caught:
+            async for _ in rig.client.generate("demo", PROMPT):
+                pass
+        assert (caught.value.reason, caught.value.retryable) == ("UNREACHABLE", True)
+        leader.release.set()
+
+    assert await collect(rig.client, 5, leave) == [expected(20)]
+    await draining[0]
+
+
+async def test_an_event_source_goes_on_by_http(rig: Rig, second: Running) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+    body = {
+        "model": "demo", "prompt": PROMPT, "max_tokens": 20, "seed": 1, "stream": True, "logprobs": 1,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    texts, last_id, events = [], "", []
+    async with aiohttp.ClientSession() as http:
+        async with http.post(f"{rig.url}/v1/completions", json=body) as response:
+            path = f"/v1/requests/{response.headers['x-phalanx-resume-token']}/stream"
+            async for id, data in server_sent(response):
+                last_id = id
+                events.append(json.loads(data))
+                if sum(len(choice["text"].split()) for event in events for choice in event["choices"]) == 5:
+                    break
+        await rig.first.kill()
+        leader.release.set()
+        async with http.get(second.url + path, headers={"last-event-id": last_id}) as response:
+            assert response.status == 200
+            async for _, data in server_sent(response):
+                if data != "[DONE]":
+                    events.append(json.loads(data))
+            assert data == "[DONE]"
+        async with http.get(f"{second.url}/v1/requests/nonsense/stream") as response:
+            assert response.status == 400
+        async with http.get(second.url + path) as response:
+            assert response.status == 404, "it has been delivered"
+    texts = [choice["text"] for event in events for choice in event["choices"]]
+    assert "".join(texts) == "".join(map(text_of, expected(20)))
+    offsets = [
+        at for event in events for choice in event["choices"] for at in choice["logprobs"]["text_offset"]
+    ]
+    assert offsets == [len("".join(map(text_of, expected(20)[:i]))) for i in range(20)]
+    assert events[-1]["usage"]["completion_tokens"] == 20
+    assert len({event["id"] for event in events}) == 1
+
+
+async def server_sent(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, str]]:
+    id = ""
+    async for line in response.content:
+        name, _, value = line.decode().strip().partition(": ")
+        if name == "id":
+            id = value
+        elif name == "data":
+            yield id, value
+
+
+async def resume(client: Client, token: str, cursor: str) -> AsyncIterator[inference_pb2.ResumeResponse]:
+    call = client._stubs[0].Resume(inference_pb2.ResumeRequest(resume_token=token, cursor=cursor))
+    try:
+        async for event in call:
+            yield event
+    except grpc.aio.AioRpcError as error:
+        raise rpc.to_error(error) from error
+    finally:
+        call.cancel()
+
+
+async def test_a_gateway_may_keep_nothing(rig: Rig) -> None:
+    leader = await rig.add_leader("demo-0")
+    rig.gateway._resumable = False
+    started, *_ = [event async for event in rig.client.generate("demo", PROMPT, max_tokens=3, seed=1)]
+    assert started.started.resume_token == ""
+    assert leader.submits[0].resume_key == ""
+    assert not leader.acks
