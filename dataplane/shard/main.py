@@ -7,10 +7,11 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 
 from controlplane.etcd import EtcdStore
-from dataplane.shard.worker import Identity, Worker
+from dataplane.shard.worker import Commands, Identity, Worker
 from phalanx.runtime import logs, ready, telemetry
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ async def serve(options: argparse.Namespace) -> None:
         ready.announce(options.ready_fd, {"grpc": address})
 
     try:
-        await Worker(identity, store).run(stop, listening)
+        commands = Commands(forkserver=(sys.executable, "-m", "engine.forkserver"))
+        await Worker(identity, store, commands).run(stop, listening)
     finally:
         await store.close()
 

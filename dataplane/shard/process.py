@@ -1,7 +1,7 @@
 """A child process of a worker: started clean, spoken to over a socket pair, ended by SIGKILL, reaped.
 
 Owns: one process and its end of the pair.
-Does not own: what the messages mean, when the child should live (`supervisor`).
+Does not own: how it is made (`launch`), what the messages mean, when it should live (`supervisor`).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
 
+from dataplane.shard.launch import Launch, Running, spawn
 from engine import wire
 
 _CHUNK = 1 << 16
@@ -31,16 +31,17 @@ class Child:
         *,
         on_spawned: Callable[[int], None],
         on_message: Callable[[wire.Message], None],
+        launch: Launch = spawn,
     ) -> None:
         """Prepare `command`, which gets `--fd N` appended, and the first message for it.
 
-        `on_spawned` hears the process id, `on_message` every message in order.
+        `launch` makes the process. `on_spawned` hears the process id, `on_message` every message in order.
         """
-        self._command = command
+        self._command, self._launch = command, launch
         self._on_spawned, self._on_message = on_spawned, on_message
         self._pending: list[wire.Message] | None = [start]
         self._transport: asyncio.Transport | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Running | None = None
         self._killed = False
         self._broken = ""
 
@@ -55,9 +56,7 @@ class Child:
         """End the process now, or as soon as it has started. Idempotent."""
         self._killed = True
         if self._process is not None and self._process.returncode is None:
-            # Not Popen.kill: it polls first and may reap the process before asyncio sees its exit code.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
+            self._process.kill()
 
     async def run(self) -> str:
         """Start the process, pass its messages on, and wait for its end: how it ended.
@@ -69,11 +68,8 @@ class Child:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                fd = theirs.fileno()
                 try:
-                    self._process = await asyncio.create_subprocess_exec(
-                        *self._command, "--fd", str(fd), pass_fds=(fd,), stdin=asyncio.subprocess.DEVNULL
-                    )
+                    self._process = await self._launch(self._command, theirs.fileno())
                 except OSError as error:
                     return f"could not be started: {error}"
             try:
