@@ -1,0 +1,234 @@
+"""Simulated engines and text processes, and how a worker holds them: what stands in for `process.Child`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from engine.errors import RequestError
+from engine.request import Delta, Refusal
+from engine.scheduler import Scheduler
+from engine.wire import (
+    Alive,
+    Began,
+    CancelRequest,
+    EngineFailed,
+    EngineReady,
+    Message,
+    Probe,
+    Rendezvous,
+    StartEngine,
+    StartText,
+    Step,
+    SubmitRequest,
+    TextReady,
+)
+from tests.shard.fake_text import FakeText
+from tests.sim.loop import Process, current
+from tests.sim.model import EOS, LIMITS, MAX_MODEL_LEN, VOCABULARY, Rank
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+PIPE_S = 0.0002
+LOAD_S = (0.1, 0.4)
+STEP_S = (0.01, 0.03)
+
+
+class SimChild:
+    """See `dataplane.shard.process.Child`: a child is a process of its own, and dies with its worker."""
+
+    world: World  # set before a run: a Child is made by a worker, which knows no world
+    numbers = itertools.count(1)
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        start: Message,
+        *,
+        on_spawned: Callable[[int], None],
+        on_message: Callable[[Message], None],
+        launch: object = None,
+    ) -> None:
+        self._worker, self._start = current(), start
+        self._on_spawned, self._on_message = on_spawned, on_message
+        self.pid = next(self.numbers)
+        kind = "engine" if isinstance(start, StartEngine) else "text"
+        self.process = Process(self._worker.loop, f"{self._worker.name.partition('/')[0]}/{kind}-{self.pid}")
+        self._worker.on_death.append(self.process.die)
+        self._ended = asyncio.Event()
+        self._arrives = {"up": 0.0, "down": 0.0}
+        self._program: SimEngine | SimText | None = None
+        self._killed = False
+
+    def send(self, message: Message) -> None:
+        """To the child, in order."""
+        self._pass("down", self.process, self._take, message)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._killed = True
+        self.process.die()
+
+    async def run(self) -> str:
+        """Start the child and wait for its end."""
+        if self._killed:
+            return "was never started"
+        self.process.on_death.append(self._dead)
+        self.world.children[self.pid] = self.process
+        kind = SimEngine if isinstance(self._start, StartEngine) else SimText
+        self._program = kind(self.world, self.process, self._say)
+        self._on_spawned(self.pid)
+        self.send(self._start)
+        await self._ended.wait()
+        del self.world.children[self.pid]
+        return "was killed by SIGKILL"
+
+    def _take(self, message: Message) -> None:
+        assert self._program is not None
+        self._program.take(message)
+
+    def _say(self, message: Message) -> None:
+        """From the child, in order."""
+        self._pass("up", self._worker, self._on_message, message)
+
+    def _dead(self) -> None:
+        self._pass("up", self._worker, self._ended.set)
+
+    def _pass(self, way: str, to: Process, call: Callable[..., object], *arguments: object) -> None:
+        now = to.loop.time()
+        self._arrives[way] = max(self._arrives[way] + 1e-9, now + PIPE_S)
+        to.later(self._arrives[way] - now, call, *arguments)
+
+
+class SimText:
+    """A text process: a text is its code points, a token t is the piece "<t>"."""
+
+    def __init__(self, world: World, process: Process, say: Callable[[Message], None]) -> None:
+        self._say, self._fake = say, FakeText.__new__(FakeText)
+        self._fake._stops, self._fake._ended = {}, set()
+
+    def take(self, message: Message) -> None:
+        """A message of the worker."""
+        if isinstance(message, StartText):
+            self._say(TextReady(5))
+        elif (answer := self._fake.answer(message)) is not None:
+            self._say(answer)
+
+
+class SimEngine:
+    """One rank. The first runs the real scheduler; no step ends before every rank has answered."""
+
+    def __init__(self, world: World, process: Process, say: Callable[[Message], None]) -> None:
+        self._world, self._process, self._say = world, process, say
+        self._group: list[SimEngine] = []
+        self._scheduler: Scheduler | None = None
+        self._inbox: list[Message] = []
+        self._news = asyncio.Event()
+        self._rank = Rank()
+
+    def take(self, message: Message) -> None:
+        """A message of the worker."""
+        match message:
+            case StartEngine():
+                self._process.start(self._begin(message))
+            case Rendezvous(address):
+                self._process.start(self._join(address))
+            case _:
+                self._inbox.append(message)
+                self._news.set()
+
+    async def _begin(self, start: StartEngine) -> None:
+        await asyncio.sleep(self._world.chance.uniform(*LOAD_S))
+        self._size = start.tp * start.pp
+        self._epoch = start.epoch
+        if start.rank == 0:
+            address = f"{self._process.name}:{start.epoch}"
+            self._group = self._world.groups.setdefault(address, [])
+            self._group.append(self)
+            if self._size > 1:
+                self._say(Rendezvous(address))
+            await self._gather()
+            self._say(EngineReady("hash", MAX_MODEL_LEN, VOCABULARY, (EOS,), STEP_S[0]))
+            await self._serve()
+
+    async def _join(self, address: str) -> None:
+        self._group = self._world.groups[address]
+        self._group.append(self)
+        self._say(EngineReady("hash", MAX_MODEL_LEN, VOCABULARY, (EOS,)))
+
+    async def _gather(self) -> None:
+        while len(self._group) < self._size:
+            await asyncio.sleep(0.02)
+        for one in self._group:
+            # A rank that goes closes its sockets: the others meet the end of the file.
+            one._process.on_death.append(self._peer_gone)
+
+    def _peer_gone(self) -> None:
+        for one in self._group:
+            if one._process.alive:
+                one._process.later(PIPE_S, one._give_up)
+
+    def _give_up(self) -> None:
+        self._say(EngineFailed("PEER_LOST", "another rank is gone", permanent=False))
+        self._process.later(PIPE_S * 2, self._process.die)
+
+    async def _all_ranks(self) -> None:
+        """A collective: it ends when every rank has taken part."""
+        waiting = []
+        for one in self._group[1:]:
+            answered = self._process.loop.create_future()
+            waiting.append(answered)
+            one._process.later(PIPE_S, self._answer, answered)
+        for answered in waiting:
+            await answered
+
+    def _answer(self, answered: asyncio.Future[None]) -> None:
+        def answer() -> None:
+            if not answered.done():
+                answered.set_result(None)
+
+        self._process.later(PIPE_S, answer)
+
+    async def _serve(self) -> None:
+        self._scheduler = scheduler = Scheduler(LIMITS, epoch=self._epoch)
+        self._world.schedulers.append((self._process, scheduler))
+        step = 0
+        while True:
+            if not self._inbox and not scheduler.has_work:
+                self._news.clear()
+                await self._news.wait()
+            inbox, self._inbox = self._inbox, []
+            accepted: list[str] = []
+            failed: list[Refusal] = []
+            deltas: list[Delta] = []
+            probed = False
+            for message in inbox:
+                match message:
+                    case SubmitRequest(request):
+                        try:
+                            deltas += scheduler.submit(request, self._process.loop.time())
+                            accepted.append(request.id)
+                        except RequestError as error:
+                            failed.append(Refusal(request.id, error.reason, str(error)))
+                    case CancelRequest(id, choice):
+                        scheduler.cancel(id, choice)
+                    case Probe():
+                        probed = True
+            now = self._process.loop.time()
+            plan = scheduler.schedule(now)
+            if plan is not None:
+                self._say(Began(plan.tokens))
+                await asyncio.sleep(self._world.chance.uniform(*STEP_S))
+                await self._all_ranks()
+                sampled = self._rank.run(plan)
+                deltas += scheduler.apply(sampled, self._process.loop.time())
+            elif probed:
+                await self._all_ranks()
+            if plan is not None or accepted or failed or deltas:
+                step += 1
+                self._say(Step(step, scheduler.load, tuple(accepted), tuple(deltas), tuple(failed)))
+            if probed:
+                self._say(Alive())
