@@ -8,7 +8,7 @@ STUBS := phalanx/v1/__init__.py
 MODEL := .phalanx/demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test lint fmt generated bench bench-engine clean
+.PHONY: help setup demo up down test sim chaos lint fmt generated bench bench-engine clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,13 @@ down: setup ## Stop what `make up` or `phalanx up` started
 
 test: lint ## Lint, then run every test
 	$(BIN)/python -m pytest
+
+sim: setup ## Simulate the whole cluster for SEEDS= seeds (20000) on all cores, and look for the planted bugs
+	$(BIN)/python -m tests.sim --bugs --seeds $(or $(SEEDS),20000)
+
+chaos: setup $(MODEL) ## Hurt a cluster under load in every way; timeline and figures in .phalanx/chaos (SEED=, REPETITIONS=)
+	$(BIN)/python -m tests.chaos --model $(MODEL) --shuffle --seed $(or $(SEED),0) \
+		--repetitions $(or $(REPETITIONS),3) --report .phalanx/chaos
 
 lint: setup ## Style, types, import rules and protos
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ _POLL_S = 0.002
 async def until(condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
     """Return as soon as `condition()` is true. Raises TimeoutError past the deadline."""
     async with asyncio.timeout(deadline_s):
-        while not condition():  # noqa: ASYNC110  # anything may be the condition, not only an event
+        while not condition():  # anything may be the condition, not only an event
             await asyncio.sleep(_POLL_S)
 
 

@@ -1,0 +1,59 @@
+"""What the store says of the replicas, with the time at which each word of it came."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from controlplane.etcd import EtcdStore
+from controlplane.state import Keys, ShardRecord, ShardState, Snapshot
+
+
+@dataclass(slots=True)
+class Observer:
+    """Follows one cluster's store. It watches as any process of the cluster would, and changes nothing."""
+
+    store: EtcdStore
+    keys: Keys = field(default_factory=Keys)
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    failed: dict[tuple[str, int], tuple[float, str]] = field(default_factory=dict)  # by replica and epoch
+    ready: dict[tuple[str, int], float] = field(default_factory=dict)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        async for change in self.store.watch(self.keys.root):
+            now = time.monotonic()
+            self.snapshot = Snapshot.of(change.listing, self.keys)
+            for shard in self.snapshot.shards.values():
+                if shard.state is ShardState.FAILED:
+                    self.failed.setdefault((shard.replica, shard.epoch), (now, shard.reason))
+            for name, assigned in self.snapshot.replicas.items():
+                if self.is_ready(name):
+                    self.ready.setdefault((name, assigned.epoch), now)
+                # An epoch that is followed by another without a word has been noticed, too.
+                for replica, epoch in list(self.ready):
+                    if replica == name and epoch < assigned.epoch:
+                        self.failed.setdefault((name, epoch), (now, "formed anew"))
+            self._news.set()
+
+    def shards(self, replica: str) -> list[ShardRecord]:
+        """The shards of a replica's present epoch, by rank, as far as they have said something."""
+        assigned = self.snapshot.replicas[replica]
+        found = [self.snapshot.shard(replica, rank) for rank in range(len(assigned.assignment.members))]
+        return [shard for shard in found if shard is not None]
+
+    def is_ready(self, replica: str) -> bool:
+        """Whether every shard of a replica's present epoch is ready."""
+        members = self.snapshot.replicas[replica].assignment.members
+        shards = self.shards(replica)
+        return len(shards) == len(members) and all(shard.state is ShardState.READY for shard in shards)
+
+    async def until(self, condition: Callable[[], bool], within_s: float) -> None:
+        """Return when `condition` holds after a change. Raises TimeoutError."""
+        async with asyncio.timeout(within_s):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
