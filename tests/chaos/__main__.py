@@ -181,7 +181,11 @@ async def suffer(cluster: Cluster, options: argparse.Namespace) -> tuple[list[Re
             if options.soak:
                 done = await soak(scene, load, options.every, options.faults)
             for fault in [] if options.soak else schedule:
-                done.append(await repeat(scene, load, fault))
+                try:
+                    done.append(await repeat(scene, load, fault))
+                except TimeoutError:
+                    load.problems.append(f"after {fault} number {len(done)} the cluster did not heal in time")
+                    break
                 print(_line(done[-1]), flush=True)
     finally:
         sampling.cancel()
@@ -190,7 +194,9 @@ async def suffer(cluster: Cluster, options: argparse.Namespace) -> tuple[list[Re
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await store.close()
-    return done, check(load.answers, references), load
+    verdict = check(load.answers, references)
+    verdict.lost += load.problems
+    return done, verdict, load
 
 
 def _line(one: Repetition) -> str:

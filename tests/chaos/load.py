@@ -70,6 +70,7 @@ class Load:
     answers: list[Answer] = field(default_factory=list)
     running: dict[int, Answer] = field(default_factory=dict)  # by client
     stopping: bool = False
+    problems: list[str] = field(default_factory=list)  # with the run itself
     _next: int = 0
 
     @contextlib.asynccontextmanager

@@ -33,6 +33,8 @@ class Observer:
             for name, assigned in self.snapshot.replicas.items():
                 if self.is_ready(name):
                     self.ready.setdefault((name, assigned.epoch), now)
+                elif (name, assigned.epoch) in self.ready:
+                    self.failed.setdefault((name, assigned.epoch), (now, "a shard's status is gone"))
                 # An epoch that is followed by another without a word has been noticed, too.
                 for replica, epoch in list(self.ready):
                     if replica == name and epoch < assigned.epoch:
