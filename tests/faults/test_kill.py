@@ -33,7 +33,7 @@ SCHEMA = {
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("victim", "mode"), zip(VICTIMS, [*MODES, *reversed(MODES)], strict=True))
+@pytest.mark.parametrize(("victim", "mode"), list(zip(VICTIMS, [*MODES, *reversed(MODES)], strict=True)))
 def test_no_stream_notices_a_kill(
     cluster: Cluster, undisturbed: dict[str, list[Stream]], victim: str, mode: str
 ) -> None:
