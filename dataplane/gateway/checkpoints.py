@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from controlplane.state import Keys
-from controlplane.store import Delete, LeaseLostError, Operation, Put, Store, StoreUnavailableError
+from controlplane.store import (
+    Delete,
+    LeaseLostError,
+    Operation,
+    Put,
+    Store,
+    StoreError,
+    StoreUnavailableError,
+)
 from dataplane.gateway.journal import Journal
 from dataplane.gateway.resume import Cursor
 from phalanx.v1 import state_pb2
@@ -177,12 +185,17 @@ class Checkpoints:
                 self._plan.lost()
             except StoreUnavailableError as error:
                 log.debug("checkpoints wait for the store", extra={"reason": repr(error)})
+            except StoreError:
+                log.exception("checkpoints not written")  # requests go on without
 
     async def _round(self) -> None:
         parts = self._plan.due(self._candidates(), time.monotonic(), time.time())
         if not parts and not self._doomed and self._lease is None:
             return
         lease = await self._hold_lease()
+        # A request that was ended and resumed here again has its parts again.
+        again = {self._keys.checkpoint(part.resume_key, part.number) for part in parts}
+        self._doomed = [key for key in self._doomed if key not in again]
         while parts or self._doomed:
             doomed, self._doomed = self._doomed[:MAX_OPERATIONS], self._doomed[MAX_OPERATIONS:]
             taken = self._take(parts, MAX_OPERATIONS - len(doomed))

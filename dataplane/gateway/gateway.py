@@ -69,15 +69,17 @@ class Live:
         if self.journal.error is not None:
             raise self.journal.error
 
-    async def chunks(self, cursor: Cursor | None = None) -> AsyncIterator[Chunk]:
-        """The request's tokens from `cursor` on, at the client's pace.
+    def chunks(self, cursor: Cursor | None = None) -> AsyncIterator[Chunk]:
+        """The request's tokens from `cursor` on, at the client's pace; the caller is its reader from now on.
 
         Raises PhalanxError if it ends with an error, TAKEN_OVER where another client reads on.
 
         What piled up while the client was busy comes as one chunk: a slow client costs no memory
         beyond the journal and delays nobody.
         """
-        cursor, reader = cursor or self.journal.start, self.reader
+        return self._chunks(cursor or self.journal.start, self.reader)
+
+    async def _chunks(self, cursor: Cursor, reader: int) -> AsyncIterator[Chunk]:
         while True:
             if reader != self.reader:
                 raise self.why_ended
@@ -92,6 +94,10 @@ class Live:
             await self.news.wait()
         if self.journal.error is not None:
             raise self.journal.error
+
+
+def _duplicate(request_id: str) -> PhalanxError:
+    return PhalanxError("DUPLICATE_REQUEST", f"request {request_id!r} is live already")
 
 
 @dataclass(slots=True)
@@ -143,7 +149,7 @@ class Gateway:
         if journal.model not in self.snapshot.deployments:
             raise PhalanxError("UNKNOWN_MODEL", f"model {journal.model!r} is not served here", param="model")
         if journal.request_id in self._lives:  # ended, perhaps, but its client still reads
-            raise PhalanxError("DUPLICATE_REQUEST", f"request {journal.request_id!r} is live already")
+            raise _duplicate(journal.request_id)
         if not self._resumable:
             journal.template.resume_key = ""
         opened = self.dispatcher.open(journal, time.monotonic(), timeout_s)
@@ -240,11 +246,26 @@ class Gateway:
         try:
             return await asyncio.shield(search.found)
         except asyncio.CancelledError:
-            if search.found.done() and search.waiting == 1:
+            if search.found.done() and search.waiting == 1 and search.found.exception() is None:
                 self._end_unread(search.found.result())
             raise
         finally:
             search.waiting -= 1
+
+    def _attached(self, target: Target, journal: Journal) -> None:
+        """A replica holds what was sought."""
+        if (
+            journal.request_id in self._lives
+        ):  # another request of that id has ended, and its client still reads
+            _, todo = self.dispatcher.cancel(journal.request_id)
+            self._do([one for one in todo if isinstance(one, instructions.CancelAttempt)])
+            search = self._searches.pop(journal.resume_key)
+            search.found.set_exception(_duplicate(journal.request_id))
+            search.found.exception()  # or asyncio complains where nobody waits
+            return
+        live = self._register(journal)
+        live.target, live.started = target, True
+        self._found(journal.resume_key, live)
 
     def _found(self, key: str, live: Live | None) -> None:
         search = self._searches.pop(key)
@@ -271,7 +292,7 @@ class Gateway:
         """Take a request from its checkpoint."""
         journal = restored.journal
         if journal.request_id in self._lives:
-            raise PhalanxError("DUPLICATE_REQUEST", f"request {journal.request_id!r} is live already")
+            raise _duplicate(journal.request_id)
         todo: list[Instruction] = []
         if not journal.finished:
             todo = self.dispatcher.adopt(journal, time.monotonic(), restored.timeout_s)
@@ -370,9 +391,7 @@ class Gateway:
                 case instructions.Attach(target, message):
                     self._streams[target].send(shard_pb2.ServeRequest(attach=message))
                 case instructions.Found(target, journal):
-                    live = self._register(journal)
-                    live.target, live.started = target, True
-                    self._found(journal.resume_key, live)
+                    self._attached(target, journal)
                 case instructions.NotHeld(resume_key):
                     self._found(resume_key, None)
 

@@ -83,10 +83,10 @@ async def _stream(
     response = web.StreamResponse(
         headers={**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
     )
+    chunks, answer = live.chunks(cursor), _shape(journal)
     await response.prepare(request)
-    answer = _shape(journal)
     try:
-        async for chunk in live.chunks(cursor):
+        async for chunk in chunks:
             cursor = chunk.cursor
             await response.write(_event(cursor, answer.chunk(chunk)))
     except PhalanxError as error:

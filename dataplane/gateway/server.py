@@ -129,9 +129,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 async def _events(live: Live, cursor: Cursor) -> AsyncGenerator[inference_pb2.GenerateResponse]:
     """An accepted request's events from `cursor` on."""
-    journal = live.journal
+    journal, chunks = live.journal, live.chunks(cursor)
     yield _started(journal, cursor)
-    async for chunk in live.chunks(cursor):
+    async for chunk in chunks:
         yield _chunk(journal, chunk)
         cursor = chunk.cursor
     yield inference_pb2.GenerateResponse(

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from dataplane.gateway import checkpoints
+from dataplane.gateway.normalize import journal_for
 from phalanx.client import Client
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
@@ -277,3 +278,22 @@ async def test_a_gateway_may_keep_nothing(rig: Rig) -> None:
     assert started.started.resume_token == ""
     assert leader.submits[0].resume_key == ""
     assert not leader.acks
+
+
+async def test_a_resumed_request_does_not_displace_another_of_its_id(rig: Rig, second: Running) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+    stream = rig.client.stream(inference_pb2.GenerateRequest(request_id="mine", model="demo", text="x"))
+    started = (await anext(stream)).started
+    await rig.first.kill()
+    leader.release.set()
+    async with second.gateway.request(
+        journal_for(inference_pb2.GenerateRequest(request_id="mine", model="demo", text="y"))
+    ) as other:
+        await until(lambda: other.journal.closed)
+        async with Client(second.address) as client:
+            with pytest.raises(PhalanxError) as caught:
+                async for _ in resume(client, started.resume_token, ""):
+                    pass
+        assert caught.value.reason == "DUPLICATE_REQUEST"
+        assert second.gateway._lives["mine"] is other
