@@ -77,6 +77,7 @@ def run(seed: int, faults: Sequence[Fault] | None = None) -> Outcome:
             outcome.simulated_s = world.loop.time() - 1000
             outcome.violations += world.violations
             outcome.events = world.events
+            logging.disable(logging.NOTSET)
             world.end()
             world.loop.bury()
             asyncio.set_event_loop(None)
