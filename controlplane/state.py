@@ -235,9 +235,9 @@ class Keys:
         """The prefix of a request's checkpoint. Not below `root`, which everybody watches."""
         return f"/phalanx.requests/{self.cluster}/{resume_key}/"
 
-    def checkpoint(self, resume_key: str, part: int) -> str:
-        """A part of a request's checkpoint."""
-        return f"{self.checkpoints(resume_key)}{part:08d}"
+    def checkpoint(self, resume_key: str, gateway: str, part: int) -> str:
+        """A part of a request's checkpoint, as one boot of a gateway wrote it."""
+        return f"{self.checkpoints(resume_key)}{gateway}/{part:08d}"
 
     @property
     def leader(self) -> str:

@@ -127,17 +127,18 @@ class Client:
         Raises PhalanxError UNREACHABLE where no gateway could go on with it within `RESUME_WITHIN_S`.
         """
         token, cursor, tries, failing_since = "", "", 0, 0.0
+        turn, started = self._first, False
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                async for event in self._attempt(request, token, cursor, left):
-                    failing_since = 0.0
+                async for event in self._attempt(turn, request, token, cursor, left):
+                    self._first, failing_since = turn, 0.0
                     cursor = event.cursor
                     if not event.HasField("started"):
                         yield event
-                    elif not token:
-                        token = event.started.resume_token
+                    elif not started:
+                        token, started = event.started.resume_token, True
                         yield event
                 return
             except PhalanxError as error:
@@ -145,17 +146,23 @@ class Client:
                 failing_since = failing_since or now
                 # What no gateway has taken is refused by every one once; what one has is worth some patience.
                 hopeless = now > failing_since + RESUME_WITHIN_S if token else tries >= len(self._stubs)
+                hopeless |= started and not token  # what has begun there cannot be had elsewhere
                 if hopeless or error.reason not in _ELSEWHERE:
                     raise
-            self._first = (self._first + 1) % len(self._stubs)
-            if self._first == 0:
+            turn = (turn + 1) % len(self._stubs)
+            if turn == self._first:
                 await asyncio.sleep(_PAUSE_S)
 
     async def _attempt(
-        self, request: inference_pb2.GenerateRequest, token: str, cursor: str, timeout_s: float | None
+        self,
+        turn: int,
+        request: inference_pb2.GenerateRequest,
+        token: str,
+        cursor: str,
+        timeout_s: float | None,
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """The stream as one gateway tells it."""
-        stub = self._stubs[self._first]
+        stub = self._stubs[turn]
         if token:
             resume = inference_pb2.ResumeRequest(resume_token=token, cursor=cursor)
             call = stub.Resume(resume, timeout=timeout_s)

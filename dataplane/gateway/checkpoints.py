@@ -136,6 +136,7 @@ def restore(records: Sequence[state_pb2.CheckpointRecord], wall: float) -> Resto
     if not records or not records[0].model:
         return None
     first = records[0]
+    first.request.takeovers += 1
     journal = Journal.restore(first.model, first.request, first.eos_token_ids)
     for record in records:
         fits = [journal.append(delta) for delta in record.deltas]
@@ -147,10 +148,16 @@ def restore(records: Sequence[state_pb2.CheckpointRecord], wall: float) -> Resto
 
 
 class Checkpoints:
-    """The plan carried out. `run` writes until cancelled; the store may be away for any time."""
+    """The plan carried out for one boot of a gateway. `run` writes until cancelled.
 
-    def __init__(self, store: Store, keys: Keys, candidates: Callable[[], Iterable[Candidate]]) -> None:
-        self._store, self._keys, self._candidates = store, keys, candidates
+    The store may be away for any time. Every boot has its own parts, so that one which a request has left
+    deletes nothing of the one that has it now.
+    """
+
+    def __init__(
+        self, store: Store, keys: Keys, boot: str, candidates: Callable[[], Iterable[Candidate]]
+    ) -> None:
+        self._store, self._keys, self._boot, self._candidates = store, keys, boot, candidates
         self._plan = Plan()
         self._doomed: list[str] = []  # keys of parts whose requests are over
         self._lease: int | None = None
@@ -159,20 +166,24 @@ class Checkpoints:
     def forget(self, resume_key: str) -> None:
         """A request is over: its checkpoint is deleted soon."""
         parts = self._plan.forget(resume_key)
-        self._doomed += [self._keys.checkpoint(resume_key, number) for number in range(parts)]
+        self._doomed += [self._key(resume_key, number) for number in range(parts)]
+
+    def _key(self, resume_key: str, number: int) -> str:
+        return self._keys.checkpoint(resume_key, self._boot, number)
 
     async def load(self, resume_key: str) -> Restored | None:
         """A request that some gateway has left, or None. Raises StoreUnavailableError."""
         listing = await self._store.list(self._keys.checkpoints(resume_key))
+        boots: dict[str, list[state_pb2.CheckpointRecord]] = {}
         try:
-            records = [
-                state_pb2.CheckpointRecord.FromString(listing.entries[key].value)
-                for key in sorted(listing.entries)
-            ]
+            for key in sorted(listing.entries):
+                record = state_pb2.CheckpointRecord.FromString(listing.entries[key].value)
+                boots.setdefault(key.rpartition("/")[0], []).append(record)
         except DecodeError:
             log.warning("unreadable checkpoint passed over")
             return None
-        return restore(records, time.time())
+        restored = [one for records in boots.values() if (one := restore(records, time.time()))]
+        return max(restored, key=lambda one: one.journal.tokens, default=None)
 
     async def run(self) -> None:
         """Write what is due, again and again."""
@@ -194,17 +205,17 @@ class Checkpoints:
             return
         lease = await self._hold_lease()
         # A request that was ended and resumed here again has its parts again.
-        again = {self._keys.checkpoint(part.resume_key, part.number) for part in parts}
+        again = {self._key(part.resume_key, part.number) for part in parts}
         self._doomed = [key for key in self._doomed if key not in again]
         while parts or self._doomed:
             doomed, self._doomed = self._doomed[:MAX_OPERATIONS], self._doomed[MAX_OPERATIONS:]
             taken = self._take(parts, MAX_OPERATIONS - len(doomed))
             operations: list[Operation] = [Delete(key) for key in doomed]
             for part, value in taken:
-                operations.append(Put(self._keys.checkpoint(part.resume_key, part.number), value, lease))
+                operations.append(Put(self._key(part.resume_key, part.number), value, lease))
             try:
                 await self._store.txn([], operations)
-            except StoreUnavailableError:
+            except StoreError:
                 self._doomed += doomed
                 raise
             live = {candidate.journal.resume_key for candidate in self._candidates()}
@@ -212,7 +223,7 @@ class Checkpoints:
                 if part.resume_key in live:
                     self._plan.written(part, time.monotonic())
                 else:  # it has ended meanwhile
-                    self._doomed.append(self._keys.checkpoint(part.resume_key, part.number))
+                    self._doomed.append(self._key(part.resume_key, part.number))
             del parts[: len(taken)]
 
     @staticmethod

@@ -98,9 +98,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class NotHeld:
-    """No replica holds the request of this resume key."""
+    """No replica holds the request of this resume key; `certain` if all of them have said so."""
 
     resume_key: str
+    certain: bool = True
 
 
 Instruction = Submit | CancelAttempt | AttemptEnded | Wake | Distrust | HangUp | Attach | Found | NotHeld
@@ -120,6 +121,7 @@ class _Search:
     resume_key: str
     until: float
     asked: dict[int, Target]  # by the attempt's number to be
+    certain: bool = True  # all that no longer are asked have said no
 
 
 @dataclass(slots=True)
@@ -187,7 +189,7 @@ class Dispatcher:
                 search.asked[self._attempts] = route.target
                 attach = shard_pb2.Attach(resume_key=resume_key, attempt=self._attempts)
                 out.append(Attach(route.target, attach))
-        return out or self._give_up(search)
+        return out or self._give_up(search, certain=False)
 
     def cancel(self, request_id: str) -> tuple[bool, list[Instruction]]:
         """End a request early, for its client's sake. Returns whether it was live."""
@@ -220,6 +222,7 @@ class Dispatcher:
             out += self._lose(live, reason, now, blame=blame)
         for search in list(self._searches.values()):
             for number in [number for number, asked in search.asked.items() if asked == target]:
+                search.certain = False
                 out += self._not_there(number)
         return out + self._place_waiting(now)
 
@@ -262,7 +265,7 @@ class Dispatcher:
         """End the requests whose time is up, and the streams that have fallen silent."""
         out: list[Instruction] = self._hang_up(now)
         for search in [search for search in self._searches.values() if now >= search.until]:
-            out += self._give_up(search)
+            out += self._give_up(search, certain=False)
         for live in list(self._live.values()):
             if live.deadline is not None and now >= live.deadline:
                 out += self._close(
@@ -279,6 +282,8 @@ class Dispatcher:
         stood_still, self._ticked = now - self._ticked, now
         if stood_still > PAUSE_S:
             self._heard = {target: heard + stood_still for target, heard in self._heard.items()}
+            for search in self._searches.values():
+                search.until += stood_still
         silent = [target for target, heard in self._heard.items() if now - heard > SILENCE_S]
         for target in silent:
             del self._heard[target]  # once is enough
@@ -289,10 +294,13 @@ class Dispatcher:
         request, number = attached.request, attached.attempt
         key = request.resume_key
         search, route = self._searches.get(key), self.router.routes[target.replica]
-        if search is None or search.asked.get(number) != target or request.request_id in self._live:
-            # Another replica was faster, or this gateway has another request of that id.
+        live = self._live.get(request.request_id)
+        if live is not None and live.journal.resume_key == key:
+            # Another replica was faster.
             cancel = shard_pb2.CancelAttempt(request_id=request.request_id, attempt=number)
             return [CancelAttempt(target, cancel), *self._not_there(number)]
+        if search is None or search.asked.get(number) != target or live is not None:
+            return self._not_there(number)  # too late for its client, who asks again; it may be the only copy
         del self._searches[key]
         journal = Journal.restore(target.deployment, request, route.leader.eos_token_ids)
         self.counters.resumed += 1
@@ -307,12 +315,12 @@ class Dispatcher:
         """A replica that was asked does not hold what is sought."""
         for search in self._searches.values():
             if search.asked.pop(number, None) is not None and not search.asked:
-                return self._give_up(search)
+                return self._give_up(search, certain=search.certain)
         return []
 
-    def _give_up(self, search: _Search) -> list[Instruction]:
+    def _give_up(self, search: _Search, *, certain: bool) -> list[Instruction]:
         del self._searches[search.resume_key]
-        return [NotHeld(search.resume_key)]
+        return [NotHeld(search.resume_key, certain)]
 
     def _current(self, target: Target, request_id: str, attempt: int) -> _Live | None:
         live = self._live.get(request_id)

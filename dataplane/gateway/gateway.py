@@ -62,10 +62,12 @@ class Live:
 
     async def accepted(self) -> None:
         """Wait until a replica has accepted the request. Raises PhalanxError if it ends before."""
-        # Nobody can take it over before: its client has no token.
+        reader = self.reader
         while not self.journal.accepted and not self.journal.closed:
             self.news.clear()
             await self.news.wait()
+            if reader != self.reader:
+                raise self.why_ended
         if self.journal.error is not None:
             raise self.journal.error
 
@@ -129,7 +131,8 @@ class Gateway:
         self._ending: dict[Target, asyncio.Task[None]] = {}  # cancelled keepers that have not ended
         self._lives: dict[str, Live] = {}
         self._searches: dict[str, _Search] = {}  # by resume key
-        self._checkpoints = Checkpoints(store, keys, self._candidates)
+        self._unsure: set[str] = set()  # keys of searches in which not every replica has answered
+        self._checkpoints = Checkpoints(store, keys, incarnation, self._candidates)
         self._draining = False
         self._leaving = False  # what clients leave now is not cancelled: they go on elsewhere
         self._idle = asyncio.Event()  # no client reads; of interest while draining
@@ -167,7 +170,7 @@ class Gateway:
         self._check_serving()
         live = self._with(ticket) or await self._seek(ticket)
         if live is None:
-            restored = await self._from_checkpoint(ticket)
+            restored = await self._from_checkpoint(ticket, certain=ticket.key not in self._unsure)
             # Another client may have come with the same in the meantime.
             live = self._with(ticket) or self._adopt(restored, parent)
         live.take_over()
@@ -186,6 +189,7 @@ class Gateway:
         Requests that still run then are given up, not cancelled: their clients resume them elsewhere.
         """
         self._draining = True
+        self._idle.clear()  # it may have been idle before
         if not self._lives:
             self._idle.set()
         with contextlib.suppress(TimeoutError):
@@ -234,7 +238,11 @@ class Gateway:
             self._idle.set()
 
     def _with(self, ticket: Ticket) -> Live | None:
-        return next((live for live in self._lives.values() if live.journal.ticket == ticket), None)
+        """The request, if this gateway has it. Raises PhalanxError for another token of its key."""
+        live = next((live for live in self._lives.values() if live.journal.resume_key == ticket.key), None)
+        if live is not None and live.journal.ticket != ticket:
+            raise PhalanxError("INVALID_ARGUMENT", "this is no resume token", param="resume_token")
+        return live
 
     async def _seek(self, ticket: Ticket) -> Live | None:
         """The request as one of the replicas holds it."""
@@ -278,12 +286,15 @@ class Gateway:
         if live is not None and live.reader == 0 and live.journal.request_id in self._lives:
             self._end(live)
 
-    async def _from_checkpoint(self, ticket: Ticket) -> Restored:
+    async def _from_checkpoint(self, ticket: Ticket, *, certain: bool) -> Restored:
         try:
             restored = await self._checkpoints.load(ticket.key)
         except StoreUnavailableError as error:
             message = "no replica holds the request, and the store, which may, cannot be asked"
             raise PhalanxError("STORE_UNAVAILABLE", message) from error
+        if restored is None and not certain:
+            message = "not every replica has said whether it holds the request; ask again"
+            raise PhalanxError("UNREACHABLE", message)
         if restored is None:
             raise PhalanxError("UNKNOWN_REQUEST", "nobody holds this request any more; send it again")
         return restored
@@ -392,7 +403,8 @@ class Gateway:
                     self._streams[target].send(shard_pb2.ServeRequest(attach=message))
                 case instructions.Found(target, journal):
                     self._attached(target, journal)
-                case instructions.NotHeld(resume_key):
+                case instructions.NotHeld(resume_key, certain):
+                    (self._unsure.discard if certain else self._unsure.add)(resume_key)
                     self._found(resume_key, None)
 
     def _close(self, target: Target, reason: str) -> None:

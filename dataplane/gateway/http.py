@@ -162,7 +162,8 @@ async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamRes
         refused = PhalanxError("INVALID_ARGUMENT", f"{request.method} {request.path}: {error.reason}")
         return _json(openai_answer.error_json(refused), error.status)
     except Exception:
-        log.exception("request failed", extra={"path": request.path})
+        resource = request.match_info.route.resource  # not the path, which may have a resume token in it
+        log.exception("request failed", extra={"path": resource.canonical if resource else ""})
         bug = PhalanxError("INTERNAL", "the gateway failed on this request; its log says more")
         return _json(openai_answer.error_json(bug), bug.http_status)
 

@@ -43,7 +43,9 @@ def admit(submit: shard_pb2.Submit, model: ServedModel) -> None:
         size = _text_bytes(submit)
         if size > model.max_model_len * model.longest_token_bytes:
             raise PhalanxError("PROMPT_TOO_LONG", too_many_bytes(size, model.max_model_len))
-    if submit.ByteSize() > MAX_SUBMIT_BYTES:
+    # Of prior output only the ids go to the children.
+    delivered = sum(prior.ByteSize() - 5 * len(prior.token_ids) for prior in submit.prior)
+    if submit.ByteSize() - max(0, delivered) > MAX_SUBMIT_BYTES:
         raise PhalanxError(
             "INVALID_ARGUMENT",
             f"the request has {submit.ByteSize()} bytes; a request has at most {MAX_SUBMIT_BYTES}",

@@ -183,6 +183,8 @@ class RequestBook:
         )
         # An attempt before this one may still run here, for a gateway that has lost it.
         before = self._held.get(attempt.name)
+        if before is not None and before.submit.takeovers > submit.takeovers:
+            return [self._refuse(stream, submit, "TAKEN_OVER", "the client has gone to another gateway")]
         dropped = [] if before is None else self._oust(before, stream) + self._drop(before, "CANCELLED")
         book.attempts[key] = self._attempts[attempt.id] = self._held[attempt.name] = attempt
         if attempt.deadline is not None:
@@ -199,6 +201,7 @@ class RequestBook:
         todo = self._oust(attempt, stream)
         book = self._streams[stream]
         attempt.stream, attempt.boot, attempt.submit.attempt = stream, book.boot, attach.attempt
+        attempt.submit.takeovers += 1
         if attempt.id in self._attempts:
             attempt.keep_until = None
             book.attempts[attempt.key] = attempt

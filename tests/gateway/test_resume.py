@@ -197,6 +197,7 @@ async def test_a_gateway_that_leaves_sends_its_clients_to_another(rig: Rig, seco
 
 async def test_a_gateway_that_leaves_lets_its_clients_finish(rig: Rig) -> None:
     leader = await rig.add_leader("demo-0", hold_at=5)
+    assert [event async for event in rig.client.generate("demo", PROMPT, max_tokens=2, seed=1)]  # idle, once
     draining: list[asyncio.Task[None]] = []
 
     async def leave() -> None:
@@ -297,3 +298,37 @@ async def test_a_resumed_request_does_not_displace_another_of_its_id(rig: Rig, s
                     pass
         assert caught.value.reason == "DUPLICATE_REQUEST"
         assert second.gateway._lives["mine"] is other
+
+
+async def test_a_stream_without_a_token_is_never_begun_again(rig: Rig, second: Running) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+    rig.gateway._resumable = False
+    ids: list[int] = []
+    killing: list[asyncio.Future[None]] = []
+
+    async def stream(client: Client) -> None:
+        async for event in client.generate("demo", PROMPT, max_tokens=20, seed=1):
+            ids.extend(event.chunk.token_ids)
+            if len(ids) == 5:
+                killing.append(asyncio.ensure_future(rig.first.kill()))
+
+    async with Client(rig.first.address, second.address) as client:
+        with pytest.raises(PhalanxError) as caught:
+            await stream(client)
+    await killing[0]
+    assert caught.value.reason == "UNREACHABLE"
+    assert ids == expected(5)
+    assert len(leader.submits) == 1
+
+
+async def test_a_token_that_was_tampered_with_harms_no_stream(rig: Rig) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    stream = rig.client.generate("demo", PROMPT, max_tokens=20, seed=1)
+    key, _, rest = (await anext(stream)).started.resume_token.split(".", 2)
+    with pytest.raises(PhalanxError) as caught:
+        async for _ in resume(rig.client, f"{key}.2.{rest}", ""):
+            pass
+    assert caught.value.reason == "INVALID_ARGUMENT"
+    leader.release.set()
+    assert [id async for event in stream for id in event.chunk.token_ids] == expected(20)

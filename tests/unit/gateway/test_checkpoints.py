@@ -121,9 +121,9 @@ async def test_checkpoints_are_written_together_found_by_anyone_and_deleted(
     store, keys = MemoryStore(), Keys("test")
     journals = [begun(key=f"{number:032x}") for number in range(100)]
     live = list(journals)
-    writer = Checkpoints(store, keys, lambda: [Candidate(journal, -AFTER_S) for journal in live])
+    writer = Checkpoints(store, keys, "boot", lambda: [Candidate(journal, -AFTER_S) for journal in live])
     running = asyncio.create_task(writer.run())
-    reader = Checkpoints(store, keys, list)
+    reader = Checkpoints(store, keys, "another", list)
     for journal in journals:
         grow(journal, 3)
     await until(lambda: all(plan_has(writer, journal) for journal in journals))
@@ -151,7 +151,7 @@ async def test_a_lost_lease_means_that_all_is_written_again(monkeypatch: pytest.
     monkeypatch.setattr(checkpoints, "TTL_S", 1)
     store, keys, journal = MemoryStore(), Keys("test"), begun()
     grow(journal, 3)
-    writer = Checkpoints(store, keys, lambda: [Candidate(journal, -AFTER_S)])
+    writer = Checkpoints(store, keys, "boot", lambda: [Candidate(journal, -AFTER_S)])
     running = asyncio.create_task(writer.run())
     await until(lambda: plan_has(writer, journal))
     assert writer._lease is not None

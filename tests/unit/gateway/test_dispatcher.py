@@ -442,12 +442,30 @@ def test_a_search_ends_when_the_last_replica_has_said_no() -> None:
 def test_a_search_does_not_wait_for_a_replica_that_is_silent_or_gone() -> None:
     dispatcher, (first, _) = sought()
     assert dispatcher.stream_down(OTHER, "killed", 0.1) == []
-    assert dispatcher.tick(SEEK_S) == [instructions.NotHeld(KEY)]
-    # It answers after all: nobody waits for it any more.
+    assert ticks(dispatcher, 0.0, SEEK_S + 0.1) == [instructions.NotHeld(KEY, certain=False)]
+    # It answers after all: nobody waits for it any more, and it may have the only copy.
     frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(3, first.attempt)])
-    (cancel,) = dispatcher.frame(UP, frame, SEEK_S)
-    assert isinstance(cancel, instructions.CancelAttempt)
-    assert dispatcher.seek("nobody", KEY, 2.0) == [instructions.NotHeld(KEY)]
+    assert dispatcher.frame(UP, frame, SEEK_S) == []
+    assert dispatcher.seek("nobody", KEY, 2.0) == [instructions.NotHeld(KEY, certain=False)]
+
+
+def test_a_gateway_that_stood_still_gives_up_no_search() -> None:
+    dispatcher, (first, _) = sought()
+    ticks(dispatcher, 0.0, 0.2)
+    assert dispatcher.tick(30.0) == []
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(3, first.attempt)])
+    (found,) = dispatcher.frame(UP, frame, 30.0)
+    assert isinstance(found, instructions.Found)
+
+
+def test_of_two_replicas_that_hold_a_request_one_goes_on() -> None:
+    dispatcher, (first, second) = sought()
+    for target, asked in ((UP, first), (OTHER, second)):
+        frame = shard_pb2.StepFrame(replica=target.replica, epoch=1, attached=[held(3, asked.attempt)])
+        (todo,) = dispatcher.frame(target, frame, 0.1)
+    assert isinstance(todo, instructions.CancelAttempt)
+    assert todo.target == OTHER
+    dispatcher.check_integrity()
 
 
 def test_whose_time_is_up_first_is_placed_first() -> None:

@@ -295,6 +295,24 @@ def test_a_client_that_went_elsewhere_is_told_to_its_first_gateway() -> None:
     assert engine(requests.cancel(2, "r", 5)) == [CancelRequest(id)]
 
 
+def test_a_gateway_that_the_client_has_left_does_not_get_the_request_back() -> None:
+    requests = book(1, 2)
+    started(requests, resume_key="k")
+    (got,) = attached(requests.attach(2, attach(), 0.0))
+    assert got.request.takeovers == 1
+    assert reasons(requests.submit(1, submit(resume_key="k", attempt=9), now=0.0)) == ["TAKEN_OVER"]
+    assert len(requests) == 1
+
+
+def test_what_is_large_for_its_log_probabilities_can_still_be_replayed() -> None:
+    top = types_pb2.TokenLogprob(token_id=1, text="x" * 1000, logprob=-1.0)
+    position = types_pb2.PositionLogprobs(chosen=top, top=[top] * 20)
+    prior = shard_pb2.Delta(token_ids=[1] * 500, pieces=["x"] * 500, logprobs=[position] * 500)
+    large = submit(prior=[prior])
+    assert large.ByteSize() > MAX_SUBMIT_BYTES
+    assert engine(book(1, model=ServedModel("hash", 4096)).submit(1, large, now=0.0))
+
+
 def test_a_replay_of_what_still_runs_here_takes_its_place() -> None:
     requests = book(1, 2)
     id = started(requests, resume_key="k")
