@@ -108,6 +108,7 @@ class _Search:
 
     found: asyncio.Future[Live | None]
     waiting: int = 0
+    certain: bool = True  # where nothing was found: every replica has said so
 
 
 class Gateway:
@@ -131,7 +132,6 @@ class Gateway:
         self._ending: dict[Target, asyncio.Task[None]] = {}  # cancelled keepers that have not ended
         self._lives: dict[str, Live] = {}
         self._searches: dict[str, _Search] = {}  # by resume key
-        self._unsure: set[str] = set()  # keys of searches in which not every replica has answered
         self._checkpoints = Checkpoints(store, keys, incarnation, self._candidates)
         self._draining = False
         self._leaving = False  # what clients leave now is not cancelled: they go on elsewhere
@@ -165,14 +165,18 @@ class Gateway:
     async def resume(self, ticket: Ticket, *, parent: str = "") -> AsyncIterator[Live]:
         """Go on with a request that this or another gateway has begun; leaving the block ends it.
 
-        Raises PhalanxError: UNKNOWN_REQUEST when nobody has it any more, or STORE_UNAVAILABLE.
+        Raises PhalanxError: UNKNOWN_REQUEST when nobody has it any more; UNREACHABLE or STORE_UNAVAILABLE
+        when that is not known yet.
         """
         self._check_serving()
-        live = self._with(ticket) or await self._seek(ticket)
+        live = self._with(ticket)
         if live is None:
-            restored = await self._from_checkpoint(ticket, certain=ticket.key not in self._unsure)
-            # Another client may have come with the same in the meantime.
-            live = self._with(ticket) or self._adopt(restored, parent)
+            search = await self._seek(ticket)
+            live = search.found.result()
+            if live is None:
+                restored = await self._from_checkpoint(ticket, certain=search.certain)
+                # Another client may have come with the same in the meantime.
+                live = self._with(ticket) or self._adopt(restored, parent)
         live.take_over()
         with self._read(live):
             yield live
@@ -244,15 +248,16 @@ class Gateway:
             raise PhalanxError("INVALID_ARGUMENT", "this is no resume token", param="resume_token")
         return live
 
-    async def _seek(self, ticket: Ticket) -> Live | None:
-        """The request as one of the replicas holds it."""
+    async def _seek(self, ticket: Ticket) -> _Search:
+        """The search for a request among the replicas, when it has ended."""
         search = self._searches.get(ticket.key)
         if search is None:
             search = self._searches[ticket.key] = _Search(asyncio.get_running_loop().create_future())
             self._do(self.dispatcher.seek(ticket.model, ticket.key, time.monotonic()))
         search.waiting += 1
         try:
-            return await asyncio.shield(search.found)
+            await asyncio.shield(search.found)
+            return search
         except asyncio.CancelledError:
             if search.found.done() and search.waiting == 1 and search.found.exception() is None:
                 self._end_unread(search.found.result())
@@ -262,9 +267,8 @@ class Gateway:
 
     def _attached(self, target: Target, journal: Journal) -> None:
         """A replica holds what was sought."""
-        if (
-            journal.request_id in self._lives
-        ):  # another request of that id has ended, and its client still reads
+        if journal.request_id in self._lives:
+            # Another request of that id has ended, and its client still reads.
             _, todo = self.dispatcher.cancel(journal.request_id)
             self._do([one for one in todo if isinstance(one, instructions.CancelAttempt)])
             search = self._searches.pop(journal.resume_key)
@@ -275,8 +279,9 @@ class Gateway:
         live.target, live.started = target, True
         self._found(journal.resume_key, live)
 
-    def _found(self, key: str, live: Live | None) -> None:
+    def _found(self, key: str, live: Live | None, *, certain: bool = True) -> None:
         search = self._searches.pop(key)
+        search.certain = certain
         search.found.set_result(live)
         if not search.waiting:
             self._end_unread(live)
@@ -404,8 +409,7 @@ class Gateway:
                 case instructions.Found(target, journal):
                     self._attached(target, journal)
                 case instructions.NotHeld(resume_key, certain):
-                    (self._unsure.discard if certain else self._unsure.add)(resume_key)
-                    self._found(resume_key, None)
+                    self._found(resume_key, None, certain=certain)
 
     def _close(self, target: Target, reason: str) -> None:
         if stream := self._streams.get(target):

@@ -15,17 +15,8 @@ from typing import Any
 
 from phalanx.client import Client
 from phalanx.runtime.errors import PhalanxError
+from tests.faults.streams import PROMPTS
 
-PROMPTS = [
-    "def __init__(self",
-    "import ",
-    "class Parser",
-    "    return ",
-    "    if not isinstance(",
-    "raise ValueError(",
-    "for key, value in ",
-    "try:\n    import",
-]
 SAMPLING: dict[str, Any] = {
     "temperature": 0.9,
     "top_p": 0.95,

@@ -39,7 +39,6 @@ from dataplane.gateway.normalize import journal_for
 from dataplane.gateway.resume import Ticket
 from dataplane.gateway.router import Target
 from dataplane.registration import Registration
-from dataplane.shard.events import Stop
 from dataplane.shard.worker import Identity, Worker
 from engine.scheduler import Scheduler
 from phalanx.runtime.errors import PhalanxError
@@ -443,6 +442,3 @@ class World:
         """Nothing of this world runs any more."""
         for process in [*self.processes.values(), *self.children.values()]:
             process.alive = False
-
-
-__all__ = ["KEYS", "RETENTION_S", "Stop", "World", "simulated"]
