@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from controlplane.actions import Leadership, guarded, transactions
 from controlplane.election import lead
@@ -38,6 +38,7 @@ async def _rule(
 ) -> None:
     """Reconcile on each change and when a back-off ends; returns when another controller leads."""
     failures = 0
+    short_since: Mapping[str, float] = {}
     while True:
         listing, snapshot, now = view.listing, view.snapshot, clock()
         wait_s: float | None = None
@@ -46,7 +47,8 @@ async def _rule(
             if held is None or held.create_revision != leadership.fence:
                 log.warning("another controller leads", extra={"fence": leadership.fence})
                 return
-            decision = reconcile(snapshot, now)
+            decision = reconcile(snapshot, now, short_since)
+            short_since = decision.short_since
             if decision.wake_at is not None:
                 wait_s = max(0.0, decision.wake_at - now)
             try:
@@ -89,6 +91,8 @@ def _log(action: Action, revision: int) -> None:
                 "replica": assignment.replica,
                 "epoch": revision,
                 "members": [member.worker for member in assignment.members],
+                "tp": assignment.deployment.tp,
+                "pp": assignment.deployment.pp,
                 "failures": assignment.failures,
             }
             log.info("replica formed", extra=extra)

@@ -11,6 +11,9 @@ The rules:
   formed. A permanent failure waits the longest.
 - A failed replica without enough workers is left as it is: its workers may come back. What is left of
   it serves other replicas when they need it, and then it is removed.
+- One that had served and still lacks workers after `DEGRADE_AFTER_S` is formed in the largest of its
+  deployment's smaller layouts that can be placed and fits into memory: it is degraded. Once it has served
+  for `RETURN_AFTER_S`, it is formed again in a larger one as soon as that can be placed.
 - A replica of an outdated shape is formed again at once when it is not serving, else one at a time,
   and only when it can be placed and every replica of the new shape is ready.
 - An assignment that cannot be read is written anew, or removed when nobody wants it. The replicas of a
@@ -20,14 +23,17 @@ The rules:
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from controlplane.placement import Shortage, place
+from controlplane.planner import fits
 from controlplane.replicas import (
     Health,
     ReplicaState,
+    fallbacks,
     health,
+    is_degraded,
     on_hold,
     same_shape,
     split_name,
@@ -35,10 +41,22 @@ from controlplane.replicas import (
     wanted,
     was_ready,
 )
-from controlplane.state import AssignmentRecord, DeploymentRecord, ReadyRecord, Snapshot, WorkerRecord
+from controlplane.state import (
+    AssignmentRecord,
+    DeploymentRecord,
+    MemberRecord,
+    ReadyRecord,
+    Snapshot,
+    WorkerRecord,
+)
 
 BACK_OFF_FIRST_S = 1.0
 BACK_OFF_CAP_S = 30.0
+DEGRADE_AFTER_S = 5.0  # a worker whose process was started again has registered by then
+RETURN_AFTER_S = 10.0  # a worker that comes and goes must not have the replica formed each time
+
+
+_NOBODY: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +98,24 @@ class Decision:
     """What to write, and what is left undone and why.
 
     `shortages`: the reason, by replica that could not be placed. `retries`: when, in seconds since the
-    Unix epoch, by failed replica whose back-off is not over.
+    Unix epoch, by failed replica whose back-off is not over. `short_since`: likewise, since when a replica that
+    could be degraded lacks workers; the next decision wants to know. `wake_at`: when to look again although
+    nothing has changed.
     """
 
     actions: tuple[Action, ...]
     shortages: Mapping[str, str]
     retries: Mapping[str, float]
-
-    @property
-    def wake_at(self) -> float | None:
-        """When to look again although nothing has changed."""
-        return min(self.retries.values(), default=None)
+    short_since: Mapping[str, float]
+    wake_at: float | None
 
 
-def reconcile(snapshot: Snapshot, now: float) -> Decision:
-    """Decide, at `now` in seconds since the Unix epoch.
+def reconcile(snapshot: Snapshot, now: float, short_since: Mapping[str, float] = _NOBODY) -> Decision:
+    """Decide, at `now` in seconds since the Unix epoch; `short_since` as the decision before had it.
 
     The snapshot that results from the actions needs no further action at the same time.
     """
-    return _Round(snapshot, now).decide()
+    return _Round(snapshot, now, short_since).decide()
 
 
 def retry_at(assignment: AssignmentRecord, permanent: bool, now: float) -> float:
@@ -117,7 +134,7 @@ class _Need(enum.Enum):
     KEEP = enum.auto()
     WAIT = enum.auto()  # failed, and its back-off is not over
     FORM = enum.auto()  # missing or failed
-    RESHAPE = enum.auto()  # of an outdated shape, and may be serving
+    RESHAPE = enum.auto()  # of an outdated shape or degraded, and may be serving
 
 
 @dataclass(slots=True)
@@ -129,6 +146,7 @@ class _Round:
 
     snapshot: Snapshot
     now: float
+    short_before: Mapping[str, float]
     wanted: dict[str, DeploymentRecord] = field(init=False)
     health: dict[str, Health] = field(init=False)
     needs: dict[str, _Need] = field(init=False)
@@ -138,6 +156,7 @@ class _Round:
     formed: dict[str, Form] = field(default_factory=dict)
     shortages: dict[str, str] = field(default_factory=dict)
     retries: dict[str, float] = field(default_factory=dict)
+    wakes: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.wanted = wanted(self.snapshot)
@@ -152,8 +171,11 @@ class _Round:
 
     def decide(self) -> Decision:
         # Shrinking one replica can free the workers that another lacks.
-        while self._form_missing() or self._reshape():
+        while self._form_missing() or self._reshape() or self._degrade():
             pass
+        short_since = {name: self._short_since(name) for name in self.shortages if self._can_degrade(name)}
+        due = [since + DEGRADE_AFTER_S for since in short_since.values()]
+        wakes = [at for at in (*self.retries.values(), *self.wakes, *due) if at > self.now]
         removed = self._removed()
         actions: tuple[Action, ...] = (
             *(Remove(name, self.epochs[name]) for name in removed),
@@ -161,17 +183,19 @@ class _Round:
             *self._marks(),
             *self._prunes(removed),
         )
-        return Decision(actions, self.shortages, self.retries)
+        return Decision(actions, self.shortages, self.retries, short_since, min(wakes, default=None))
 
     def _need(self, name: str) -> _Need:
         assigned = self.snapshot.replicas.get(name)
         if assigned is None:
             return _Need.FORM
         failed = self.health[name].state is ReplicaState.FAILED
-        if not same_shape(assigned.assignment.deployment, self.wanted[name]):
-            return _Need.FORM if failed else _Need.RESHAPE
+        runs, wanted = assigned.assignment.deployment, self.wanted[name]
+        whole, degraded = same_shape(runs, wanted), is_degraded(runs, wanted)
         if not failed:
-            return _Need.KEEP
+            return _Need.KEEP if whole else _Need.RESHAPE
+        if not whole and not degraded:
+            return _Need.FORM
         if not was_ready(self.snapshot, name):
             due = retry_at(assigned.assignment, self.health[name].permanent, self.now)
             if due > self.now:
@@ -186,46 +210,106 @@ class _Round:
                 progress |= self._form(name, self.free)
         return progress
 
+    def _degrade(self) -> bool:
+        """Form in a smaller layout what has lacked workers for long, one at a time."""
+        for name in self.shortages:
+            due = self._can_degrade(name) and self._short_since(name) + DEGRADE_AFTER_S <= self.now
+            if due and self._form_smaller(name, fallbacks(self.wanted[name]), self.free):
+                return True
+        return False
+
+    def _can_degrade(self, name: str) -> bool:
+        """Whether it had served, and now lacks workers."""
+        missing = self.needs[name] is _Need.FORM and name not in self.formed
+        return missing and name in self.snapshot.replicas and name in self.snapshot.ready
+
+    def _short_since(self, name: str) -> float:
+        return min(self.short_before.get(name, self.now), self.now)
+
     def _reshape(self) -> bool:
-        """Form again what is outdated and idle, and of each deployment one that serves."""
+        """Form again what is outdated or degraded and idle, and of each deployment one that serves."""
         outdated = [name for name, need in self.needs.items() if need is _Need.RESHAPE]
         serving = {name for name in outdated if self.health[name].state is ReplicaState.READY}
         progress = False
         for name in sorted(outdated, key=serving.__contains__):
             if name not in self.formed and not (name in serving and self._is_rolling(self.wanted[name].name)):
                 own = {member: self.snapshot.workers[member] for member in self._members(name)}
-                progress |= self._form(name, self.free | own)
+                progress |= self._grow(name, self.free | own, name in serving)
         return progress
+
+    def _grow(self, name: str, candidates: dict[str, WorkerRecord], serving: bool) -> bool:
+        """Give a replica the shape that is wanted; a degraded one, if need be, a larger one than it has."""
+        assigned = self.snapshot.replicas[name]
+        runs = assigned.assignment.deployment
+        degraded = is_degraded(runs, self.wanted[name])
+        due = assigned.assignment.formed_at + RETURN_AFTER_S
+        if degraded and serving and assigned.assignment.formed_at <= self.now < due:
+            self.shortages[name] = "is degraded and has just been formed"
+            self.wakes.append(due)
+            return False
+        if self._form(name, candidates):
+            return True
+        larger = [one for one in fallbacks(self.wanted[name]) if one.shards > runs.shards] if degraded else []
+        return self._form_smaller(name, larger, candidates)
 
     def _is_rolling(self, deployment: str) -> bool:
         """Whether some replica of the new shape is not ready yet."""
         return any(
-            name in self.formed
-            or (need in (_Need.KEEP, _Need.WAIT) and self.health[name].state is not ReplicaState.READY)
-            for name, need in self.needs.items()
+            name in self.formed or (self._is_current(name) and self.health[name].state is not ReplicaState.READY)
+            for name in self.needs
             if self.wanted[name].name == deployment
         )
 
+    def _is_current(self, name: str) -> bool:
+        """Whether it runs what is wanted, if in a smaller layout, and is not about to be formed."""
+        if self.needs[name] is _Need.RESHAPE:
+            return is_degraded(self.snapshot.replicas[name].assignment.deployment, self.wanted[name])
+        return self.needs[name] is not _Need.FORM
+
     def _form(self, name: str, candidates: dict[str, WorkerRecord]) -> bool:
-        """Place a replica if `candidates` are enough; those left over stay free."""
-        previous = self._members(name)
-        members = place(self.wanted[name], candidates, previous)
+        """Place a replica as it is wanted if `candidates` are enough; those left over stay free."""
+        members = place(self.wanted[name], candidates, self._members(name))
         if isinstance(members, Shortage):
             self.shortages[name] = members.reason
             return False
+        self._assign(name, self.wanted[name], members, candidates)
+        return True
+
+    def _form_smaller(
+        self, name: str, layouts: Sequence[DeploymentRecord], candidates: dict[str, WorkerRecord]
+    ) -> bool:
+        """Place a replica in the first of these layouts that `candidates` are enough for."""
+        weights = {(layout.tp, layout.pp): layout for layout in self.wanted[name].fallbacks}
+        for layout in layouts:
+            members = place(layout, candidates, self._members(name))
+            if isinstance(members, Shortage):
+                continue
+            workers = [candidates[member.worker] for member in members]
+            if fits(layout, weights[layout.tp, layout.pp], workers):
+                self._assign(name, layout, members, candidates)
+                return True
+        return False
+
+    def _assign(
+        self,
+        name: str,
+        deployment: DeploymentRecord,
+        members: tuple[MemberRecord, ...],
+        candidates: dict[str, WorkerRecord],
+    ) -> None:
         self.shortages.pop(name, None)
         taken = {member.worker for member in members}
         self.free = {worker: record for worker, record in candidates.items() if worker not in taken}
-        assignment = AssignmentRecord(name, self.wanted[name], members, self._failures(name), self.now)
+        failures = self._failures(name, deployment)
+        assignment = AssignmentRecord(name, deployment, members, failures, self.now)
         self.formed[name] = Form(assignment, self.epochs.get(name, 0))
-        return True
 
-    def _failures(self, name: str) -> int:
+    def _failures(self, name: str, deployment: DeploymentRecord) -> int:
         """Consecutive epochs of this shape that failed before they were ready."""
         assigned = self.snapshot.replicas.get(name)
         if assigned is None or was_ready(self.snapshot, name):
             return 0
-        same = same_shape(assigned.assignment.deployment, self.wanted[name])
+        same = same_shape(assigned.assignment.deployment, deployment)
         return assigned.assignment.failures + 1 if same else 0
 
     def _removed(self) -> list[str]:

@@ -66,8 +66,25 @@ def unreadable(snapshot: Snapshot) -> dict[str, int]:
 
 
 def same_shape(one: DeploymentRecord, other: DeploymentRecord) -> bool:
-    """Whether a replica formed for one revision serves the other: only their scale may differ."""
-    return replace(other, replicas=one.replicas, revision=one.revision, created_at=one.created_at) == one
+    """Whether a replica formed for one revision serves the other: only what does not shape it may differ."""
+    return replace(
+        other,
+        replicas=one.replicas,
+        revision=one.revision,
+        created_at=one.created_at,
+        fixed_layout=one.fixed_layout,
+        fallbacks=one.fallbacks,
+    ) == one
+
+
+def fallbacks(deployment: DeploymentRecord) -> list[DeploymentRecord]:
+    """The deployment in each of the smaller layouts that its replicas may run in, the best first."""
+    return [replace(deployment, tp=layout.tp, pp=layout.pp) for layout in deployment.fallbacks]
+
+
+def is_degraded(runs: DeploymentRecord, wanted: DeploymentRecord) -> bool:
+    """Whether a replica is of the revision that is wanted, in a smaller layout."""
+    return runs.revision == wanted.revision and any(same_shape(runs, one) for one in fallbacks(wanted))
 
 
 def health(snapshot: Snapshot, replica: str) -> Health:

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from controlplane.state import DeploymentRecord, Keys, decode, encode
+from controlplane.state import DeploymentRecord, Keys, LayoutRecord, decode, encode
 from controlplane.status import Views, views
 from controlplane.store import Delete, Entry, Listing, Modified, Put, Store, StoreUnavailableError
 from controlplane.validation import check_model, check_spec
@@ -46,8 +46,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         async with _typed_errors(context):
             spec = request.spec
             check_spec(spec)
-            await asyncio.to_thread(check_model, spec.model, spec.tp or 1, spec.pp or 1, spec.load_format)
-            changed = await self._apply(spec)
+            smaller = await asyncio.to_thread(
+                check_model, spec.model, spec.tp or 1, spec.pp or 1, spec.load_format
+            )
+            changed = await self._apply(spec, () if spec.fixed_layout else smaller)
             deployment = self._views().deployments.get(spec.name)
             if deployment is None:
                 raise PhalanxError("UNKNOWN_DEPLOYMENT", f"deployment {spec.name} was deleted meanwhile")
@@ -126,13 +128,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             raise PhalanxError("STORE_UNAVAILABLE", "this controller has not reached the store yet")
         return views(self._view.snapshot, self._clock())
 
-    async def _apply(self, spec: control_pb2.DeploymentSpec) -> bool:
+    async def _apply(self, spec: control_pb2.DeploymentSpec, fallbacks: tuple[LayoutRecord, ...]) -> bool:
         """Write the deployment unless it is as asked; returns whether it was written."""
         key = self._keys.deployment(spec.name)
         while True:
             entry = await self._store.get(key)
             old = _readable(entry)
-            new = _record(spec, old, self._clock())
+            new = _record(spec, fallbacks, old, self._clock())
             if new == old:
                 return False
             guard = Modified(key, entry.mod_revision if entry else 0)
@@ -150,7 +152,12 @@ def _readable(entry: Entry | None) -> DeploymentRecord | None:
         return None
 
 
-def _record(spec: control_pb2.DeploymentSpec, old: DeploymentRecord | None, now: float) -> DeploymentRecord:
+def _record(
+    spec: control_pb2.DeploymentSpec,
+    fallbacks: tuple[LayoutRecord, ...],
+    old: DeploymentRecord | None,
+    now: float,
+) -> DeploymentRecord:
     """What `spec` asks for: `old` itself when that is the same, else its next revision."""
     asked = DeploymentRecord(
         name=spec.name,
@@ -164,6 +171,8 @@ def _record(spec: control_pb2.DeploymentSpec, old: DeploymentRecord | None, now:
         created_at=old.created_at if old else now,
         load_format="" if spec.load_format == "auto" else spec.load_format,
         quantization=spec.quantization,
+        fixed_layout=spec.fixed_layout,
+        fallbacks=fallbacks,
     )
     return asked if old is None or asked == old else replace(asked, revision=old.revision + 1)
 

@@ -33,6 +33,15 @@ class ShardState(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class LayoutRecord:
+    """A layout of a deployment's model."""
+
+    tp: int
+    pp: int
+    weights: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class DeploymentRecord:
     """A served model and its desired shape."""
 
@@ -47,6 +56,8 @@ class DeploymentRecord:
     created_at: float = 0.0
     load_format: str = ""
     quantization: str = ""
+    fixed_layout: bool = False
+    fallbacks: tuple[LayoutRecord, ...] = ()
 
     @property
     def shards(self) -> int:
@@ -65,6 +76,7 @@ class WorkerRecord:
     device: str
     server_pid: int
     draining: bool = False
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +150,7 @@ class LeaderRecord:
 
 Record = (
     DeploymentRecord
+    | LayoutRecord
     | WorkerRecord
     | GatewayRecord
     | MemberRecord
@@ -149,6 +162,7 @@ Record = (
 R = TypeVar("R", bound=Record)
 
 _NESTED: dict[tuple[type[Any], str], type[Any]] = {
+    (DeploymentRecord, "fallbacks"): LayoutRecord,
     (AssignmentRecord, "deployment"): DeploymentRecord,
     (AssignmentRecord, "members"): MemberRecord,
     (ShardRecord, "state"): ShardState,
@@ -182,7 +196,10 @@ def decode(cls: type[R], value: bytes) -> R:
 
 
 def _check_shape(deployment: DeploymentRecord) -> None:
-    if not all(1 <= size <= SHAPE_LIMIT for size in (deployment.replicas, deployment.tp, deployment.pp)):
+    layouts = [size for layout in deployment.fallbacks for size in (layout.tp, layout.pp)]
+    if not all(
+        1 <= size <= SHAPE_LIMIT for size in (deployment.replicas, deployment.tp, deployment.pp, *layouts)
+    ):
         raise ValueError(f"replicas, tp and pp are from 1 to {SHAPE_LIMIT}")
 
 

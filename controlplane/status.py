@@ -8,6 +8,7 @@ from controlplane.reconcile import Decision, reconcile
 from controlplane.replicas import (
     ReplicaState,
     health,
+    is_degraded,
     lost_members,
     replica_name,
     same_shape,
@@ -66,6 +67,7 @@ def _deployment(
             max_model_len=deployment.max_model_len,
             load_format=deployment.load_format,
             quantization=deployment.quantization,
+            fixed_layout=deployment.fixed_layout,
         ),
         revision=deployment.revision,
         state=state,
@@ -87,19 +89,30 @@ def _deployment_state(
     decision: Decision,
 ) -> tuple[str, str]:
     """The state and its reason: the worst of the deployment's replicas speaks for it."""
-    pending = [f"{name} {decision.shortages[name]}" for name in names if name in decision.shortages]
+    lacking = {name: f"{name} {decision.shortages[name]}" for name in names if name in decision.shortages}
+    degraded: list[str] = []
     failed: list[str] = []
     progressing: list[str] = []
     for name in names:
         assigned = snapshot.replicas.get(name)
-        if assigned is None:
+        if assigned and is_degraded(assigned.assignment.deployment, deployment):
+            why = f": {decision.shortages[name]}" if lacking.pop(name, None) else ""
+            runs = f"{name} runs in tp={replicas[name].tp} x pp={replicas[name].pp}{why}"
+            (degraded if replicas[name].state == "ready" else progressing).append(runs)
+        elif assigned is None:
             progressing.append(f"{name} is not formed yet")
         elif not same_shape(assigned.assignment.deployment, deployment):
             progressing.append(f"{name} still has the shape of revision {replicas[name].revision}")
         elif replicas[name].state != "ready":
             reasons = failed if health(snapshot, name).permanent else progressing
             reasons.append(f"{name} is {replicas[name].state}: {replicas[name].reason}")
-    for state, reasons in (("failed", failed), ("pending", pending), ("progressing", progressing)):
+    found = {
+        "failed": failed,
+        "pending": list(lacking.values()),
+        "progressing": progressing,
+        "degraded": degraded,
+    }
+    for state, reasons in found.items():
         if reasons:
             nobody = "; no controller leads" if snapshot.leader is None else ""
             return state, "; ".join(reasons) + nobody
@@ -128,6 +141,8 @@ def _replica(snapshot: Snapshot, name: str, decision: Decision, now: float) -> c
         state=seen.state.value,
         reason=reason.removeprefix("; "),
         shards=shards,
+        tp=assignment.deployment.tp,
+        pp=assignment.deployment.pp,
     )
 
 

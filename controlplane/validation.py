@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from controlplane.state import SHAPE_LIMIT
+from controlplane.state import SHAPE_LIMIT, LayoutRecord
 from engine.config import LOAD_FORMATS, QUANTIZATIONS
 from engine.errors import ModelError
 from phalanx.runtime.errors import PhalanxError
@@ -41,21 +41,25 @@ def check_spec(spec: control_pb2.DeploymentSpec) -> None:
             raise PhalanxError("INVALID_ARGUMENT", message, param=field)
 
 
-def check_model(model: str, tp: int, pp: int, load_format: str = "") -> None:
-    """Raise PhalanxError when the model directory or its layout cannot be served.
+def check_model(model: str, tp: int, pp: int, load_format: str = "") -> tuple[LayoutRecord, ...]:
+    """The smaller layouts that the model can run in, the best first; PhalanxError when it cannot be served.
 
     A directory that this host cannot see is left to the workers. Reads files: keep it off the loop.
     """
+    from engine.config import ModelConfig, check_layout
+    from engine.layouts import smaller_layouts, smaller_sizes
+    from engine.locate import check_weights
+
     path = Path(model)
     if not path.is_dir():
-        return
-    from engine.config import ModelConfig, check_layout
-    from engine.locate import check_weights
+        return tuple(LayoutRecord(*size) for size in smaller_sizes(tp, pp))
 
     try:
         config = ModelConfig.load(path)
         check_layout(config, tp, pp)
         if load_format != "dummy":
             check_weights(path, tp, pp)
+        smaller = smaller_layouts(path, config, tp, pp)
     except ModelError as error:
         raise PhalanxError(error.reason, error.message, param="model") from error
+    return tuple(LayoutRecord(layout.tp, layout.pp, layout.weights) for layout in smaller)

@@ -7,8 +7,10 @@ import os
 import select
 import signal
 import socket
+import threading
+import time
 
-from engine.wire import FrameBuffer, Message, encode
+from engine.wire import BEAT_S, Beat, FrameBuffer, Message, encode
 
 _PR_SET_PDEATHSIG = 1
 _RECEIVE = 1 << 20
@@ -25,6 +27,7 @@ class Link:
         connection.setblocking(True)
         self._socket = connection
         self._buffer = FrameBuffer()
+        self._sending = threading.Lock()
 
     @staticmethod
     def inherited(fd: int) -> Link:
@@ -38,9 +41,22 @@ class Link:
     def send(self, message: Message) -> None:
         """Send one message. Raises LinkClosedError."""
         try:
-            self._socket.sendall(encode(message))
+            with self._sending:
+                self._socket.sendall(encode(message))
         except (BrokenPipeError, ConnectionResetError) as error:
             raise LinkClosedError from error
+
+    def beat(self) -> None:
+        """Let the other side hear, from now on, that this process runs."""
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    def _beat(self) -> None:
+        try:
+            while True:
+                self.send(Beat())
+                time.sleep(BEAT_S)
+        except (LinkClosedError, OSError):
+            pass  # whoever reads the link sees its end as well
 
     def receive(self, timeout_s: float | None = None) -> tuple[Message, ...]:
         """Messages that have arrived; waits for some, at most `timeout_s`. Raises LinkClosedError."""

@@ -61,6 +61,7 @@ def run(fd: int, *, survive_thread: bool) -> None:
     link = Link.inherited(fd)
     if not survive_thread:
         die_with_parent()
+        link.beat()
     code = 0
     try:
         _run(link)

@@ -16,7 +16,7 @@ from engine.grid import Grid
 
 def stage_layers(config: ModelConfig, grid: Grid) -> range:
     """The layers of this rank's stage."""
-    costs = tuple(_weights(config, layer) for layer in config.layers)
+    costs = tuple(layer_weights(config, layer) for layer in config.layers)
     return split(costs, config.vocab_size * config.hidden_size, grid.pp)[grid.pp_rank]
 
 
@@ -67,7 +67,7 @@ def _ends(layers: int, stages: int, stage: int) -> range:
     return range(layers if stage == stages - 1 else stage + 1, layers - stages + stage + 2)
 
 
-def _weights(config: ModelConfig, layer: LayerConfig) -> int:
+def layer_weights(config: ModelConfig, layer: LayerConfig) -> int:
     """Weights of a layer's matrices."""
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = 2 * config.hidden_size * (query + kv)

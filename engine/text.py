@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket")
     link = Link.inherited(parser.parse_args().fd)
     die_with_parent()
+    link.beat()
     forgo_torch()
     try:
         _run(link)

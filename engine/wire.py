@@ -24,6 +24,7 @@ from typing import Any, Union
 from engine.request import Delta, Load, Refusal, Request
 
 MAX_FRAME = 64 << 20
+BEAT_S = 0.5
 _LENGTH = struct.Struct(">I")
 
 
@@ -137,6 +138,14 @@ class Alive:
     """The answer to `Probe`."""
 
 
+# Any child to its worker
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Said every BEAT_S by a thread that does nothing else: the process runs, whatever it is busy with."""
+
+
 # Worker to text process
 
 
@@ -222,7 +231,7 @@ class NotEncoded:
 
 Message = Union[  # noqa: UP007 - a union of this length reads better so
     StartEngine, Rendezvous, SubmitRequest, CancelRequest, Probe, Loading, EngineReady, EngineFailed, Step,
-    Began, Alive,
+    Began, Alive, Beat,
     StartText, Encode, Track, Forget, TextReady, Encoded, NotEncoded,
 ]  # fmt: skip
 _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in typing.get_args(Message)}

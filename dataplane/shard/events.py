@@ -105,7 +105,7 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Hung:
-    """An engine that lives computes no more. `status` completes a sentence, as that of `Exited`."""
+    """A child that lives does nothing any more. `status` completes a sentence, as that of `Exited`."""
 
     child: int
     status: str
@@ -174,9 +174,10 @@ class SendRendezvous:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Ask the worker at an address for its engine of a life of the replica."""
+    """Ask the worker at an address for its engine, which is `rank` of a life of the replica."""
 
     address: str
+    rank: int
     replica: str
     epoch: int
     life: int

@@ -139,10 +139,15 @@ class RequestBook:
     def join(self, stream: int, boot: str = "") -> list[Instruction]:
         """A gateway opened a stream. `stream` is a number that no stream of this boot had before.
 
-        `boot` is the gateway's incarnation. One that comes back has given up what it had here before.
+        `boot` is the gateway's incarnation. One that comes back has given up what it had here before,
+        also where the end of its last stream is not known here yet.
         """
+        left = [
+            held
+            for held in self._held.values()
+            if boot and held.boot == boot and (held.stream is None or held.id in self._attempts)
+        ]
         self._streams[stream] = _Stream(boot, self._load, self._step)
-        left = [held for held in self._held.values() if held.stream is None and boot and held.boot == boot]
         return [ToGateway(stream, self._frame()), *self._drop_all(left)]
 
     def leave(self, stream: int, now: float) -> list[Instruction]:

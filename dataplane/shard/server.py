@@ -32,7 +32,7 @@ Context = grpc.aio.ServicerContext[shard_pb2.ServeRequest, shard_pb2.ServeRespon
 class ShardServer(shard_pb2_grpc.ShardServiceServicer):
     """Admits gateways to the leader of the day. `form` hears what leaders of other ranks ask for."""
 
-    def __init__(self, worker: str, form: Callable[[shard_pb2.FormRequest], None]) -> None:
+    def __init__(self, worker: str, form: Callable[[shard_pb2.FormRequest], shard_pb2.FormResponse]) -> None:
         self._worker, self._form = worker, form
         self._numbers = itertools.count(1)
         self.leader: Leader | None = None
@@ -65,10 +65,9 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
     ) -> shard_pb2.FormResponse:
         """A leader forms its replica anew."""
         try:
-            self._form(request)
+            return self._form(request)
         except PhalanxError as error:
             await rpc.abort(context, error)
-        return shard_pb2.FormResponse()
 
     def _admit(self, first: Any) -> Leader:
         if first is _EOF or first.WhichOneof("frame") != "hello":

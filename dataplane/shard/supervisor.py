@@ -102,8 +102,7 @@ class Supervisor:
             case Exited(child, status):
                 return self._exited(child, status)
             case Hung(child, status):
-                known = self._engine is not None and self._engine.id == child
-                return self._fail(f"the engine {status}", permanent=False) if known else []
+                return self._hung(child, status)
             case StoodStill(seconds):
                 # Others have gone on without this rank. What it would still say is of the past.
                 return self._fail(f"the worker stood still for {seconds:.1f} s", permanent=False)
@@ -231,8 +230,8 @@ class Supervisor:
         if place is None or place.life == 0:
             return []
         return [
-            Form(address, place.replica, place.epoch, place.life, rendezvous)
-            for address in place.addresses[1:]
+            Form(address, rank, place.replica, place.epoch, place.life, rendezvous)
+            for rank, address in enumerate(place.addresses[1:], start=1)
         ]
 
     def _exited(self, child: int, status: str) -> list[Instruction]:
@@ -244,6 +243,15 @@ class Supervisor:
             # Without its text process the leader is of no use, whatever its engine does.
             todo = self._fail(f"the text process {status}", permanent=False)
             return todo or self._publish(text_pid=0)
+        return []
+
+    def _hung(self, child: int, status: str) -> list[Instruction]:
+        if self._engine and self._engine.id == child:
+            return self._fail(f"the engine {status}", permanent=False)
+        if self._text and self._text.id == child:
+            todo = self._kill_text()
+            failed = self._fail(f"the text process {status}", permanent=False)
+            return todo + (failed or self._publish(text_pid=0))
         return []
 
     def _begin(self) -> list[Instruction]:

@@ -1,4 +1,5 @@
 """Whether an engine still computes, from what the leader's engine says: a hung rank must not look healthy.
+And whether a child runs at all, whatever it does: from its beats.
 
 A step of any rank that hangs keeps the leader's from ending, and an idle engine is asked to run a canary
 through all ranks. Silence past a deadline is a hang. The deadline follows the steps of late: a step of a
@@ -21,6 +22,8 @@ PATIENCE = 8  # times the longest of the recent steps of this size
 UNKNOWN_S = 60.0  # for a step when there has been none yet
 PROBE_S = 0.4  # idle for so long: time for a canary, but
 PROBE_SHARE = 20  # canaries take no more than one part in so many of the engine's time
+FIRST_BEAT_S = 30.0  # from a child's start, on a machine that does much else
+NO_BEAT_S = 5.0  # a child that has been silent for so long is stopped
 _RECENT = 16  # steps of a size
 
 
@@ -31,9 +34,28 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """The engine computes no more. `status` completes a sentence that begins with it."""
+    """The child does nothing any more. `status` completes a sentence that begins with it."""
 
     status: str
+
+
+class Pulse:
+    """Watches whether a child runs: one that loads, or waits for others to join, has no steps to watch."""
+
+    def __init__(self, now: float) -> None:
+        self._checked = now
+        self._due = now + FIRST_BEAT_S
+
+    def heard(self, now: float) -> None:
+        """The child has said something."""
+        self._due = now + NO_BEAT_S
+
+    def check(self, now: float) -> Silent | None:
+        """The verdict at `now`; to be asked every CHECK_S."""
+        stood_still, self._checked = now - self._checked, now
+        if stood_still > PAUSE_S:
+            self._due += stood_still
+        return Silent("is stopped: it says nothing, not even that it runs") if now > self._due else None
 
 
 class Watchdog:

@@ -35,6 +35,7 @@ from dataplane.shard.events import (
     Hung,
     Instruction,
     Kill,
+    PeerFailed,
     Publish,
     Received,
     SendRendezvous,
@@ -51,9 +52,9 @@ from dataplane.shard.observe import observe
 from dataplane.shard.process import Child
 from dataplane.shard.server import SERVICE, ShardServer
 from dataplane.shard.supervisor import Supervisor
-from dataplane.shard.watchdog import CHECK_S, Probe, Silent, Watchdog
+from dataplane.shard.watchdog import CHECK_S, Probe, Pulse, Silent, Watchdog
 from engine import wire
-from engine.wire import Alive, Began, Encoded, Loading, Message, NotEncoded, Rendezvous, Step
+from engine.wire import Alive, Beat, Began, Encoded, Loading, Message, NotEncoded, Rendezvous, Step
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import shard_pb2, shard_pb2_grpc
@@ -107,6 +108,7 @@ class Worker:
         # The epochs of the steps that are with the text process, which outlives epochs.
         self._with_text: deque[int] = deque()
         self._watchdog: Watchdog | None = None  # of the engine that serves
+        self._pulses: dict[int, Pulse] = {}  # of children
         self._health_changed = asyncio.Event()
         self._forkserver = ForkServer(self._commands.forkserver) if self._commands.forkserver else None
         self._failed, self._failed_at = 0, -math.inf  # lives that failed soon after one another
@@ -165,14 +167,19 @@ class Worker:
         asyncio.get_running_loop().call_later(delay_s, self._handle, abandoned)
 
     async def _ask(self, form: Form) -> None:
-        """Ask another worker for its engine of our replica's life, until it has one or the life is over."""
+        """Ask another worker for its engine of our replica's life, and how it does until all have joined.
+
+        The store would say as well when it fails, but is not needed to form a replica anew.
+        """
         request = shard_pb2.FormRequest(
             replica=form.replica, epoch=form.epoch, life=form.life, rendezvous=form.rendezvous
         )
         while self._is_current(form):
             try:
-                await self._call(form.address, request)
-                return
+                answer = await self._call(form.address, request)
+                if answer.failed:
+                    failed = PeerFailed(form.epoch, form.rank, answer.reason, answer.permanent, form.life)
+                    self._handle(failed)
             except PhalanxError as error:
                 log.warning("a rank does not join", extra={"address": form.address, "reason": error.message})
             await asyncio.sleep(_ASK_AGAIN_S)
@@ -183,21 +190,29 @@ class Worker:
             form.replica, form.epoch, form.life, ShardState.STARTING,
         )  # fmt: skip
 
-    async def _call(self, address: str, request: shard_pb2.FormRequest) -> None:
+    async def _call(self, address: str, request: shard_pb2.FormRequest) -> shard_pb2.FormResponse:
         """Call another worker. Raises PhalanxError."""
         async with rpc.channel(address) as channel:
             try:
-                await shard_pb2_grpc.ShardServiceStub(channel).Form(request, timeout=_ASK_TIMEOUT_S)
+                stub = shard_pb2_grpc.ShardServiceStub(channel)
+                answer: shard_pb2.FormResponse = await stub.Form(request, timeout=_ASK_TIMEOUT_S)
+                return answer
             except grpc.aio.AioRpcError as error:
                 raise rpc.to_error(error) from error
 
-    def _form(self, request: shard_pb2.FormRequest) -> None:
+    def _form(self, request: shard_pb2.FormRequest) -> shard_pb2.FormResponse:
         """A leader forms its replica anew. Raises PhalanxError where this worker has no part in it."""
         self._handle(Formed(request.replica, request.epoch, request.life, request.rendezvous))
-        record = self._supervisor.record
-        if record is None or (record.replica, record.epoch) != (request.replica, request.epoch):
-            message = f"{self._identity.name} has no rank of {request.replica} in epoch {request.epoch}"
+        record, life = self._supervisor.record, (request.replica, request.epoch, request.life)
+        if record is None or (record.replica, record.epoch, record.life) != life:
+            message = (
+                f"{self._identity.name} has no rank of {request.replica} in epoch {request.epoch}, "
+                f"life {request.life}"
+            )
             raise PhalanxError("STALE_EPOCH", message)
+        if record.state is ShardState.FAILED:
+            return shard_pb2.FormResponse(failed=True, reason=record.reason, permanent=record.permanent)
+        return shard_pb2.FormResponse()
 
     async def _report_health(self, health: rpc.Health) -> None:
         states = HealthCheckResponse.ServingStatus
@@ -207,7 +222,7 @@ class Worker:
             await self._health_changed.wait()
 
     async def _watch_engine(self) -> None:
-        """Notice when the engine hangs, and when this process stood still itself."""
+        """Notice when a child hangs, and when this process stood still itself."""
         checked = time.monotonic()
         while True:
             await asyncio.sleep(CHECK_S)
@@ -215,6 +230,9 @@ class Worker:
             stood_still, checked = now - checked, now
             if stood_still > LEASE_TTL_S:
                 self._handle(StoodStill(stood_still))
+            for child, pulse in list(self._pulses.items()):
+                if (silent := pulse.check(now)) is not None:
+                    self._handle(Hung(child, silent.status))
             watchdog, serving = self._watchdog, self._serving
             if watchdog is None or serving is None:
                 continue
@@ -292,14 +310,19 @@ class Worker:
             command,
             start,
             launch=launch,
-            on_spawned=lambda pid: self._handle(Spawned(child, pid)),
+            on_spawned=lambda pid: self._spawned(child, pid),
             on_message=lambda message: self._received(child, message),
         )
         self._tasks.create_task(self._attend(child))
 
+    def _spawned(self, child: int, pid: int) -> None:
+        self._pulses[child] = Pulse(time.monotonic())
+        self._handle(Spawned(child, pid))
+
     async def _attend(self, child: int) -> None:
         status = await self._children[child].run()
         del self._children[child]
+        self._pulses.pop(child, None)
         log.info("child ended", extra={"child": child, "status": status})
         self._handle(Exited(child, status))
 
@@ -309,6 +332,8 @@ class Worker:
 
     def _received(self, child: int, message: Message) -> None:
         leader, serving = self._service.leader, self._serving
+        if child in self._pulses:
+            self._pulses[child].heard(time.monotonic())
         if serving is not None and child == serving.engine:
             self._heard(message)
         match message:
@@ -322,8 +347,8 @@ class Worker:
                     leader.from_text(message)
             case Loading(fraction):
                 log.debug("loading", extra={"child": child, "fraction": fraction})
-            case Began() | Alive():
-                pass  # of interest to the watchdog alone
+            case Began() | Alive() | Beat():
+                pass  # of interest to the watchdogs alone
             case _:
                 self._handle(Received(child, message))
 

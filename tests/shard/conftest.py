@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -40,7 +41,9 @@ class Gateway:
     def __init__(self, address: str, replica: str, epoch: int, name: str = "gateway-0") -> None:
         self._channel = rpc.channel(address)
         self.call = shard_pb2_grpc.ShardServiceStub(self._channel).Serve()  # type: ignore[call-arg]
-        self._hello = shard_pb2.GatewayHello(gateway=name, incarnation="1", replica=replica, epoch=epoch)
+        self._hello = shard_pb2.GatewayHello(
+            gateway=name, incarnation=uuid.uuid4().hex, replica=replica, epoch=epoch
+        )
         self.seen: list[shard_pb2.StepFrame] = []
 
     async def __aenter__(self) -> Gateway:

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine import wire
+from engine.link import Link
 from engine.request import Delta, Load, Refusal, Timing
 
 HOLD, REFUSE = 7000, 9000
@@ -24,11 +25,12 @@ HOLD, REFUSE = 7000, 9000
 
 class FakeEngine:
     def __init__(self, sock: socket.socket) -> None:
-        self._sock, self._step = sock, 0
+        self._sock, self._link, self._step = sock, Link(sock), 0
+        self._link.beat()
         self._held: dict[str, set[int]] = {}
 
     def send(self, message: wire.Message) -> None:
-        self._sock.sendall(wire.encode(message))
+        self._link.send(message)
 
     def start(self, start: wire.StartEngine) -> None:
         name = start.model.rpartition("/")[2]

@@ -13,12 +13,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine import wire
+from engine.link import Link
 from engine.request import Delta, Refusal
 
 
 class FakeText:
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self._sock, self._link = sock, Link(sock)
+        self._link.beat()
         self._stops: dict[str, tuple[str, ...]] = {}
         self._ended: set[tuple[str, int]] = set()
 
@@ -61,7 +63,7 @@ class FakeText:
             for message in frames.feed(data):
                 answer = self.answer(message)
                 if answer is not None:
-                    self._sock.sendall(wire.encode(answer))
+                    self._link.send(answer)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from engine.errors import RequestError
 from engine.request import Delta, Refusal
 from engine.scheduler import Scheduler
 from engine.wire import (
+    BEAT_S,
     Alive,
+    Beat,
     Began,
     CancelRequest,
     EngineFailed,
@@ -81,10 +83,16 @@ class SimChild:
         kind = SimEngine if isinstance(self._start, StartEngine) else SimText
         self._program = kind(self.world, self.process, self._say)
         self._on_spawned(self.pid)
+        self.process.start(self._beat())
         self.send(self._start)
         await self._ended.wait()
         del self.world.children[self.pid]
         return "was killed by SIGKILL"
+
+    async def _beat(self) -> None:
+        while True:
+            self._say(Beat())
+            await asyncio.sleep(BEAT_S)
 
     def _take(self, message: Message) -> None:
         assert self._program is not None

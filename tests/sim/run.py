@@ -19,7 +19,7 @@ FAULTS_WITHIN_S = 3.0
 CALM_WITHIN_S = 150.0  # more than any patience of the cluster
 KINDS = (
     "crash worker", "crash worker", "crash engine", "crash engine", "stop engine", "pause worker",
-    "crash gateway", "crash gateway", "pause gateway", "crash controller", "crash text",
+    "crash gateway", "crash gateway", "pause gateway", "crash controller", "crash text", "stop text",
     "store away", "store away, leases end", "slow network",
     "cut gateway from worker", "cut worker from store", "cut gateway from store",
 )  # fmt: skip
@@ -186,7 +186,7 @@ class Do:
                 self._crash(gateway, world.boot_gateway, fault.seconds)
             case "crash controller":
                 self._crash("controller0", world.boot_controller, fault.seconds)
-            case "crash engine" | "stop engine" | "crash text":
+            case "crash engine" | "stop engine" | "crash text" | "stop text":
                 self._hurt_child(fault)
             case "pause worker":
                 self._pause(worker, fault.seconds)
@@ -220,13 +220,13 @@ class Do:
         self._world.loop.call_later(seconds, process.wake)
 
     def _hurt_child(self, fault: Fault) -> None:
-        kind = "text" if fault.kind == "crash text" else "engine"
+        how, kind = fault.kind.split()
         mine = [child for _, child in sorted(self._world.children.items()) if f"/{kind}" in child.name]
         if not mine:
             return
         child = mine[fault.whom % len(mine)]
         self._world.note(f"  {child}")
-        if fault.kind == "stop engine":
+        if how == "stop":
             child.stand()
         else:
             child.die()

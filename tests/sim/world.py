@@ -226,16 +226,17 @@ class SimReplicaStream:
 class SimWorker(Worker):
     """A worker without its gRPC server: gateways come over the simulated network."""
 
-    async def _call(self, address: str, request: shard_pb2.FormRequest) -> None:
+    async def _call(self, address: str, request: shard_pb2.FormRequest) -> shard_pb2.FormResponse:
         world = SimChild.world
         try:
             end = await world.net.connect(world.processes[self._identity.name], address)
             world.net.send(end, request)
-            answer = await end.get()
+            answer: shard_pb2.FormResponse | PhalanxError = await end.get()
         except ConnectionError as error:
             raise PhalanxError("UNREACHABLE", str(error)) from error
         if isinstance(answer, PhalanxError):
             raise answer
+        return answer
 
     async def live(self, world: World, process: Process, address: str) -> None:
         """What `Worker.run` does."""
@@ -247,12 +248,10 @@ class SimWorker(Worker):
         async def serve(end: End) -> None:
             first = await end.get()
             if isinstance(first, shard_pb2.FormRequest):
-                answer = None
                 try:
-                    self._form(first)
+                    world.net.send(end, self._form(first))
                 except PhalanxError as error:
-                    answer = error
-                world.net.send(end, answer)
+                    world.net.send(end, error)
                 return
             end.inbox.put_nowait(first)
             call = asyncio.ensure_future(

@@ -285,6 +285,16 @@ def test_a_gateway_that_comes_back_has_given_up_what_it_had() -> None:
     assert engine(requests.join(3, "boot-a")) == [CancelRequest(id)]
 
 
+def test_a_gateway_may_come_back_before_its_last_stream_is_known_to_have_ended() -> None:
+    requests = book()
+    requests.join(1, "boot-a")
+    id = started(requests, resume_key="k")
+    assert engine(requests.join(2, "boot-a")) == [CancelRequest(id)]
+    assert requests.leave(1, 0.0) == []
+    requests.check_integrity()
+    assert requests.next_timer() is None
+
+
 def test_a_client_that_went_elsewhere_is_told_to_its_first_gateway() -> None:
     requests = book(1, 2)
     id = started(requests, resume_key="k")

@@ -115,7 +115,9 @@ def test_a_leader_forms_anew_what_nobody_else_does() -> None:
     assert isinstance(publish, Publish)
     assert (publish.record.state, publish.record.life) == (ShardState.STARTING, 1)
     asked = [todo for todo in feed(core, Received(spawn.child, Rendezvous("h:9"))) if isinstance(todo, Form)]
-    assert asked == [Form(address, "d-0", 10, 1, "h:9") for address in members[1:]]
+    assert asked == [
+        Form(address, rank, "d-0", 10, 1, "h:9") for rank, address in enumerate(members[1:], start=1)
+    ]
     assert feed(core, Abandoned(10, 0)) == [], "once is enough"
 
 

@@ -7,13 +7,16 @@ from hypothesis import strategies as st
 
 from dataplane.shard.watchdog import (
     CHECK_S,
+    FIRST_BEAT_S,
     LEAST_S,
+    NO_BEAT_S,
     PATIENCE,
     PAUSE_S,
     PROBE_S,
     PROBE_SHARE,
     UNKNOWN_S,
     Probe,
+    Pulse,
     Silent,
     Watchdog,
 )
@@ -194,3 +197,29 @@ def test_an_engine_that_hangs_before_its_first_step_is_noticed_by_what_it_took_t
     dog = Watchdog(0.0, step_s=0.005)
     silent = [now for now in (i * CHECK_S for i in range(100)) if isinstance(dog.check(now), Silent)]
     assert silent[0] < PROBE_S + LEAST_S + 3 * CHECK_S
+
+
+def verdict(pulse: Pulse, since: float, seconds: float) -> bool:
+    """Whether a child that says nothing for so long is given up."""
+    checks = int(seconds / CHECK_S)
+    return any(pulse.check(since + CHECK_S * (check + 1)) for check in range(checks))
+
+
+def test_a_child_has_time_for_its_first_beat() -> None:
+    assert not verdict(Pulse(100.0), 100.0, FIRST_BEAT_S - 1)
+    assert verdict(Pulse(100.0), 100.0, FIRST_BEAT_S + 1)
+
+
+def test_a_child_that_stops_beating_is_given_up() -> None:
+    pulse = Pulse(100.0)
+    pulse.heard(100.0)
+    assert not verdict(pulse, 100.0, NO_BEAT_S - 0.5)
+    pulse.heard(100.0 + NO_BEAT_S - 0.5)
+    assert verdict(pulse, 100.0 + NO_BEAT_S - 0.5, NO_BEAT_S + 0.5)
+
+
+def test_a_worker_that_stood_still_does_not_blame_its_children() -> None:
+    pulse = Pulse(100.0)
+    pulse.heard(100.0)
+    assert pulse.check(100.0 + 20 * NO_BEAT_S) is None
+    assert pulse.check(100.1 + 20 * NO_BEAT_S) is None
