@@ -24,6 +24,7 @@ from controlplane.state import Keys, ShardRecord, ShardState, Snapshot, WorkerRe
 from controlplane.store import Store
 from dataplane.registration import LEASE_TTL_S, Registration
 from dataplane.shard import tracing
+from dataplane.shard.device import memory_bytes
 from dataplane.shard.events import (
     Abandoned,
     BeginServing,
@@ -128,6 +129,7 @@ class Worker:
             address=address,
             device=self._identity.device,
             server_pid=os.getpid(),
+            memory_bytes=memory_bytes(self._identity.device),
         )
         self._registration = Registration(self._store, self._keys, record)
         try:

@@ -27,7 +27,7 @@ def apply(path: Path, controller: str | None, state_dir: Path) -> None:
     """Create the deployments in a file, or change them to what it says.
 
     A document has `name` and `model`, and may have `replicas`, `tp`, `pp`, `dtype`, `quantization`,
-    `max_model_len` and `load_format`. A relative `model` is looked for beside the file.
+    `max_model_len`, `load_format` and `fixed_layout`. A relative `model` is looked for beside the file.
     """
     with click.open_file(str(path)) as file:
         specs = parse(file.read(), Path.cwd() if str(path) == "-" else path.parent)

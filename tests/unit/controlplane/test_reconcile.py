@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.reconcile import BACK_OFF_CAP_S, Form, Prune, Remove
-from controlplane.state import ShardState
+from controlplane.reconcile import BACK_OFF_CAP_S, DEGRADE_AFTER_S, RETURN_AFTER_S, Form, Prune, Remove
+from controlplane.state import LayoutRecord, ShardState
 from tests.unit.controlplane.world import World
 
 
@@ -308,3 +308,161 @@ def test_a_large_cluster_is_written_in_several_transactions(world: World) -> Non
     world.boot(*(f"w{index}" for index in range(120)))
     world.apply("a", 120)
     assert len(formed(world)) == 120
+
+
+FALLBACKS = (LayoutRecord(2, 1, 10 << 20), LayoutRecord(1, 2, 10 << 20), LayoutRecord(1, 1, 20 << 20))
+
+
+def layout(world: World, replica: str = "a-0") -> tuple[int, int]:
+    deployment = world.snapshot.replicas[replica].assignment.deployment
+    return deployment.tp, deployment.pp
+
+
+def degraded(world: World) -> None:
+    """A replica of four that has lost two workers for good, one before it was degraded and one after."""
+    world.boot("w0", "w1", "w2", "w3")
+    world.apply("a", 1, 2, 2, fallbacks=FALLBACKS)
+    world.settle()
+    world.ready("a-0")
+    world.settle()
+    world.die("w1")
+    world.settle()
+    world.now += DEGRADE_AFTER_S
+    assert formed(world) == ["a-0"]
+
+
+def test_a_replica_that_lacks_workers_for_long_runs_in_a_smaller_layout(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    serve(world, "a", 1, tp=2, pp=2)
+    world.apply("a", 1, 2, 2, fallbacks=FALLBACKS)
+    world.die("w1")
+    decision = world.settle()
+    assert decision.actions == ()
+    assert decision.wake_at == world.now + DEGRADE_AFTER_S
+    world.now += DEGRADE_AFTER_S / 2
+    assert formed(world) == []
+    world.now += DEGRADE_AFTER_S / 2
+    assert formed(world) == ["a-0"]
+    assert layout(world) == (2, 1)
+    assert world.members("a-0")[0] == "w0", "what is left of it stays where it is"
+
+
+def test_a_worker_that_comes_back_in_time_spares_the_smaller_layout(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    world.apply("a", 1, 2, 2, fallbacks=FALLBACKS)
+    world.settle()
+    world.ready("a-0")
+    world.settle()
+    world.die("w1")
+    world.settle()
+    world.now += DEGRADE_AFTER_S - 1
+    world.boot("w1")
+    assert formed(world) == ["a-0"]
+    assert layout(world) == (2, 2)
+
+
+def test_a_degraded_replica_returns_when_a_worker_joins_but_not_at_once(world: World) -> None:
+    degraded(world)
+    world.ready("a-0")
+    world.boot("w9")
+    decision = world.settle()
+    assert not [action for action in decision.actions if isinstance(action, Form)]
+    assert decision.wake_at == world.now + RETURN_AFTER_S
+    world.now += RETURN_AFTER_S
+    assert formed(world) == ["a-0"]
+    assert layout(world) == (2, 2)
+    assert sorted(world.members("a-0")) == ["w0", "w2", "w3", "w9"]
+
+
+def test_a_degraded_replica_that_is_not_ready_yet_returns_at_once(world: World) -> None:
+    degraded(world)
+    world.boot("w9")
+    assert formed(world) == ["a-0"]
+    assert layout(world) == (2, 2)
+
+
+def test_a_degraded_replica_loses_more_and_regains_some(world: World) -> None:
+    degraded(world)
+    world.ready("a-0")
+    world.settle()
+    for gone in ("w2", "w3"):
+        world.die(gone)
+    world.settle()
+    world.now += DEGRADE_AFTER_S
+    assert formed(world) == ["a-0"]
+    assert (layout(world), world.members("a-0")) == ((1, 1), ["w0"])
+    world.ready("a-0")
+    world.settle()
+    world.now += RETURN_AFTER_S
+    world.boot("w5")
+    assert formed(world) == ["a-0"]
+    assert layout(world) == (2, 1)
+
+
+def test_a_replica_that_has_never_served_waits_for_its_workers(world: World) -> None:
+    world.boot("w0", "w1", "w2")
+    world.apply("a", 1, 2, 2, fallbacks=FALLBACKS)
+    assert formed(world) == []
+    world.now += 10 * DEGRADE_AFTER_S
+    assert formed(world) == []
+
+
+def test_a_layout_that_does_not_fit_into_memory_is_passed_over(world: World) -> None:
+    world.boot("w0", "w1", memory_bytes=2 << 30)
+    world.apply("a", 1, 2, 1, fallbacks=(LayoutRecord(1, 1, 1 << 30),))
+    world.settle()
+    world.ready("a-0")
+    world.settle()
+    world.die("w1")
+    world.settle()
+    world.now += DEGRADE_AFTER_S
+    assert formed(world) == []
+
+
+def test_a_smaller_layout_that_fails_is_tried_again_later_and_later(world: World) -> None:
+    degraded(world)
+    for failures in range(1, 4):
+        world.fail("a-0")
+        decision = world.settle()
+        if decision.wake_at is not None:
+            world.now = decision.wake_at
+            world.settle()
+        world.now += DEGRADE_AFTER_S
+        world.settle()
+        assert world.snapshot.replicas["a-0"].assignment.failures == failures
+        assert layout(world) == (2, 1)
+
+
+def test_another_replica_is_whole_before_this_one_is_degraded(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    world.apply("a", 2, 2, 1, fallbacks=(LayoutRecord(1, 1),))
+    world.settle()
+    world.ready("a-0", "a-1")
+    world.settle()
+    world.die("w0")
+    world.die("w2")
+    assert formed(world) == ["a-0"]
+    assert layout(world) == (2, 1)
+    assert "a-1" not in world.snapshot.replicas
+
+
+def test_of_several_degraded_replicas_one_at_a_time_returns(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    world.apply("a", 2, 2, 1, fallbacks=(LayoutRecord(1, 1),))
+    world.settle()
+    world.ready("a-0", "a-1")
+    world.settle()
+    for gone, name in (("w0", "a-0"), ("w2", "a-1")):
+        world.die(gone)
+        world.settle()
+        world.now += DEGRADE_AFTER_S
+        assert formed(world) == [name]
+        assert layout(world, name) == (1, 1)
+        world.ready(name)
+        world.settle()
+    world.now += RETURN_AFTER_S
+    world.boot("w4", "w5")
+    for name in ("a-0", "a-1"):
+        assert formed(world) == [name]
+        assert layout(world, name) == (2, 1)
+        world.ready(name)

@@ -10,8 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from controlplane.reconcile import Form, reconcile
 from controlplane.replicas import ReplicaState, health, same_shape, wanted
-from controlplane.state import ShardState, Snapshot
+from controlplane.state import LayoutRecord, ShardState, Snapshot
 from controlplane.store import Listing
+from engine.layouts import smaller_sizes
 from tests.unit.controlplane.world import World
 
 WORKERS = [f"w{index}" for index in range(7)]
@@ -40,9 +41,11 @@ class Reconciling(RuleBasedStateMachine):
         tp=st.sampled_from([1, 1, 2]),
         pp=st.sampled_from([1, 1, 2]),
         model=st.sampled_from(["/one", "/two"]),
+        fixed=st.booleans(),
     )
-    def applies(self, name: str, replicas: int, tp: int, pp: int, model: str) -> None:
-        self.world.apply(name, replicas, tp, pp, model)
+    def applies(self, name: str, replicas: int, tp: int, pp: int, model: str, fixed: bool) -> None:
+        fallbacks = () if fixed else tuple(LayoutRecord(*size) for size in smaller_sizes(tp, pp))
+        self.world.apply(name, replicas, tp, pp, model, fallbacks)
 
     @rule(name=st.sampled_from(DEPLOYMENTS))
     def deletes(self, name: str) -> None:
@@ -76,7 +79,7 @@ class Reconciling(RuleBasedStateMachine):
         assert written
         self._check_members([action for action in decision.actions if isinstance(action, Form)], before)
         self._check_taken_down([action for action in decision.actions if isinstance(action, Form)], before)
-        again = reconcile(self.world.snapshot, self.world.now)
+        again = reconcile(self.world.snapshot, self.world.now, decision.short_since)
         assert again.actions == ()
 
     @invariant()
@@ -97,11 +100,12 @@ class Reconciling(RuleBasedStateMachine):
                     self.world.ready(replica)
             if decision.wake_at is not None:
                 self.world.now = max(self.world.now, decision.wake_at)
-            elif not reconcile(self.world.snapshot, self.world.now).actions:
+            elif not reconcile(self.world.snapshot, self.world.now, decision.short_since).actions:
                 break
         snapshot = self.world.snapshot
-        decision = reconcile(snapshot, self.world.now)
+        decision = reconcile(snapshot, self.world.now, self.world.short_since)
         assert decision.actions == ()
+        assert decision.wake_at is None
         assert decision.retries == {}
         assert set(snapshot.replicas) <= set(wanted(snapshot))
         self._check_shortages(snapshot, set(decision.shortages))
@@ -145,6 +149,8 @@ class Reconciling(RuleBasedStateMachine):
             assert shape_is_right != (name in lacking), name
             if name not in healthy:
                 assert len(free) < deployment.shards
+                had_served = name in snapshot.replicas and name in snapshot.ready
+                assert not (had_served and deployment.fallbacks and free), "it could be degraded"
 
 
 Reconciling.TestCase.settings = settings(

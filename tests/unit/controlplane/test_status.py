@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.state import GatewayRecord, ShardState
+from controlplane.reconcile import DEGRADE_AFTER_S, RETURN_AFTER_S
+from controlplane.state import GatewayRecord, LayoutRecord, ShardState
 from controlplane.status import Views, views
 from phalanx.v1 import control_pb2
 from tests.unit.controlplane.world import World
@@ -68,6 +69,26 @@ def test_a_deployment_whose_replicas_have_the_old_shape_is_not_ready(world: Worl
     shown = deployment(world)
     assert (shown.state, shown.ready_replicas) == ("progressing", 1)
     assert shown.reason == "a-0 still has the shape of revision 1"
+
+
+def test_a_deployment_in_a_smaller_layout_is_degraded_and_says_what_it_needs(world: World) -> None:
+    world.boot("w0", "w1")
+    world.apply("a", tp=2, fallbacks=(LayoutRecord(1, 1),))
+    world.settle()
+    world.ready("a-0")
+    world.settle()
+    world.die("w1")
+    world.settle()
+    world.now += DEGRADE_AFTER_S
+    world.settle()
+    assert deployment(world).state == "progressing"
+    assert deployment(world).reason.startswith("a-0 runs in tp=1 x pp=1")
+    world.ready("a-0")
+    world.now += RETURN_AFTER_S
+    shown = deployment(world)
+    assert (shown.state, shown.ready_replicas) == ("degraded", 1)
+    assert shown.reason == "a-0 runs in tp=1 x pp=1: needs 2 workers (tp=2 x pp=1), 1 is free"
+    assert (replica(world).tp, replica(world).pp, len(replica(world).shards)) == (1, 1, 1)
 
 
 def test_a_deployment_says_that_no_controller_leads(world: World) -> None:

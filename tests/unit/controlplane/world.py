@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from controlplane.actions import Leadership, guarded, transactions
@@ -11,6 +11,7 @@ from controlplane.reconcile import Decision, reconcile
 from controlplane.state import (
     DeploymentRecord,
     Keys,
+    LayoutRecord,
     LeaderRecord,
     Record,
     ShardRecord,
@@ -39,6 +40,7 @@ class World:
         self.keys = Keys()
         self.store = MemoryStore(clock=lambda: self.now)
         self._boots = 0
+        self.short_since: Mapping[str, float] = {}
         value = encode(LeaderRecord("controller-0", "127.0.0.1:1"))
         lease = instantly(self.store.grant(10**9))
         fence = instantly(
@@ -60,11 +62,13 @@ class World:
         assert revision is not None
         return revision
 
-    def boot(self, *workers: str, host: str = "host-0", draining: bool = False) -> None:
+    def boot(
+        self, *workers: str, host: str = "host-0", draining: bool = False, memory_bytes: int = 0
+    ) -> None:
         for worker in workers:
             self._boots += 1
             record = WorkerRecord(
-                worker, f"boot-{self._boots}", host, f"{worker}:1", "cpu", self._boots, draining
+                worker, f"boot-{self._boots}", host, f"{worker}:1", "cpu", self._boots, draining, memory_bytes
             )
             self.put(self.keys.worker(worker), record)
 
@@ -76,11 +80,18 @@ class World:
         instantly(self.store.txn([], [Delete(key) for key in (self.keys.worker(worker), *gone)]))
 
     def apply(
-        self, name: str, replicas: int = 1, tp: int = 1, pp: int = 1, model: str = "/models/one"
+        self,
+        name: str,
+        replicas: int = 1,
+        tp: int = 1,
+        pp: int = 1,
+        model: str = "/models/one",
+        fallbacks: tuple[LayoutRecord, ...] = (),
     ) -> None:
         old = self.snapshot.deployments.get(name)
         revision = old.revision + 1 if old else 1
-        self.put(self.keys.deployment(name), DeploymentRecord(name, revision, model, replicas, tp, pp))
+        record = DeploymentRecord(name, revision, model, replicas, tp, pp, fallbacks=fallbacks)
+        self.put(self.keys.deployment(name), record)
 
     def delete(self, name: str) -> None:
         instantly(self.store.txn([], [Delete(self.keys.deployment(name))]))
@@ -122,7 +133,8 @@ class World:
     def reconcile(self, listing: Listing | None = None) -> tuple[Decision, bool]:
         """Decide on a listing (now's by default) and write; returns whether all of it was written."""
         listing = listing or self.listing
-        decision = reconcile(Snapshot.of(listing, self.keys), self.now)
+        decision = reconcile(Snapshot.of(listing, self.keys), self.now, self.short_since)
+        self.short_since = decision.short_since
         modified: int | None = listing.entries[self.keys.leader].mod_revision
         for group in transactions(decision.actions):
             if modified is not None:
@@ -134,7 +146,7 @@ class World:
         """Reconcile and check that nothing is left to do at this time."""
         decision, written = self.reconcile()
         assert written
-        again = reconcile(self.snapshot, self.now)
+        again = reconcile(self.snapshot, self.now, self.short_since)
         assert again.actions == ()
         return decision
 

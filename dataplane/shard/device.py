@@ -1,0 +1,45 @@
+"""What a worker knows of its device before an engine runs on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+log = logging.getLogger(__name__)
+
+
+def memory_bytes(device: str, cgroup_limit: Path = _CGROUP_LIMIT) -> int:
+    """Memory of "cpu", which is the host's or what a container may have of it, or of "cuda:N"; 0: unknown."""
+    if device != "cpu":
+        return _gpu_memory(int(device.rpartition(":")[2] or 0))
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = cgroup_limit.read_text().strip()
+    except OSError:
+        return host
+    return min(host, int(limit)) if limit.isdecimal() else host
+
+
+def _gpu_memory(index: int) -> int:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            # CUDA counts the devices that it may see, NVML all of them.
+            visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            name = visible[index] if visible else str(index)
+            handle = (
+                pynvml.nvmlDeviceGetHandleByIndex(int(name))
+                if name.isdecimal()
+                else pynvml.nvmlDeviceGetHandleByUUID(name)
+            )
+            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception as error:  # of the driver, its library, or a device that is not there: the engine will say
+        log.warning("the device's memory is not known", extra={"reason": repr(error)})
+        return 0
