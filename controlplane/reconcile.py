@@ -98,9 +98,9 @@ class Decision:
     """What to write, and what is left undone and why.
 
     `shortages`: the reason, by replica that could not be placed. `retries`: when, in seconds since the
-    Unix epoch, by failed replica whose back-off is not over. `short_since`: likewise, since when a replica that
-    could be degraded lacks workers; the next decision wants to know. `wake_at`: when to look again although
-    nothing has changed.
+    Unix epoch, by failed replica whose back-off is not over. `short_since`: likewise, since when replicas
+    that could be degraded have lacked workers; the next decision wants to know. `wake_at`: when to look
+    again although nothing has changed.
     """
 
     actions: tuple[Action, ...]
@@ -255,7 +255,8 @@ class _Round:
     def _is_rolling(self, deployment: str) -> bool:
         """Whether some replica of the new shape is not ready yet."""
         return any(
-            name in self.formed or (self._is_current(name) and self.health[name].state is not ReplicaState.READY)
+            name in self.formed
+            or (self._is_current(name) and self.health[name].state is not ReplicaState.READY)
             for name in self.needs
             if self.wanted[name].name == deployment
         )

@@ -67,14 +67,17 @@ def unreadable(snapshot: Snapshot) -> dict[str, int]:
 
 def same_shape(one: DeploymentRecord, other: DeploymentRecord) -> bool:
     """Whether a replica formed for one revision serves the other: only what does not shape it may differ."""
-    return replace(
-        other,
-        replicas=one.replicas,
-        revision=one.revision,
-        created_at=one.created_at,
-        fixed_layout=one.fixed_layout,
-        fallbacks=one.fallbacks,
-    ) == one
+    return (
+        replace(
+            other,
+            replicas=one.replicas,
+            revision=one.revision,
+            created_at=one.created_at,
+            fixed_layout=one.fixed_layout,
+            fallbacks=one.fallbacks,
+        )
+        == one
+    )
 
 
 def fallbacks(deployment: DeploymentRecord) -> list[DeploymentRecord]:

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from google.protobuf.message import DecodeError
 
@@ -38,6 +39,7 @@ EVERY_TOKENS = 100
 TTL_S = 60
 MAX_OPERATIONS = 64
 MAX_BYTES = 1 << 19  # of a transaction; etcd takes three times as much
+MAX_PART_BYTES = 5 << 18  # of a part, which is then alone in its transaction
 _TICK_S = 0.25
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class Plan:
 
     def __init__(self) -> None:
         self._marks: dict[str, _Mark] = {}
+        self._refused: set[str] = set()  # requests that do not fit into the store
 
     def due(self, candidates: Iterable[Candidate], now: float, wall: float) -> list[Part]:
         """The parts to write now."""
@@ -87,8 +90,13 @@ class Plan:
 
     def forget(self, resume_key: str) -> int:
         """A request is over; returns how many parts of it may be in the store."""
+        self._refused.discard(resume_key)
         mark = self._marks.pop(resume_key, None)
         return 0 if mark is None else mark.parts
+
+    def refused(self, part: Part) -> None:
+        """A part is larger than the store takes: its request has no further ones."""
+        self._refused.add(part.resume_key)
 
     def lost(self) -> None:
         """The store has dropped everything."""
@@ -96,6 +104,8 @@ class Plan:
 
     def _is_due(self, candidate: Candidate, now: float) -> bool:
         journal = candidate.journal
+        if journal.resume_key in self._refused:
+            return False
         if not journal.accepted or journal.closed or now < candidate.opened + AFTER_S:
             return False
         mark = self._marks.get(journal.resume_key)
@@ -200,12 +210,19 @@ class Checkpoints:
                 log.exception("checkpoints not written")  # requests go on without
 
     async def _round(self) -> None:
-        parts = self._plan.due(self._candidates(), time.monotonic(), time.time())
+        parts = [
+            (part, part.record.SerializeToString())
+            for part in self._plan.due(self._candidates(), time.monotonic(), time.time())
+        ]
+        for part in [part for part, value in parts if len(value) > MAX_PART_BYTES]:
+            log.warning("a request is too large for a checkpoint: it ends if its gateway and leader both go")
+            self._plan.refused(part)
+        parts = [(part, value) for part, value in parts if len(value) <= MAX_PART_BYTES]
         if not parts and not self._doomed and self._lease is None:
             return
         lease = await self._hold_lease()
         # A request that was ended and resumed here again has its parts again.
-        again = {self._key(part.resume_key, part.number) for part in parts}
+        again = {self._key(part.resume_key, part.number) for part, _ in parts}
         self._doomed = [key for key in self._doomed if key not in again]
         while parts or self._doomed:
             doomed, self._doomed = self._doomed[:MAX_OPERATIONS], self._doomed[MAX_OPERATIONS:]
@@ -227,17 +244,10 @@ class Checkpoints:
             del parts[: len(taken)]
 
     @staticmethod
-    def _take(parts: Sequence[Part], most: int) -> list[tuple[Part, bytes]]:
+    def _take(parts: Sequence[tuple[Part, bytes]], most: int) -> Sequence[tuple[Part, bytes]]:
         """The first parts, as many as fit a transaction, at least one where there is room for any."""
-        taken: list[tuple[Part, bytes]] = []
-        size = 0
-        for part in parts[:most]:
-            value = part.record.SerializeToString()
-            size += len(value)
-            if taken and size > MAX_BYTES:
-                break
-            taken.append((part, value))
-        return taken
+        sizes = accumulate(len(value) for _, value in parts[:most])
+        return parts[: max(1, sum(size <= MAX_BYTES for size in sizes))] if most else []
 
     async def _hold_lease(self) -> int:
         now = time.monotonic()

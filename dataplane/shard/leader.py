@@ -78,7 +78,7 @@ class Leader:
             case "attach":
                 self._do(self._book.attach(stream, request.attach, self._loop.time()))
             case "ack":
-                self._book.ack(request.ack.resume_key)
+                self._do(self._book.ack(request.ack.resume_key, self._loop.time()))
             case other:
                 raise PhalanxError("INVALID_ARGUMENT", f"unexpected frame on an open stream: {other}")
 

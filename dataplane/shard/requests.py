@@ -9,8 +9,9 @@ Does not own: tokens and KV (the engine), text (the text process), streams (`lea
 
 The life of an attempt: tokenised, unless its ids are given; tracked by the text process; queued in the
 engine; accepted; its deltas passed up. When its last choice has ended, its output is retained until its
-gateway says that the client has it. An attempt whose stream breaks goes on as an orphan: its gateway may be
-dead, and another may ask for it by its resume key. What nobody asks for is dropped after `RETENTION_S`.
+gateway says that it was written to the client, and a little longer. An attempt whose stream breaks goes on
+as an orphan: its gateway may be dead, and another may ask for it by its resume key. What nobody asks for is
+dropped after `RETENTION_S`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from phalanx.v1 import shard_pb2
 
 LOAD_EVERY_STEPS = 32
 RETENTION_S = 30.0
+ACKED_S = 5.0  # what was written may have been lost with its gateway: a client that comes back comes soon
 MAX_TOMBSTONES = 4096  # per stream; a cancel overtakes its Submit by far less
 
 
@@ -215,11 +217,14 @@ class RequestBook:
         frame.attached.add(attempt=attach.attempt, request=self._as_replay(attempt, now))
         return [*todo, ToGateway(stream, frame)]
 
-    def ack(self, resume_key: str) -> None:
-        """A client has all of a finished request. Idempotent."""
+    def ack(self, resume_key: str, now: float) -> list[Instruction]:
+        """All of a finished request was written to its client, which need not have got it. Idempotent."""
         attempt = self._held.get(resume_key)
-        if attempt is not None and attempt.id not in self._attempts:
-            del self._held[resume_key]
+        if attempt is None or attempt.id in self._attempts or attempt.keep_until is None:
+            return []
+        attempt.keep_until = min(attempt.keep_until, now + ACKED_S)
+        heapq.heappush(self._timers, (attempt.keep_until, attempt.name, attempt.id))
+        return []
 
     def cancel(self, stream: int, request_id: str, attempt: int) -> list[Instruction]:
         """End an attempt, or remember that it must not start. Idempotent."""

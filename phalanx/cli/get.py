@@ -42,7 +42,10 @@ KINDS = {
         _deployment,
     ),
     "replicas": Kind(
-        "replica", "ListReplicas", ("replica", "deployment", "state", "epoch", "tp", "pp", "workers", "reason"), _replica
+        "replica",
+        "ListReplicas",
+        ("replica", "deployment", "state", "epoch", "tp", "pp", "workers", "reason"),
+        _replica,
     ),
     "workers": Kind(
         "worker",

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,6 +94,22 @@ async def healed(observer: Observer, injury: Injury, done: Repetition) -> None:
             os.kill(pid, signal.SIGCONT)
         injury.wake.clear()
     await observer.until(lambda: all(map(observer.is_ready, observer.snapshot.replicas)), HEALED_WITHIN_S)
+
+
+async def routed(cluster: Cluster, replicas: int) -> None:
+    """Wait until every gateway reaches every replica, those that were started again as well."""
+    for gateway in cluster.info()["gateways"]:
+        async with asyncio.timeout(HEALED_WITHIN_S):
+            while await asyncio.to_thread(_reached, gateway["http"]) != replicas:
+                await asyncio.sleep(0.1)
+
+
+def _reached(gateway: str) -> int:
+    try:
+        with urllib.request.urlopen(f"{gateway}/v1/models", timeout=2.0) as response:
+            return sum(model["ready_replicas"] for model in json.load(response)["data"])
+    except OSError:
+        return 0
 
 
 async def soak(scene: Scene, load: Load, every_s: float, faults: list[str]) -> list[Repetition]:
@@ -183,6 +200,7 @@ async def suffer(cluster: Cluster, options: argparse.Namespace) -> tuple[list[Re
             for fault in [] if options.soak else schedule:
                 try:
                     done.append(await repeat(scene, load, fault))
+                    await routed(cluster, options.replicas)
                 except TimeoutError:
                     load.problems.append(f"after {fault} number {len(done)} the cluster did not heal in time")
                     break

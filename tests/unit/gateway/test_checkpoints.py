@@ -146,6 +146,24 @@ def plan_has(writer: Checkpoints, journal: Journal) -> bool:
     return journal.resume_key in writer._plan._marks
 
 
+async def test_a_request_that_is_too_large_for_the_store_is_in_nobodys_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
+    monkeypatch.setattr(checkpoints, "MAX_PART_BYTES", 400)
+    store, large, small = MemoryStore(), begun(key="a" * 32), begun(key="b" * 32)
+    grow(large, 300)
+    grow(small, 3)
+    candidates = [Candidate(large, -AFTER_S), Candidate(small, -AFTER_S)]
+    writer = Checkpoints(store, Keys("test"), "boot", lambda: candidates)
+    running = asyncio.create_task(writer.run())
+    await until(lambda: plan_has(writer, small))
+    assert await writer.load("a" * 32) is None
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
 async def test_a_lost_lease_means_that_all_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
     monkeypatch.setattr(checkpoints, "TTL_S", 1)

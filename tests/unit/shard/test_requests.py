@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dataplane.shard.admission import MAX_SUBMIT_BYTES, ServedModel
 from dataplane.shard.requests import (
+    ACKED_S,
     LOAD_EVERY_STEPS,
     RETENTION_S,
     Ended,
@@ -261,9 +262,12 @@ def test_what_has_finished_is_retained_until_its_client_has_it() -> None:
     assert len(requests) == 0
     (got,) = attached(requests.attach(2, attach(), 1.0))
     assert list(got.request.prior[0].token_ids) == [9]
-    requests.ack("k")
-    requests.ack("k")
-    assert reasons(requests.attach(2, attach(), 1.0)) == ["UNKNOWN_REQUEST"]
+    assert requests.ack("k", 2.0) == requests.ack("k", 3.0) == []
+    assert requests.next_timer() == 2.0 + ACKED_S
+    assert attached(requests.attach(2, attach(), 3.0)), "what was written may not have arrived"
+    requests.ack("k", 4.0)
+    requests.expire(4.0 + ACKED_S)
+    assert reasons(requests.attach(2, attach(), 4.0 + ACKED_S)) == ["UNKNOWN_REQUEST"]
 
 
 def test_what_nobody_asks_for_is_dropped_after_a_while() -> None:
@@ -591,7 +595,7 @@ class Conversation(RuleBasedStateMachine):
     @precondition(lambda self: self.keys)
     @rule(data=st.data())
     def ack(self, data: st.DataObject) -> None:
-        self.book.ack(data.draw(st.sampled_from(sorted(self.keys.values()))))
+        self.do(self.book.ack(data.draw(st.sampled_from(sorted(self.keys.values()))), self.now))
 
     @rule(elapsed=st.sampled_from([1, 2, 4, 20_000]))
     def wait(self, elapsed: int) -> None:
