@@ -40,8 +40,6 @@ def _gpu_memory(index: int) -> int:
             return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
         finally:
             pynvml.nvmlShutdown()
-    except (
-        Exception
-    ) as error:  # of the driver, its library, or a device that is not there: the engine will say
+    except Exception as error:  # of the driver or its library: the engine will say more
         log.warning("the device's memory is not known", extra={"reason": repr(error)})
         return 0
