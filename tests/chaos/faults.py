@@ -30,6 +30,7 @@ class Scene:
     cluster: Cluster
     observer: Observer
     chance: random.Random
+    etcd_stop_s: float = 10.0
 
     def replica(self) -> str:
         """A replica that is ready."""
@@ -124,7 +125,7 @@ def stop_etcd(scene: Scene) -> Injury:
     """SIGSTOP of the only etcd for longer than every lease lives."""
     pid = scene.cluster.process("etcd-0")
     os.kill(pid, signal.SIGSTOP)
-    return Injury("SIGSTOP of etcd", wake=[pid], wake_after_s=10.0)
+    return Injury("SIGSTOP of etcd", wake=[pid], wake_after_s=scene.etcd_stop_s)
 
 
 FAULTS: dict[str, Callable[[Scene], Injury]] = {

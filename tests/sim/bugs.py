@@ -10,7 +10,7 @@ from dataplane.gateway.dispatcher import Dispatcher
 from dataplane.gateway.resume import Cursor, Ticket
 from dataplane.shard import convert
 from dataplane.shard.server import ShardServer
-from dataplane.shard.watchdog import Watchdog
+from dataplane.shard.watchdog import Pulse, Watchdog
 from phalanx.v1 import shard_pb2
 from tests.sim.model import Rank
 
@@ -102,7 +102,7 @@ def hung_engine_looks_healthy() -> Iterator[None]:
     def check(before: Any) -> Any:
         return lambda self, now: None
 
-    with _replaced(Watchdog, "check", check):
+    with _replaced(Watchdog, "check", check), _replaced(Pulse, "check", check):
         yield
 
 

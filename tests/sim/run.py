@@ -19,7 +19,8 @@ FAULTS_WITHIN_S = 3.0
 CALM_WITHIN_S = 150.0  # more than any patience of the cluster
 KINDS = (
     "crash worker", "crash worker", "crash engine", "crash engine", "stop engine", "pause worker",
-    "crash gateway", "crash gateway", "pause gateway", "crash controller", "crash text", "stop text",
+    "crash gateway", "crash gateway", "pause gateway", "crash controller", "pause controller",
+    "clock jumps", "crash text", "stop text",
     "store away", "store away, leases end", "slow network",
     "cut gateway from worker", "cut worker from store", "cut gateway from store",
 )  # fmt: skip
@@ -178,14 +179,19 @@ class Do:
         world, kind = self._world, fault.kind
         worker = world.worker_names[fault.whom % len(world.worker_names)]
         gateway = world.gateway_names[(fault.whom >> 4) % len(world.gateway_names)]
-        world.note(f"{kind} ({worker}, {gateway}) for {fault.seconds} s")
+        controller = world.controller_names[(fault.whom >> 6) % len(world.controller_names)]
+        world.note(f"{kind} ({worker}, {gateway}, {controller}) for {fault.seconds} s")
         match kind:
             case "crash worker":
                 self._crash(worker, world.boot_worker, fault.seconds)
             case "crash gateway":
                 self._crash(gateway, world.boot_gateway, fault.seconds)
             case "crash controller":
-                self._crash("controller0", world.boot_controller, fault.seconds)
+                self._crash(controller, world.boot_controller, fault.seconds)
+            case "pause controller":
+                self._pause(controller, fault.seconds)
+            case "clock jumps":
+                world.skew[controller] = fault.seconds * (20 if fault.whom % 3 else -20)
             case "crash engine" | "stop engine" | "crash text" | "stop text":
                 self._hurt_child(fault)
             case "pause worker":

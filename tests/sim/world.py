@@ -26,6 +26,7 @@ from controlplane.state import (
     DeploymentRecord,
     GatewayRecord,
     Keys,
+    LayoutRecord,
     LeaderRecord,
     Snapshot,
     WorkerRecord,
@@ -40,6 +41,7 @@ from dataplane.gateway.resume import Ticket
 from dataplane.gateway.router import Target
 from dataplane.registration import Registration
 from dataplane.shard.worker import Identity, Worker
+from engine.layouts import smaller_sizes
 from engine.scheduler import Scheduler
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, shard_pb2
@@ -261,6 +263,7 @@ class SimWorker(Worker):
             while not call.done() and not end.closed:
                 await asyncio.sleep(0.05)
             call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
 
         world.net.listen(address, process, serve)
         async with asyncio.TaskGroup() as self._tasks:
@@ -294,6 +297,8 @@ class World:
         self.replicas, self.tp = replicas, tp
         self.worker_names = [f"worker{i}" for i in range(workers)]
         self.gateway_names = [f"gateway{i}" for i in range(gateways)]
+        self.controller_names = ["controller0", "controller1"]
+        self.skew: dict[str, float] = {}  # of controllers' wall clocks, in seconds
 
     def pid(self, process: Process) -> int:
         """A number for a process."""
@@ -306,13 +311,15 @@ class World:
 
     async def start(self) -> None:
         """Boot everything."""
-        deployment = DeploymentRecord("d", 1, "/model", self.replicas, self.tp, 1)
+        smaller = tuple(LayoutRecord(*size) for size in smaller_sizes(self.tp, 1))
+        deployment = DeploymentRecord("d", 1, "/model", self.replicas, self.tp, 1, fallbacks=smaller)
         await self.store.txn([], [Put(KEYS.deployment("d"), encode(deployment))])
         for name in self.worker_names:
             self.boot_worker(name)
         for name in self.gateway_names:
             self.boot_gateway(name)
-        self.boot_controller("controller0")
+        for name in self.controller_names:
+            self.boot_controller(name)
         self._expiring = self.loop.create_task(self._expire())
 
     async def _expire(self) -> None:
@@ -359,7 +366,8 @@ class World:
         view = View(store, KEYS)
         process.start(view.follow())
         record = LeaderRecord(name, name)
-        process.start(leader.run(store, KEYS, view, record, clock=self.loop.time))
+        clock = lambda: self.loop.time() + self.skew.get(name, 0.0)  # noqa: E731
+        process.start(leader.run(store, KEYS, view, record, clock=clock))
 
     def store_goes(self, *, frozen: bool) -> None:
         """Nobody reaches the store; its leases wait for it (`frozen`), or end while it is away."""
