@@ -44,12 +44,18 @@ class Registration:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._keys, self._who, self._clock = store, keys, who, clock
+        self._known: WorkerRecord | GatewayRecord | None = None  # as last written
         self._lease: int | None = None
         self._record: ShardRecord | None = None
         self._changed = asyncio.Event()
         self.renew_at = clock()  # when the lease is to be renewed, by `clock`
         # The statuses written and not yet removed: key and revision.
         self._written: dict[str, int] = {}
+
+    def announce(self, who: WorkerRecord | GatewayRecord) -> None:
+        """Make this what the cluster knows of the process, soon."""
+        self._who = who
+        self._changed.set()
 
     def publish(self, record: ShardRecord | None) -> None:
         """Make this the shard's status in the store soon; None removes it. The latest wins."""
@@ -81,17 +87,10 @@ class Registration:
         # would fail for ever.
         sent = self._clock()
         self._lease = await self._store.grant(LEASE_TTL_S)
-        who = self._who
-        key = (
-            self._keys.worker(who.worker)
-            if isinstance(who, WorkerRecord)
-            else self._keys.gateway(who.gateway)
-        )
-        put = Put(key, encode(who), self._lease)
-        await self._store.txn([], [put])
+        await self._write_who(self._lease)
         self._renewed(sent, LEASE_TTL_S)
         self._changed.set()  # the status moves to the new lease
-        log.info("registered", extra={"lease": self._lease, "incarnation": who.incarnation})
+        log.info("registered", extra={"lease": self._lease, "incarnation": self._who.incarnation})
 
     async def _stay(self) -> None:
         assert self._lease is not None
@@ -104,7 +103,19 @@ class Registration:
                 self._renewed(sent, await self._store.refresh(self._lease))
                 continue
             self._changed.clear()
+            if self._known is not self._who:
+                await self._write_who(self._lease)
             await self._write(self._lease)
+
+    async def _write_who(self, lease: int) -> None:
+        who = self._who
+        key = (
+            self._keys.worker(who.worker)
+            if isinstance(who, WorkerRecord)
+            else self._keys.gateway(who.gateway)
+        )
+        await self._store.txn([], [Put(key, encode(who), lease)])
+        self._known = who
 
     def _renewed(self, sent: float, ttl_s: float) -> None:
         # Counted from when the renewal was sent: the store may have renewed at any time since.

@@ -25,7 +25,7 @@ from dataplane.gateway.journal import Chunk, Journal
 from dataplane.gateway.metrics import Metrics
 from dataplane.gateway.replica_stream import ReplicaStream
 from dataplane.gateway.resume import Cursor, Ticket
-from dataplane.gateway.router import Target, targets
+from dataplane.gateway.router import Target, draining, targets
 from phalanx.runtime import telemetry
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import shard_pb2
@@ -330,6 +330,7 @@ class Gateway:
             async for change in self._store.watch(self._keys.root):
                 self.snapshot = Snapshot.of(change.listing, self._keys)
                 self.informed.set()
+                self.dispatcher.router.draining = draining(self.snapshot)
                 wanted = set(targets(self.snapshot, self.dispatcher.router.connected).values())
                 for target in self._keepers.keys() - wanted:
                     keeper = self._ending[target] = self._keepers.pop(target)

@@ -42,6 +42,16 @@ def targets(snapshot: Snapshot, connected: Mapping[str, int]) -> dict[str, Targe
     return wanted
 
 
+def draining(snapshot: Snapshot) -> frozenset[str]:
+    """The replicas that will go soon, since a worker of theirs is about to leave."""
+    leaving = {(worker.worker, worker.incarnation) for worker in snapshot.workers.values() if worker.draining}
+    return frozenset(
+        name
+        for name, assigned in snapshot.replicas.items()
+        if any((member.worker, member.incarnation) in leaving for member in assigned.assignment.members)
+    )
+
+
 @dataclass(slots=True)
 class Route:
     """A replica with an open stream."""
@@ -61,10 +71,14 @@ class Route:
 
 
 class Router:
-    """Picks the least loaded replica; among equals the one picked least often."""
+    """Picks the least loaded replica; among equals the one picked least often.
+
+    One that is `draining` is picked only where there is no other.
+    """
 
     def __init__(self) -> None:
         self.routes: dict[str, Route] = {}
+        self.draining: frozenset[str] = frozenset()
 
     @property
     def connected(self) -> dict[str, int]:
@@ -99,7 +113,11 @@ class Router:
             and model_hash in ("", route.leader.model_hash)
             and length <= route.leader.max_model_len
         ]
-        return min(routes, key=lambda route: (route.busy, route.picks, route.target.replica), default=None)
+
+        def rank(route: Route) -> tuple[bool, int, int, str]:
+            return route.target.replica in self.draining, route.busy, route.picks, route.target.replica
+
+        return min(routes, key=rank, default=None)
 
     def sent(self, replica: str, choices: int) -> None:
         """An attempt was submitted."""

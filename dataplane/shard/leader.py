@@ -55,6 +55,11 @@ class Leader:
         self._timer: asyncio.TimerHandle | None = None
         self._beat = self._loop.call_later(BEAT_S, self._beats)
 
+    @property
+    def pending(self) -> int:
+        """Requests that have not ended."""
+        return len(self._book)
+
     def join(self, stream: int, boot: str) -> Outbox:
         """A gateway's stream begins; `boot` is the gateway's incarnation."""
         outbox = self._outboxes[stream] = Outbox()

@@ -30,12 +30,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--host", default=socket.gethostname(), help="this host's name, for others to reach it"
     )
+    parser.add_argument(
+        "--drain-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that the requests of this worker's replica have to end after SIGTERM",
+    )
     parser.add_argument("--ready-fd", type=int, metavar="N", help="where to write the address once it serves")
     return parser.parse_args(arguments)
 
 
 async def serve(options: argparse.Namespace) -> None:
-    """Run one worker until SIGTERM or SIGINT."""
+    """Run one worker until SIGTERM or SIGINT; it leaves when nobody needs it any more, or in time."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -49,7 +56,7 @@ async def serve(options: argparse.Namespace) -> None:
 
     try:
         commands = Commands(forkserver=(sys.executable, "-m", "engine.forkserver"))
-        await Worker(identity, store, commands).run(stop, listening)
+        await Worker(identity, store, commands).run(stop, listening, options.drain_s)
     finally:
         await store.close()
 

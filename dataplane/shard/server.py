@@ -69,6 +69,23 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
         except PhalanxError as error:
             await rpc.abort(context, error)
 
+    async def Pending(
+        self, request: shard_pb2.PendingRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> shard_pb2.PendingResponse:
+        """How many requests the replica has that is led here."""
+        try:
+            return self.pending(request)
+        except PhalanxError as error:
+            await rpc.abort(context, error)
+
+    def pending(self, request: shard_pb2.PendingRequest) -> shard_pb2.PendingResponse:
+        """The answer. Raises PhalanxError where the replica is not led here in that epoch."""
+        leader = self.leader
+        if leader is None or (leader.replica, leader.epoch) != (request.replica, request.epoch):
+            message = f"{self._worker} does not lead {request.replica} in epoch {request.epoch}"
+            raise PhalanxError("NOT_LEADER", message)
+        return shard_pb2.PendingResponse(requests=leader.pending)
+
     def _admit(self, first: Any) -> Leader:
         if first is _EOF or first.WhichOneof("frame") != "hello":
             raise PhalanxError("INVALID_ARGUMENT", "a stream begins with a GatewayHello")

@@ -76,6 +76,11 @@ class Supervisor:
         """The status last published, None when the worker holds nothing."""
         return self._record
 
+    @property
+    def leader_address(self) -> str:
+        """host:port of the worker that leads this one's replica, empty where it has none."""
+        return self._place.addresses[0] if self._place and self._place.addresses else ""
+
     def handle(self, event: Event) -> list[Instruction]:
         """Everything to do about one event, in order."""
         if self._stopped:

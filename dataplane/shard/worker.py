@@ -7,6 +7,7 @@ Does not own: decisions (`supervisor`, `requests`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -15,7 +16,8 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
@@ -66,6 +68,8 @@ the replica. Longer each time that a life fails within `LIVED_S`."""
 LIVED_S = 60.0
 _ASK_AGAIN_S, _ASK_TIMEOUT_S = 0.5, 2.0
 _STREAMS_END_S = 0.5
+_UNROUTABLE_S = 0.5  # until every gateway has heard that this worker leaves
+_DRAIN_TICK_S = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -114,15 +118,20 @@ class Worker:
         self._forkserver = ForkServer(self._commands.forkserver) if self._commands.forkserver else None
         self._failed, self._failed_at = 0, -math.inf  # lives that failed soon after one another
 
-    async def run(self, stop: asyncio.Event, on_listening: Callable[[str], None]) -> None:
-        """Serve until `stop`; `on_listening` hears the address. Raises OSError when it cannot listen."""
+    async def run(
+        self, stop: asyncio.Event, on_listening: Callable[[str], None], drain_s: float = 0.0
+    ) -> None:
+        """Serve until `stop`; the requests of this worker's replica then have `drain_s` to end.
+
+        `on_listening` hears the address. Raises OSError when it cannot listen.
+        """
         server = rpc.server()
         shard_pb2_grpc.add_ShardServiceServicer_to_server(self._service, server)
         health = rpc.add_health_and_reflection(server, [SERVICE])
         port = rpc.bind(server, self._identity.listen).rpartition(":")[2]
         address = f"{self._host}:{port}"
         await server.start()
-        record = WorkerRecord(
+        self._record = WorkerRecord(
             worker=self._identity.name,
             incarnation=self.incarnation,
             host=self._identity.host,
@@ -131,7 +140,7 @@ class Worker:
             server_pid=os.getpid(),
             memory_bytes=memory_bytes(self._identity.device),
         )
-        self._registration = Registration(self._store, self._keys, record)
+        self._registration = Registration(self._store, self._keys, self._record)
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 background = [
@@ -144,12 +153,47 @@ class Worker:
                     background.append(self._tasks.create_task(self._forkserver.run()))
                 on_listening(address)
                 await stop.wait()
+                await self._drain(drain_s)
                 self._handle(Stop())  # the children's tasks end as they are killed
                 for task in background:
                     task.cancel()
         finally:
             await self._registration.close()
             await server.stop(_STREAMS_END_S)
+
+    async def _drain(self, within_s: float) -> None:
+        """Have gateways prefer other replicas, and wait until nobody needs this one or the time is up.
+
+        What still runs then is lost here, and replayed elsewhere.
+        """
+        record = self._supervisor.record
+        if record is None or record.state is not ShardState.READY or not within_s:
+            return
+        log.info("draining", extra={"replica": record.replica, "within_s": within_s})
+        self._registration.announce(replace(self._record, draining=True))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await asyncio.sleep(_UNROUTABLE_S)
+                await self._unneeded(record)
+
+    async def _unneeded(self, record: ShardRecord) -> None:
+        while True:
+            if not await self._is_needed(record):
+                return
+            await asyncio.sleep(_DRAIN_TICK_S)
+
+    async def _is_needed(self, was: ShardRecord) -> bool:
+        """Whether the replica that this worker was part of still is, and has requests."""
+        now, request = self._supervisor.record, shard_pb2.PendingRequest(replica=was.replica, epoch=was.epoch)
+        if now is None or (now.epoch, now.state) != (was.epoch, ShardState.READY):
+            return False
+        try:
+            if was.rank == 0:
+                return self._service.pending(request).requests > 0
+            answer: shard_pb2.PendingResponse = await self._call(self._supervisor.leader_address, request)
+            return answer.requests > 0
+        except PhalanxError:
+            return False  # its leader is gone, and with it all that it had
 
     async def _watch(self) -> None:
         async for change in self._store.watch(f"{self._keys.root}replicas/"):
@@ -178,7 +222,7 @@ class Worker:
         )
         while self._is_current(form):
             try:
-                answer = await self._call(form.address, request)
+                answer: shard_pb2.FormResponse = await self._call(form.address, request)
                 if answer.failed:
                     failed = PeerFailed(form.epoch, form.rank, answer.reason, answer.permanent, form.life)
                     self._handle(failed)
@@ -192,13 +236,13 @@ class Worker:
             form.replica, form.epoch, form.life, ShardState.STARTING,
         )  # fmt: skip
 
-    async def _call(self, address: str, request: shard_pb2.FormRequest) -> shard_pb2.FormResponse:
+    async def _call(self, address: str, request: shard_pb2.FormRequest | shard_pb2.PendingRequest) -> Any:
         """Call another worker. Raises PhalanxError."""
         async with rpc.channel(address) as channel:
             try:
                 stub = shard_pb2_grpc.ShardServiceStub(channel)
-                answer: shard_pb2.FormResponse = await stub.Form(request, timeout=_ASK_TIMEOUT_S)
-                return answer
+                method: Any = stub.Form if isinstance(request, shard_pb2.FormRequest) else stub.Pending
+                return await method(request, timeout=_ASK_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 raise rpc.to_error(error) from error
 

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 from tests.chaos.load import Answer
 
-
 CHECKPOINTED_AFTER_S = 1.6  # a second, the writer's round, and its transaction on a busy machine
 
 

@@ -108,15 +108,19 @@ class Cluster:
         self.store, self.keys = MemoryStore(), Keys()
         self.workers: dict[str, Worker] = {}
         self.addresses: dict[str, str] = {}
-        self._stops: dict[str, asyncio.Event] = {}
+        self.stops: dict[str, asyncio.Event] = {}
+        self.running: dict[str, asyncio.Task[None]] = {}
 
     @contextlib.asynccontextmanager
-    async def worker(self, name: str = "worker-0", commands: Commands = FAKES) -> AsyncIterator[Worker]:
+    async def worker(
+        self, name: str = "worker-0", commands: Commands = FAKES, drain_s: float = 0.0
+    ) -> AsyncIterator[Worker]:
         worker = Worker(Identity(name, "localhost", "cpu", "127.0.0.1:0"), self.store, commands)
         stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
-        running = asyncio.create_task(worker.run(stop, listening.set_result))
+        running = asyncio.create_task(worker.run(stop, listening.set_result, drain_s))
         await asyncio.wait([running, listening], return_when=asyncio.FIRST_COMPLETED)
         self.workers[name], self.addresses[name] = worker, await listening
+        self.stops[name], self.running[name] = stop, running
         try:
             yield worker
         finally:

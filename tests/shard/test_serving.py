@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 
 from controlplane.state import ShardState
 from phalanx.v1 import types_pb2
 
-from .conftest import Cluster, Gateway
+from .conftest import DEADLINE_S, Cluster, Gateway
 from .fake_engine import HOLD, REFUSE
 
 
@@ -188,3 +190,25 @@ async def test_a_gateway_that_closes_its_side_ends_the_stream_in_order(cluster: 
             while (response := await gateway.call.read()) is not grpc.aio.EOF:
                 assert response.WhichOneof("frame") == "step"
             assert await gateway.call.code() is grpc.StatusCode.OK
+
+
+async def test_workers_that_are_told_to_leave_wait_for_the_requests_of_their_replica(
+    cluster: Cluster,
+) -> None:
+    names = ("worker-0", "worker-1")
+    async with cluster.worker(names[0], drain_s=DEADLINE_S), cluster.worker(names[1], drain_s=DEADLINE_S):
+        epoch = await cluster.assign(*names)
+        await cluster.until_state(ShardState.READY, rank=1)
+        await cluster.until_state(ShardState.READY)
+        async with cluster.gateway(epoch) as gateway:
+            await gateway.hello()
+            await gateway.submit(token_ids=ids(HOLD), stopping={"max_tokens": 100})
+            await gateway.until(lambda frame: frame.load.running == 1)
+            for name in names:
+                cluster.stops[name].set()
+            await cluster.until(lambda snapshot: all(one.draining for one in snapshot.workers.values()))
+            await gateway.until(lambda frame: len(frame.deltas) == 0)
+            assert not any(running.done() for running in cluster.running.values())
+            await gateway.cancel()
+            async with asyncio.timeout(DEADLINE_S):
+                await asyncio.wait(cluster.running.values())

@@ -6,6 +6,7 @@ A run that goes wrong prints its faults as a list that `run(seed, faults=...)` t
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from tests.sim.world import RETENTION_S, World, simulated
 FAULTS_WITHIN_S = 3.0
 CALM_WITHIN_S = 150.0  # more than any patience of the cluster
 KINDS = (
-    "crash worker", "crash worker", "crash engine", "crash engine", "stop engine", "pause worker",
+    "crash worker", "crash worker", "drain worker", "pause worker",
+    "crash engine", "crash engine", "stop engine",
     "crash gateway", "crash gateway", "pause gateway", "crash controller", "pause controller",
     "clock jumps", "crash text", "stop text",
     "store away", "store away, leases end", "slow network",
@@ -184,6 +186,8 @@ class Do:
         match kind:
             case "crash worker":
                 self._crash(worker, world.boot_worker, fault.seconds)
+            case "drain worker":
+                self._drain(worker, fault.seconds)
             case "crash gateway":
                 self._crash(gateway, world.boot_gateway, fault.seconds)
             case "crash controller":
@@ -218,7 +222,24 @@ class Do:
         process = self._world.processes[name]
         if process.alive:
             process.die()
-            self._world.loop.call_later(seconds, boot, name)
+            self._again(name, boot, seconds)
+
+    def _drain(self, name: str, seconds: float) -> None:
+        process = self._world.processes[name]
+        if process.alive:
+            process.start(self._world.workers[name].leave(process))
+            process.on_death.append(lambda: self._again(name, self._world.boot_worker, seconds))
+
+    def _again(self, name: str, boot: Any, seconds: float) -> None:
+        """Boot it after a while, unless it has been."""
+        world = self._world
+
+        def again() -> None:
+            if not world.processes[name].alive:
+                boot(name)
+
+        # In nobody's context: that of a process that has died runs no more.
+        world.loop.call_later(seconds, again, context=contextvars.Context())
 
     def _pause(self, name: str, seconds: float) -> None:
         process = self._world.processes[name]

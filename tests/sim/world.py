@@ -40,6 +40,7 @@ from dataplane.gateway.normalize import journal_for
 from dataplane.gateway.resume import Ticket
 from dataplane.gateway.router import Target
 from dataplane.registration import Registration
+from dataplane.shard.events import Stop
 from dataplane.shard.worker import Identity, Worker
 from engine.layouts import smaller_sizes
 from engine.scheduler import Scheduler
@@ -51,6 +52,7 @@ from tests.sim.net import End, Network
 
 STORE_TIMEOUT_S = 0.5
 RETENTION_S = 4.0
+DRAIN_S = 1.5
 KEYS = Keys("sim")
 
 
@@ -228,12 +230,12 @@ class SimReplicaStream:
 class SimWorker(Worker):
     """A worker without its gRPC server: gateways come over the simulated network."""
 
-    async def _call(self, address: str, request: shard_pb2.FormRequest) -> shard_pb2.FormResponse:
+    async def _call(self, address: str, request: shard_pb2.FormRequest | shard_pb2.PendingRequest) -> Any:
         world = SimChild.world
         try:
             end = await world.net.connect(world.processes[self._identity.name], address)
             world.net.send(end, request)
-            answer: shard_pb2.FormResponse | PhalanxError = await end.get()
+            answer = await end.get()
         except ConnectionError as error:
             raise PhalanxError("UNREACHABLE", str(error)) from error
         if isinstance(answer, PhalanxError):
@@ -242,16 +244,17 @@ class SimWorker(Worker):
 
     async def live(self, world: World, process: Process, address: str) -> None:
         """What `Worker.run` does."""
-        record = WorkerRecord(
+        self._record = WorkerRecord(
             self._identity.name, self.incarnation, self._identity.host, address, "cpu", world.pid(process)
         )
-        self._registration = Registration(self._store, self._keys, record, clock=world.loop.time)
+        self._registration = Registration(self._store, self._keys, self._record, clock=world.loop.time)
 
         async def serve(end: End) -> None:
             first = await end.get()
-            if isinstance(first, shard_pb2.FormRequest):
+            if isinstance(first, shard_pb2.FormRequest | shard_pb2.PendingRequest):
+                is_form = isinstance(first, shard_pb2.FormRequest)
                 try:
-                    world.net.send(end, self._form(first))
+                    world.net.send(end, self._form(first) if is_form else self._service.pending(first))
                 except PhalanxError as error:
                     world.net.send(end, error)
                 return
@@ -259,16 +262,23 @@ class SimWorker(Worker):
             call = asyncio.ensure_future(
                 self._service.Serve(None, _Context(world, end))  # type: ignore[arg-type]
             )
+            call.add_done_callback(lambda done: done.cancelled() or done.exception())  # as gRPC: nobody asks
             # A call is cancelled when its client is gone.
             while not call.done() and not end.closed:
                 await asyncio.sleep(0.05)
             call.cancel()
-            await asyncio.gather(call, return_exceptions=True)
 
         world.net.listen(address, process, serve)
         async with asyncio.TaskGroup() as self._tasks:
             for work in (self._registration.run(), self._watch(), self._watch_engine()):
                 self._tasks.create_task(work)
+
+    async def leave(self, process: Process) -> None:
+        """What `Worker.run` does once it is told to stop."""
+        await self._drain(DRAIN_S)
+        self._handle(Stop())
+        await self._registration.close()
+        process.die()
 
 
 class World:

@@ -91,6 +91,7 @@ def command(spec: LocalSpec, program: Program, known: Mapping[str, Addresses], r
         line += ["--listen", own.get("grpc", "127.0.0.1:0")]
     if program.role == "worker":
         index = int(program.name.rpartition("-")[2])
+        line += ["--drain-s", "1"]
         line += ["--device", "cpu" if spec.device == "cpu" else f"cuda:{index % spec.devices}"]
     return [*line, "--ready-fd", str(ready_fd)]
 

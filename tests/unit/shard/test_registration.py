@@ -175,3 +175,13 @@ async def test_the_lease_is_counted_from_when_its_renewal_was_sent(store: FlakyS
     await asyncio.wait([running])
     await slow.close()
     assert due[0] == 100.0 + LEASE_TTL_S / 3
+
+
+async def test_what_a_worker_says_of_itself_later_is_written_under_the_same_lease(
+    store: FlakyStore, registration: Registration
+) -> None:
+    await until(store, lambda snapshot: "w0" in snapshot.workers)
+    registration.announce(replace(WORKER, draining=True))
+    await until(store, lambda snapshot: snapshot.workers["w0"].draining)
+    await registration.close()
+    await until(store, lambda snapshot: not snapshot.workers)
