@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from controlplane.actions import Leadership, guarded, transactions
 from controlplane.election import lead
-from controlplane.reconcile import Action, Form, Remove, reconcile
+from controlplane.reconcile import Action, Form, Memory, Remove, reconcile
 from controlplane.state import Keys, LeaderRecord, encode
 from controlplane.store import LeaseLostError, Listing, Store, StoreUnavailableError, back_off
 from controlplane.view import View
@@ -38,7 +38,7 @@ async def _rule(
 ) -> None:
     """Reconcile on each change and when a back-off ends; returns when another controller leads."""
     failures = 0
-    short_since: Mapping[str, float] = {}
+    memory = Memory()
     while True:
         listing, snapshot, now = view.listing, view.snapshot, clock()
         wait_s: float | None = None
@@ -47,8 +47,8 @@ async def _rule(
             if held is None or held.create_revision != leadership.fence:
                 log.warning("another controller leads", extra={"fence": leadership.fence})
                 return
-            decision = reconcile(snapshot, now, short_since)
-            short_since = decision.short_since
+            decision = reconcile(snapshot, now, memory)
+            memory = decision.memory
             if decision.wake_at is not None:
                 wait_s = max(0.0, decision.wake_at - now)
             try:

@@ -14,6 +14,8 @@ The rules:
 - One that had served and still lacks workers after `DEGRADE_AFTER_S` is formed in the largest of its
   deployment's smaller layouts that can be placed and fits into memory: it is degraded. Once it has served
   for `RETURN_AFTER_S`, it is formed again in a larger one as soon as that can be placed.
+- When most workers of the replicas have gone at once, the store's leases are suspected rather than the
+  workers: their replicas have `SUSPECT_S` to come back before anybody else gets their places.
 - A replica of an outdated shape is formed again at once when it is not serving, else one at a time,
   and only when it can be placed and every replica of the new shape is ready.
 - An assignment that cannot be read is written anew, or removed when nobody wants it. The replicas of a
@@ -56,7 +58,22 @@ DEGRADE_AFTER_S = 5.0  # a worker whose process was started again has registered
 RETURN_AFTER_S = 10.0  # a worker that comes and goes must not have the replica formed each time
 
 
-_NOBODY: Mapping[str, float] = {}
+SUSPECT_S = 3.0  # a worker that lives registers again within a second of the store's return
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one decision tells the next: since when, in seconds since the Unix epoch, by replica.
+
+    `short`: those that could be degraded have lacked workers. `suspect`: those that went with most others
+    have lacked registrations.
+    """
+
+    short: Mapping[str, float] = field(default_factory=dict)
+    suspect: Mapping[str, float] = field(default_factory=dict)
+
+
+_NOTHING = Memory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,24 +115,23 @@ class Decision:
     """What to write, and what is left undone and why.
 
     `shortages`: the reason, by replica that could not be placed. `retries`: when, in seconds since the
-    Unix epoch, by failed replica whose back-off is not over. `short_since`: likewise, since when replicas
-    that could be degraded have lacked workers; the next decision wants to know. `wake_at`: when to look
-    again although nothing has changed.
+    Unix epoch, by failed replica that is not to be formed yet. `memory`: for the next decision. `wake_at`:
+    when to look again although nothing has changed.
     """
 
     actions: tuple[Action, ...]
     shortages: Mapping[str, str]
     retries: Mapping[str, float]
-    short_since: Mapping[str, float]
+    memory: Memory
     wake_at: float | None
 
 
-def reconcile(snapshot: Snapshot, now: float, short_since: Mapping[str, float] = _NOBODY) -> Decision:
-    """Decide, at `now` in seconds since the Unix epoch; `short_since` as the decision before had it.
+def reconcile(snapshot: Snapshot, now: float, memory: Memory = _NOTHING) -> Decision:
+    """Decide, at `now` in seconds since the Unix epoch; `memory` as the decision before left it.
 
     The snapshot that results from the actions needs no further action at the same time.
     """
-    return _Round(snapshot, now, short_since).decide()
+    return _Round(snapshot, now, memory).decide()
 
 
 def retry_at(assignment: AssignmentRecord, permanent: bool, now: float) -> float:
@@ -146,9 +162,10 @@ class _Round:
 
     snapshot: Snapshot
     now: float
-    short_before: Mapping[str, float]
+    memory: Memory
     wanted: dict[str, DeploymentRecord] = field(init=False)
     health: dict[str, Health] = field(init=False)
+    suspects: dict[str, float] = field(init=False)
     needs: dict[str, _Need] = field(init=False)
     epochs: dict[str, int] = field(init=False)
     held: list[str] = field(init=False)
@@ -161,6 +178,7 @@ class _Round:
     def __post_init__(self) -> None:
         self.wanted = wanted(self.snapshot)
         self.health = {name: health(self.snapshot, name) for name in self.snapshot.replicas}
+        self.suspects = self._suspects()
         self.needs = {name: self._need(name) for name in self.wanted}
         self.epochs = {name: assigned.epoch for name, assigned in self.snapshot.replicas.items()}
         self.epochs |= unreadable(self.snapshot)
@@ -173,8 +191,8 @@ class _Round:
         # Shrinking one replica can free the workers that another lacks.
         while self._form_missing() or self._reshape() or self._degrade():
             pass
-        short_since = {name: self._short_since(name) for name in self.shortages if self._can_degrade(name)}
-        due = [since + DEGRADE_AFTER_S for since in short_since.values()]
+        short = {name: self._short_since(name) for name in self.shortages if self._can_degrade(name)}
+        due = [since + DEGRADE_AFTER_S for since in short.values()]
         wakes = [at for at in (*self.retries.values(), *self.wakes, *due) if at > self.now]
         removed = self._removed()
         actions: tuple[Action, ...] = (
@@ -183,7 +201,23 @@ class _Round:
             *self._marks(),
             *self._prunes(removed),
         )
-        return Decision(actions, self.shortages, self.retries, short_since, min(wakes, default=None))
+        memory = Memory(short, self.suspects)
+        return Decision(actions, self.shortages, self.retries, memory, min(wakes, default=None))
+
+    def _suspects(self) -> dict[str, float]:
+        """Since when replicas have lacked registrations, of those that went when most did."""
+        missing = {
+            name: sum(member not in self.snapshot.workers for member in self._members(name))
+            for name in self.snapshot.replicas
+        }
+        gone = sum(missing.values())
+        most_are_gone = gone > 1 and 2 * gone > sum(len(self._members(name)) for name in missing)
+        before = self.memory.suspect
+        return {
+            name: min(before.get(name, self.now), self.now)
+            for name, count in missing.items()
+            if count and (most_are_gone or name in before)
+        }
 
     def _need(self, name: str) -> _Need:
         assigned = self.snapshot.replicas.get(name)
@@ -194,6 +228,9 @@ class _Round:
         whole, degraded = same_shape(runs, wanted), is_degraded(runs, wanted)
         if not failed:
             return _Need.KEEP if whole else _Need.RESHAPE
+        if name in self.suspects and self.now < self.suspects[name] + SUSPECT_S:
+            self.retries[name] = self.suspects[name] + SUSPECT_S
+            return _Need.WAIT
         if not whole and not degraded:
             return _Need.FORM
         if not was_ready(self.snapshot, name):
@@ -224,7 +261,7 @@ class _Round:
         return missing and name in self.snapshot.replicas and name in self.snapshot.ready
 
     def _short_since(self, name: str) -> float:
-        return min(self.short_before.get(name, self.now), self.now)
+        return min(self.memory.short.get(name, self.now), self.now)
 
     def _reshape(self) -> bool:
         """Form again what is outdated or degraded and idle, and of each deployment one that serves."""

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.reconcile import BACK_OFF_CAP_S, DEGRADE_AFTER_S, RETURN_AFTER_S, Form, Prune, Remove
+from controlplane.reconcile import (
+    BACK_OFF_CAP_S,
+    DEGRADE_AFTER_S,
+    RETURN_AFTER_S,
+    SUSPECT_S,
+    Form,
+    Prune,
+    Remove,
+)
 from controlplane.state import LayoutRecord, ShardState
 from tests.unit.controlplane.world import World
 
@@ -466,3 +474,44 @@ def test_of_several_degraded_replicas_one_at_a_time_returns(world: World) -> Non
         assert formed(world) == [name]
         assert layout(world, name) == (2, 1)
         world.ready(name)
+
+
+def test_when_most_workers_go_at_once_the_store_is_suspected_and_they_may_come_back(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    serve(world, "a", 2, tp=2)
+    world.boot("spare0", "spare1")
+    known = dict(world.snapshot.workers)
+    epochs = {name: assigned.epoch for name, assigned in world.snapshot.replicas.items()}
+    for name in ("w0", "w1", "w2", "w3"):
+        world.die(name)
+    decision = world.settle()
+    assert decision.actions == ()
+    assert decision.wake_at == world.now + SUSPECT_S
+    for name in ("w0", "w1", "w2"):
+        world.now += SUSPECT_S / 4
+        world.put(world.keys.worker(name), known[name])
+        assert not formed(world), "the last one is late"
+    world.put(world.keys.worker("w3"), known["w3"])
+    world.ready("a-0", "a-1")
+    assert not formed(world)
+    assert {name: assigned.epoch for name, assigned in world.snapshot.replicas.items()} == epochs
+
+
+def test_workers_that_do_not_come_back_are_replaced_after_all(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    serve(world, "a", 2, tp=2)
+    world.boot("spare0", "spare1")
+    for name in ("w0", "w1", "w2"):
+        world.die(name)
+    assert not formed(world)
+    world.now += SUSPECT_S
+    assert formed(world) == ["a-0"]
+    assert set(world.members("a-0")) <= {"spare0", "spare1", "w3"}
+
+
+def test_a_worker_that_booted_again_has_died_whatever_became_of_the_others(world: World) -> None:
+    world.boot("w0", "w1")
+    serve(world, "a", 1, tp=2)
+    world.die("w1")
+    world.boot("w0", "w1")
+    assert formed(world) == ["a-0"]

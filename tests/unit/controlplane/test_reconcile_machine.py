@@ -79,7 +79,7 @@ class Reconciling(RuleBasedStateMachine):
         assert written
         self._check_members([action for action in decision.actions if isinstance(action, Form)], before)
         self._check_taken_down([action for action in decision.actions if isinstance(action, Form)], before)
-        again = reconcile(self.world.snapshot, self.world.now, decision.short_since)
+        again = reconcile(self.world.snapshot, self.world.now, decision.memory)
         assert again.actions == ()
 
     @invariant()
@@ -100,10 +100,10 @@ class Reconciling(RuleBasedStateMachine):
                     self.world.ready(replica)
             if decision.wake_at is not None:
                 self.world.now = max(self.world.now, decision.wake_at)
-            elif not reconcile(self.world.snapshot, self.world.now, decision.short_since).actions:
+            elif not reconcile(self.world.snapshot, self.world.now, decision.memory).actions:
                 break
         snapshot = self.world.snapshot
-        decision = reconcile(snapshot, self.world.now, self.world.short_since)
+        decision = reconcile(snapshot, self.world.now, self.world.memory)
         assert decision.actions == ()
         assert decision.wake_at is None
         assert decision.retries == {}

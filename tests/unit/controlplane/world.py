@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from controlplane.actions import Leadership, guarded, transactions
 from controlplane.memory import MemoryStore
-from controlplane.reconcile import Decision, reconcile
+from controlplane.reconcile import Decision, Memory, reconcile
 from controlplane.state import (
     DeploymentRecord,
     Keys,
@@ -40,7 +40,7 @@ class World:
         self.keys = Keys()
         self.store = MemoryStore(clock=lambda: self.now)
         self._boots = 0
-        self.short_since: Mapping[str, float] = {}
+        self.memory = Memory()
         value = encode(LeaderRecord("controller-0", "127.0.0.1:1"))
         lease = instantly(self.store.grant(10**9))
         fence = instantly(
@@ -133,8 +133,8 @@ class World:
     def reconcile(self, listing: Listing | None = None) -> tuple[Decision, bool]:
         """Decide on a listing (now's by default) and write; returns whether all of it was written."""
         listing = listing or self.listing
-        decision = reconcile(Snapshot.of(listing, self.keys), self.now, self.short_since)
-        self.short_since = decision.short_since
+        decision = reconcile(Snapshot.of(listing, self.keys), self.now, self.memory)
+        self.memory = decision.memory
         modified: int | None = listing.entries[self.keys.leader].mod_revision
         for group in transactions(decision.actions):
             if modified is not None:
@@ -146,7 +146,7 @@ class World:
         """Reconcile and check that nothing is left to do at this time."""
         decision, written = self.reconcile()
         assert written
-        again = reconcile(self.snapshot, self.now, self.short_since)
+        again = reconcile(self.snapshot, self.now, self.memory)
         assert again.actions == ()
         return decision
 
