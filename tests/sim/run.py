@@ -103,7 +103,7 @@ async def _live(world: World, outcome: Outcome) -> None:
     last = max((fault.at + fault.seconds for fault in outcome.faults), default=0.0)
     await asyncio.sleep(max(0.0, began + last - world.loop.time()) + 0.1)
     await _until(world, world.is_whole, 60.0, "the cluster did not become whole again")
-    await asyncio.sleep(RETENTION_S + 0.5)
+    await asyncio.sleep(2 * RETENTION_S + 0.5)  # as an orphan, and once it has finished
     _judge(world, outcome, clients)
 
 
