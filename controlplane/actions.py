@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from controlplane.reconcile import Action, Form, MarkReady, Prune, Remove
+from controlplane.reconcile import Action, Forget, Form, MarkReady, Prune, Remove
 from controlplane.state import Keys, encode
 from controlplane.store import Condition, Created, Delete, Modified, Operation, Put
 
@@ -55,7 +55,9 @@ def guarded(
             case Remove(replica, epoch):
                 key = keys.assignment(replica)
                 when.append(Modified(key, epoch))
-                then += [Delete(key), Delete(keys.ready(replica))]
+                then.append(Delete(key))
+            case Forget(replica):
+                then.append(Delete(keys.ready(replica)))
             case MarkReady(ready):
                 when.append(Modified(keys.assignment(ready.replica), ready.epoch))
                 then.append(Put(keys.ready(ready.replica), encode(ready)))

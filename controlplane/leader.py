@@ -36,7 +36,7 @@ async def run(
 async def _rule(
     store: Store, keys: Keys, view: View, leadership: Leadership, clock: Callable[[], float]
 ) -> None:
-    """Reconcile on each change and when a back-off ends; returns when another controller leads."""
+    """Reconcile on each change and when time brings one; returns when another controller leads."""
     failures = 0
     memory = Memory()
     while True:

@@ -11,14 +11,17 @@ from collections.abc import Sequence
 
 from controlplane.state import DeploymentRecord, LayoutRecord, WorkerRecord
 
-RANK_BYTES = 512 << 20  # beside its weights: runtime, activations, and a KV cache that is worth having
+RANK_BYTES = 3 << 29  # beside its weights: runtime, activations, and the 1 GiB of KV cache of a CPU's rank
 USABLE = 0.9  # of a device's memory
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _QUANTIZED_BYTES = {"int8": 1.1, "int4": 0.65}  # with scales, and what is never quantized
 
 
 def fits(deployment: DeploymentRecord, layout: LayoutRecord, workers: Sequence[WorkerRecord]) -> bool:
-    """Whether these workers, one per rank, have the memory. CPU workers of a host share that of the host."""
+    """Whether these workers, one per rank, have the memory. CPU workers of a host share that of the host.
+
+    What other replicas take there is not known here, nor how long a sequence the KV cache must hold.
+    """
     needed: Counter[tuple[str, str]] = Counter()
     known = {}
     for worker in workers:

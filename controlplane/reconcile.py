@@ -13,9 +13,10 @@ The rules:
   it serves other replicas when they need it, and then it is removed.
 - One that had served and still lacks workers after `DEGRADE_AFTER_S` is formed in the largest of its
   deployment's smaller layouts that can be placed and fits into memory: it is degraded. Once it has served
-  for `RETURN_AFTER_S`, it is formed again in a larger one as soon as that can be placed.
-- When most workers of the replicas have gone at once, the store's leases are suspected rather than the
-  workers: their replicas have `SUSPECT_S` to come back before anybody else gets their places.
+  for `RETURN_AFTER_S`, it is formed again in a larger one as soon as that can be placed, unless another
+  replica is about to be degraded with the same workers.
+- When most workers of the replicas have gone within `AT_ONCE_S`, the store's leases are suspected rather than
+  the workers: their replicas have `SUSPECT_S` to come back before anybody else gets their places.
 - A replica of an outdated shape is formed again at once when it is not serving, else one at a time,
   and only when it can be placed and every replica of the new shape is ready.
 - An assignment that cannot be read is written anew, or removed when nobody wants it. The replicas of a
@@ -25,6 +26,7 @@ The rules:
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -56,21 +58,21 @@ BACK_OFF_FIRST_S = 1.0
 BACK_OFF_CAP_S = 30.0
 DEGRADE_AFTER_S = 5.0  # a worker whose process was started again has registered by then
 RETURN_AFTER_S = 10.0  # a worker that comes and goes must not have the replica formed each time
-
-
 SUSPECT_S = 3.0  # a worker that lives registers again within a second of the store's return
+AT_ONCE_S = 1.5  # leases are renewed every second, so that is how far apart they end
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one decision tells the next: since when, in seconds since the Unix epoch, by replica.
+    """What one decision tells the next: since when, in seconds since the Unix epoch.
 
-    `short`: those that could be degraded have lacked workers. `suspect`: those that went with most others
-    have lacked registrations.
+    `short`: replicas that could be degraded have lacked workers. `suspect`: replicas that went with most
+    others have lacked registrations. `missing`: workers have not been registered.
     """
 
     short: Mapping[str, float] = field(default_factory=dict)
     suspect: Mapping[str, float] = field(default_factory=dict)
+    missing: Mapping[str, float] = field(default_factory=dict)
 
 
 _NOTHING = Memory()
@@ -93,6 +95,13 @@ class Remove:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """Delete the note that a replica, which is not wanted any more, has been ready."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
 class MarkReady:
     """Note that an epoch has been ready."""
 
@@ -107,14 +116,14 @@ class Prune:
     rank: int
 
 
-Action = Form | Remove | MarkReady | Prune
+Action = Form | Remove | Forget | MarkReady | Prune
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What to write, and what is left undone and why.
 
-    `shortages`: the reason, by replica that could not be placed. `retries`: when, in seconds since the
+    `shortages`: the reason, by replica that is not as it is wanted. `retries`: when, in seconds since the
     Unix epoch, by failed replica that is not to be formed yet. `memory`: for the next decision. `wake_at`:
     when to look again although nothing has changed.
     """
@@ -148,7 +157,7 @@ def retry_at(assignment: AssignmentRecord, permanent: bool, now: float) -> float
 
 class _Need(enum.Enum):
     KEEP = enum.auto()
-    WAIT = enum.auto()  # failed, and its back-off is not over
+    WAIT = enum.auto()  # failed, and not to be formed yet
     FORM = enum.auto()  # missing or failed
     RESHAPE = enum.auto()  # of an outdated shape or degraded, and may be serving
 
@@ -165,6 +174,7 @@ class _Round:
     memory: Memory
     wanted: dict[str, DeploymentRecord] = field(init=False)
     health: dict[str, Health] = field(init=False)
+    missing: dict[str, float] = field(init=False)
     suspects: dict[str, float] = field(init=False)
     needs: dict[str, _Need] = field(init=False)
     epochs: dict[str, int] = field(init=False)
@@ -178,6 +188,7 @@ class _Round:
     def __post_init__(self) -> None:
         self.wanted = wanted(self.snapshot)
         self.health = {name: health(self.snapshot, name) for name in self.snapshot.replicas}
+        self.missing = self._missing()
         self.suspects = self._suspects()
         self.needs = {name: self._need(name) for name in self.wanted}
         self.epochs = {name: assigned.epoch for name, assigned in self.snapshot.replicas.items()}
@@ -189,34 +200,44 @@ class _Round:
 
     def decide(self) -> Decision:
         # Shrinking one replica can free the workers that another lacks.
-        while self._form_missing() or self._reshape() or self._degrade():
+        while self._form_missing() or self._degrade() or self._reshape():
             pass
         short = {name: self._short_since(name) for name in self.shortages if self._can_degrade(name)}
         due = [since + DEGRADE_AFTER_S for since in short.values()]
         wakes = [at for at in (*self.retries.values(), *self.wakes, *due) if at > self.now]
+        waiting = [name for name, need in self.needs.items() if need is _Need.WAIT]
+        short |= {name: self._short_since(name) for name in waiting if name in self.memory.short}
         removed = self._removed()
         actions: tuple[Action, ...] = (
             *(Remove(name, self.epochs[name]) for name in removed),
             *self.formed.values(),
             *self._marks(),
             *self._prunes(removed),
+            *(Forget(name) for name in sorted(self.snapshot.ready) if self._is_past(name, removed)),
         )
-        memory = Memory(short, self.suspects)
+        memory = Memory(short, self.suspects, self.missing)
         return Decision(actions, self.shortages, self.retries, memory, min(wakes, default=None))
+
+    def _missing(self) -> dict[str, float]:
+        """Since when workers that replicas are formed of have not been registered."""
+        return {
+            member: min(self.memory.missing.get(member, self.now), self.now)
+            for name in self.snapshot.replicas
+            for member in self._members(name)
+            if member not in self.snapshot.workers
+        }
 
     def _suspects(self) -> dict[str, float]:
         """Since when replicas have lacked registrations, of those that went when most did."""
-        missing = {
-            name: sum(member not in self.snapshot.workers for member in self._members(name))
-            for name in self.snapshot.replicas
-        }
-        gone = sum(missing.values())
-        most_are_gone = gone > 1 and 2 * gone > sum(len(self._members(name)) for name in missing)
+        members = {member for name in self.snapshot.replicas for member in self._members(name)}
+        recent = {member for member, since in self.missing.items() if since + AT_ONCE_S >= self.now}
+        most_are_gone = len(recent) > 1 and 2 * len(recent) > len(members) - len(self.missing) + len(recent)
         before = self.memory.suspect
         return {
             name: min(before.get(name, self.now), self.now)
-            for name, count in missing.items()
-            if count and (most_are_gone or name in before)
+            for name in self.snapshot.replicas
+            if not self.missing.keys().isdisjoint(self._members(name))
+            and (name in before or (most_are_gone and not recent.isdisjoint(self._members(name))))
         }
 
     def _need(self, name: str) -> _Need:
@@ -237,7 +258,8 @@ class _Round:
             due = retry_at(assigned.assignment, self.health[name].permanent, self.now)
             if due > self.now:
                 self.retries[name] = due
-                return _Need.WAIT
+                # It is the smaller layout that has failed: the one that is wanted may be tried.
+                return _Need.FORM if degraded else _Need.WAIT
         return _Need.FORM
 
     def _form_missing(self) -> bool:
@@ -248,17 +270,30 @@ class _Round:
         return progress
 
     def _degrade(self) -> bool:
-        """Form in a smaller layout what has lacked workers for long, one at a time."""
+        """Form in a smaller layout what has lacked workers for long, one at a time.
+
+        One that had a smaller layout before may have it again at once.
+        """
         for name in self.shortages:
-            due = self._can_degrade(name) and self._short_since(name) + DEGRADE_AFTER_S <= self.now
-            if due and self._form_smaller(name, fallbacks(self.wanted[name]), self.free):
+            if not self._can_degrade(name) or name in self.retries:
+                continue
+            layouts = fallbacks(self.wanted[name])
+            if not self._is_due(name):
+                assigned = self.snapshot.replicas.get(name)
+                runs = assigned.assignment.deployment if assigned else None
+                had = runs.shards if runs and is_degraded(runs, self.wanted[name]) else math.inf
+                layouts = [layout for layout in layouts if layout.shards >= had]
+            if self._form_smaller(name, layouts, self.free):
                 return True
         return False
 
     def _can_degrade(self, name: str) -> bool:
         """Whether it had served, and now lacks workers."""
-        missing = self.needs[name] is _Need.FORM and name not in self.formed
-        return missing and name in self.snapshot.replicas and name in self.snapshot.ready
+        return self.needs[name] is _Need.FORM and name not in self.formed and name in self.snapshot.ready
+
+    def _is_due(self, name: str) -> bool:
+        """Whether it has lacked workers for so long that it may be degraded."""
+        return self._short_since(name) + DEGRADE_AFTER_S <= self.now
 
     def _short_since(self, name: str) -> float:
         return min(self.memory.short.get(name, self.now), self.now)
@@ -279,15 +314,25 @@ class _Round:
         assigned = self.snapshot.replicas[name]
         runs = assigned.assignment.deployment
         degraded = is_degraded(runs, self.wanted[name])
-        due = assigned.assignment.formed_at + RETURN_AFTER_S
-        if degraded and serving and assigned.assignment.formed_at <= self.now < due:
-            self.shortages[name] = "is degraded and has just been formed"
-            self.wakes.append(due)
+        if degraded and serving and not self._may_grow(name):
+            self.shortages[name] = "stays as it is for the moment"
             return False
         if self._form(name, candidates):
             return True
         larger = [one for one in fallbacks(self.wanted[name]) if one.shards > runs.shards] if degraded else []
         return self._form_smaller(name, larger, candidates)
+
+    def _may_grow(self, name: str) -> bool:
+        """Whether a degraded replica has served for long enough, and takes nobody's last chance."""
+        if any(self._can_degrade(one) and not self._is_due(one) for one in self.shortages):
+            return False
+        if not was_ready(self.snapshot, name):
+            return False
+        ready_at = self.snapshot.ready[name].ready_at
+        if ready_at <= self.now < ready_at + RETURN_AFTER_S:
+            self.wakes.append(ready_at + RETURN_AFTER_S)
+            return False
+        return True
 
     def _is_rolling(self, deployment: str) -> bool:
         """Whether some replica of the new shape is not ready yet."""
@@ -382,6 +427,12 @@ class _Round:
             for replica, rank in sorted(self.snapshot.shards)
             if rank >= ranks.get(replica, 0)
         ]
+
+    def _is_past(self, name: str, removed: list[str]) -> bool:
+        """Whether nobody wants the replica, and no assignment of it is left."""
+        return (
+            name not in self.wanted and name not in self.held and (name not in self.epochs or name in removed)
+        )
 
     def _members(self, name: str) -> list[str]:
         assigned = self.snapshot.replicas.get(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlplane.reconcile import Decision, reconcile
+from controlplane.reconcile import Decision, Memory, reconcile
 from controlplane.replicas import (
     ReplicaState,
     health,
@@ -35,7 +35,8 @@ class Views:
 
 def views(snapshot: Snapshot, now: float) -> Views:
     """Everything, at `now` in seconds since the Unix epoch."""
-    decision = reconcile(snapshot, now)
+    # What is wrong now, whether or not the leader still hopes that it passes.
+    decision = reconcile(snapshot, now, Memory(suspect=dict.fromkeys(snapshot.replicas, 0.0)))
     replicas = {name: _replica(snapshot, name, decision, now) for name in sorted(snapshot.replicas)}
     return Views(
         {
@@ -95,13 +96,14 @@ def _deployment_state(
     progressing: list[str] = []
     for name in names:
         assigned = snapshot.replicas.get(name)
-        if assigned and is_degraded(assigned.assignment.deployment, deployment):
+        lost = assigned is not None and replicas[name].state == ReplicaState.FAILED.value
+        if assigned and not lost and is_degraded(assigned.assignment.deployment, deployment):
             why = f": {decision.shortages[name]}" if lacking.pop(name, None) else ""
             runs = f"{name} runs in tp={replicas[name].tp} x pp={replicas[name].pp}{why}"
             (degraded if replicas[name].state == "ready" else progressing).append(runs)
         elif assigned is None:
             progressing.append(f"{name} is not formed yet")
-        elif not same_shape(assigned.assignment.deployment, deployment):
+        elif not same_shape(assigned.assignment.deployment, deployment) and not lost:
             progressing.append(f"{name} still has the shape of revision {replicas[name].revision}")
         elif replicas[name].state != "ready":
             reasons = failed if health(snapshot, name).permanent else progressing

@@ -61,7 +61,7 @@ def run(fd: int, *, survive_thread: bool) -> None:
     link = Link.inherited(fd)
     if not survive_thread:
         die_with_parent()
-        link.beat()
+        link.beat()  # a worker listens; an offline engine does not read any more once its ranks are ready
     code = 0
     try:
         _run(link)

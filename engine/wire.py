@@ -138,7 +138,7 @@ class Alive:
     """The answer to `Probe`."""
 
 
-# Any child to its worker
+# Any child to its worker, but not to an offline engine
 
 
 @dataclass(frozen=True, slots=True)

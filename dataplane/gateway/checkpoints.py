@@ -215,7 +215,7 @@ class Checkpoints:
             for part in self._plan.due(self._candidates(), time.monotonic(), time.time())
         ]
         for part in [part for part, value in parts if len(value) > MAX_PART_BYTES]:
-            log.warning("a request is too large for a checkpoint: it ends if its gateway and leader both go")
+            log.warning("too large for the store: a checkpoint ends", extra={"tokens": part.tokens})
             self._plan.refused(part)
         parts = [(part, value) for part, value in parts if len(value) <= MAX_PART_BYTES]
         if not parts and not self._doomed and self._lease is None:

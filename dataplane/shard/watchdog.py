@@ -22,8 +22,8 @@ PATIENCE = 8  # times the longest of the recent steps of this size
 UNKNOWN_S = 60.0  # for a step when there has been none yet
 PROBE_S = 0.4  # idle for so long: time for a canary, but
 PROBE_SHARE = 20  # canaries take no more than one part in so many of the engine's time
-FIRST_BEAT_S = 30.0  # from a child's start, on a machine that does much else
-NO_BEAT_S = 5.0  # a child that has been silent for so long is stopped
+NO_BEAT_S = 5.0  # a child that is ready and silent for so long is stopped
+LOADING_S = 30.0  # before it is ready: imports and drivers hold the interpreter, and a thread that would beat
 _RECENT = 16  # steps of a size
 
 
@@ -44,11 +44,16 @@ class Pulse:
 
     def __init__(self, now: float) -> None:
         self._checked = now
-        self._due = now + FIRST_BEAT_S
+        self._patience = LOADING_S
+        self._due = now + LOADING_S
 
     def heard(self, now: float) -> None:
         """The child has said something."""
-        self._due = now + NO_BEAT_S
+        self._due = now + self._patience
+
+    def ready(self) -> None:
+        """The child has said that it is ready."""
+        self._patience = NO_BEAT_S
 
     def check(self, now: float) -> Silent | None:
         """The verdict at `now`; to be asked every CHECK_S."""

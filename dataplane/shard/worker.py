@@ -57,7 +57,19 @@ from dataplane.shard.server import SERVICE, ShardServer
 from dataplane.shard.supervisor import Supervisor
 from dataplane.shard.watchdog import CHECK_S, Probe, Pulse, Silent, Watchdog
 from engine import wire
-from engine.wire import Alive, Beat, Began, Encoded, Loading, Message, NotEncoded, Rendezvous, Step
+from engine.wire import (
+    Alive,
+    Beat,
+    Began,
+    Encoded,
+    EngineReady,
+    Loading,
+    Message,
+    NotEncoded,
+    Rendezvous,
+    Step,
+    TextReady,
+)
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import shard_pb2, shard_pb2_grpc
@@ -70,6 +82,7 @@ _ASK_AGAIN_S, _ASK_TIMEOUT_S = 0.5, 2.0
 _STREAMS_END_S = 0.5
 _UNROUTABLE_S = 0.5  # until every gateway has heard that this worker leaves
 _DRAIN_TICK_S = 0.1
+_MAX_UNANSWERED = 5  # questions in a row
 
 log = logging.getLogger(__name__)
 
@@ -176,24 +189,30 @@ class Worker:
                 await asyncio.sleep(_UNROUTABLE_S)
                 await self._unneeded(record)
 
-    async def _unneeded(self, record: ShardRecord) -> None:
+    async def _unneeded(self, was: ShardRecord) -> None:
+        """Return when the replica that this worker was part of is no more, or has no requests."""
+        request, failures = shard_pb2.PendingRequest(replica=was.replica, epoch=was.epoch), 0
         while True:
-            if not await self._is_needed(record):
+            now = self._supervisor.record
+            if now is None or (now.epoch, now.state) != (was.epoch, ShardState.READY):
                 return
+            try:
+                if not await self._pending(was.rank, request):
+                    return
+                failures = 0
+            except PhalanxError as error:
+                # Who leads no more has nothing. Who does not answer may be busy, or gone.
+                failures += 1
+                if error.reason in ("NOT_LEADER", "STALE_EPOCH") or failures == _MAX_UNANSWERED:
+                    return
             await asyncio.sleep(_DRAIN_TICK_S)
 
-    async def _is_needed(self, was: ShardRecord) -> bool:
-        """Whether the replica that this worker was part of still is, and has requests."""
-        now, request = self._supervisor.record, shard_pb2.PendingRequest(replica=was.replica, epoch=was.epoch)
-        if now is None or (now.epoch, now.state) != (was.epoch, ShardState.READY):
-            return False
-        try:
-            if was.rank == 0:
-                return self._service.pending(request).requests > 0
-            answer: shard_pb2.PendingResponse = await self._call(self._supervisor.leader_address, request)
-            return answer.requests > 0
-        except PhalanxError:
-            return False  # its leader is gone, and with it all that it had
+    async def _pending(self, rank: int, request: shard_pb2.PendingRequest) -> int:
+        """Requests of this worker's replica. Raises PhalanxError."""
+        if rank == 0:
+            return self._service.pending(request).requests
+        answer: shard_pb2.PendingResponse = await self._call(self._supervisor.leader_address, request)
+        return answer.requests
 
     async def _watch(self) -> None:
         async for change in self._store.watch(f"{self._keys.root}replicas/"):
@@ -378,8 +397,10 @@ class Worker:
 
     def _received(self, child: int, message: Message) -> None:
         leader, serving = self._service.leader, self._serving
-        if child in self._pulses:
-            self._pulses[child].heard(time.monotonic())
+        if pulse := self._pulses.get(child):
+            if isinstance(message, EngineReady | TextReady):
+                pulse.ready()
+            pulse.heard(time.monotonic())
         if serving is not None and child == serving.engine:
             self._heard(message)
         match message:

@@ -7,6 +7,7 @@ a process namespace of its own, so that its ranks cannot share memory with the o
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -23,12 +24,21 @@ from tests.cluster import PHALANX, Cluster
 NEAR, FAR = "198.18.77.1", "198.18.77.2"  # of the range for tests of network devices (RFC 2544)
 
 
+@functools.cache
 def missing() -> str:
     """Why namespaces cannot be made here; empty when they can."""
     if shutil.which("ip") is None:
         return "there is no `ip` command (Debian: iproute2)"
-    tried = subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, text=True)
-    return "" if tried.returncode == 0 else f"namespaces cannot be made: {tried.stderr.strip()}"
+    name = f"phalanx-{os.getpid()}-tried"
+    for line in (
+        ["unshare", "--net", "--pid", "--fork", "true"],
+        ["ip", "netns", "add", name],
+        ["ip", "netns", "delete", name],
+    ):
+        tried = subprocess.run(line, capture_output=True, text=True)
+        if tried.returncode != 0:
+            return f"namespaces cannot be made: {tried.stderr.strip()}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,7 @@ def wire() -> Iterator[Wire]:
             _ip("-n", name, "link", "set", device, "up")
         yield Wire(name, far)
     finally:
-        _ip("link", "delete", near)
+        subprocess.run(["ip", "link", "delete", near], capture_output=True)
         _ip("netns", "delete", name)
 
 

@@ -29,8 +29,8 @@ def small_etcd(folder: Path) -> Iterator[str]:
     endpoint, peer = f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
     line = [*command(folder, f"http://{endpoint}", peer), f"--quota-backend-bytes={QUOTA}"]
     with subprocess.Popen(line) as process:
-        asyncio.run(wait_until_healthy(endpoint, 30.0))
         try:
+            asyncio.run(wait_until_healthy(endpoint, 30.0))
             yield endpoint
         finally:
             process.terminate()

@@ -3,9 +3,13 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+import pytest
 
 from controlplane.state import ShardState
-from phalanx.v1 import types_pb2
+from dataplane.shard import worker
+from dataplane.shard.server import ShardServer
+from phalanx.v1 import shard_pb2, types_pb2
+from tests.until import until
 
 from .conftest import DEADLINE_S, Cluster, Gateway
 from .fake_engine import HOLD, REFUSE
@@ -193,10 +197,20 @@ async def test_a_gateway_that_closes_its_side_ends_the_stream_in_order(cluster: 
 
 
 async def test_workers_that_are_told_to_leave_wait_for_the_requests_of_their_replica(
-    cluster: Cluster,
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(worker, "_UNROUTABLE_S", 0.0)
     names = ("worker-0", "worker-1")
-    async with cluster.worker(names[0], drain_s=DEADLINE_S), cluster.worker(names[1], drain_s=DEADLINE_S):
+    answers: list[int] = []
+    pending = ShardServer.pending
+
+    def told(server: ShardServer, request: shard_pb2.PendingRequest) -> shard_pb2.PendingResponse:
+        answer = pending(server, request)
+        answers.append(answer.requests)
+        return answer
+
+    monkeypatch.setattr(ShardServer, "pending", told)
+    async with cluster.worker(names[0], drain_s=60.0), cluster.worker(names[1], drain_s=60.0):
         epoch = await cluster.assign(*names)
         await cluster.until_state(ShardState.READY, rank=1)
         await cluster.until_state(ShardState.READY)
@@ -207,8 +221,10 @@ async def test_workers_that_are_told_to_leave_wait_for_the_requests_of_their_rep
             for name in names:
                 cluster.stops[name].set()
             await cluster.until(lambda snapshot: all(one.draining for one in snapshot.workers.values()))
-            await gateway.until(lambda frame: len(frame.deltas) == 0)
+            await until(lambda: len(answers) >= 6)  # of both, each a tenth of a second
+            assert set(answers) == {1}
             assert not any(running.done() for running in cluster.running.values())
             await gateway.cancel()
             async with asyncio.timeout(DEADLINE_S):
                 await asyncio.wait(cluster.running.values())
+            assert answers[-1] == 0, "the follower has asked, too"

@@ -327,7 +327,7 @@ def layout(world: World, replica: str = "a-0") -> tuple[int, int]:
 
 
 def degraded(world: World) -> None:
-    """A replica of four that has lost two workers for good, one before it was degraded and one after."""
+    """A replica of four that has lost a worker for good."""
     world.boot("w0", "w1", "w2", "w3")
     world.apply("a", 1, 2, 2, fallbacks=FALLBACKS)
     world.settle()
@@ -373,6 +373,7 @@ def test_a_degraded_replica_returns_when_a_worker_joins_but_not_at_once(world: W
     degraded(world)
     world.ready("a-0")
     world.boot("w9")
+    world.settle()
     decision = world.settle()
     assert not [action for action in decision.actions if isinstance(action, Form)]
     assert decision.wake_at == world.now + RETURN_AFTER_S
@@ -515,3 +516,101 @@ def test_a_worker_that_booted_again_has_died_whatever_became_of_the_others(world
     world.die("w1")
     world.boot("w0", "w1")
     assert formed(world) == ["a-0"]
+
+
+def test_a_hysteresis_counts_from_when_the_smaller_layout_was_ready(world: World) -> None:
+    degraded(world)
+    world.now += 5 * RETURN_AFTER_S  # it took that long to load
+    world.ready("a-0")
+    world.settle()
+    world.boot("w9")
+    assert formed(world) == []
+    world.now += RETURN_AFTER_S
+    assert formed(world) == ["a-0"]
+
+
+def test_a_replica_does_not_grow_with_the_workers_that_another_could_be_degraded_to(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    world.apply("a", 2, 2, 1, fallbacks=(LayoutRecord(1, 1),))
+    world.settle()
+    world.ready("a-0", "a-1")
+    world.settle()
+    world.die("w1")
+    world.settle()
+    world.now += DEGRADE_AFTER_S
+    assert formed(world) == ["a-0"]
+    world.ready("a-0")
+    world.settle()
+    world.now += 2 * RETURN_AFTER_S
+    world.die("w3")
+    assert formed(world) == []
+    world.now += DEGRADE_AFTER_S
+    assert formed(world) == ["a-1"]
+    assert (layout(world, "a-0"), layout(world, "a-1")) == ((1, 1), (1, 1))
+
+
+def test_a_replica_whose_workers_were_taken_is_degraded_when_one_joins(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    world.apply("a", 2, 2, 1, fallbacks=(LayoutRecord(1, 1),))
+    world.settle()
+    world.ready("a-0", "a-1")
+    world.settle()
+    world.die("w0")
+    world.settle()
+    world.die("w2")
+    assert formed(world) == ["a-0"]
+    assert "a-1" not in world.snapshot.replicas
+    world.ready("a-0")
+    world.boot("w9")
+    world.settle()
+    world.now += DEGRADE_AFTER_S
+    assert formed(world) == ["a-1"]
+    assert layout(world, "a-1") == (1, 1)
+
+
+def test_that_a_replica_had_served_is_forgotten_with_its_deployment(world: World) -> None:
+    world.boot("w0", "w1")
+    world.apply("a", 1, 2, 1, fallbacks=(LayoutRecord(1, 1),))
+    world.settle()
+    world.ready("a-0")
+    world.settle()
+    world.delete("a")
+    world.settle()
+    assert not world.snapshot.ready
+    world.die("w0")
+    world.apply("a", 1, 2, 1, fallbacks=(LayoutRecord(1, 1),))
+    assert formed(world) == []
+    world.now += 2 * DEGRADE_AFTER_S
+    assert formed(world) == []
+
+
+def test_a_smaller_layout_that_failed_does_not_hold_up_the_one_that_is_wanted(world: World) -> None:
+    degraded(world)
+    world.fail("a-0", permanent=True)
+    assert formed(world) == []
+    world.boot("w1")
+    assert formed(world) == ["a-0"]
+    assert layout(world) == (2, 2)
+
+
+def test_a_degraded_replica_is_formed_again_as_it_was_at_once(world: World) -> None:
+    degraded(world)
+    world.ready("a-0")
+    world.settle()
+    world.fail("a-0")
+    assert formed(world) == ["a-0"]
+    assert layout(world) == (2, 1)
+
+
+def test_workers_that_have_long_been_missing_make_no_crowd(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    serve(world, "a", 1, tp=3)
+    serve(world, "b", 1)
+    world.die("w0")
+    world.die("w1")
+    world.settle()
+    world.now += 100
+    world.settle()
+    world.boot("spare")
+    world.die(*world.members("b-0"))
+    assert formed(world) == ["b-0"]

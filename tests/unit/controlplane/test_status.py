@@ -84,6 +84,7 @@ def test_a_deployment_in_a_smaller_layout_is_degraded_and_says_what_it_needs(wor
     assert deployment(world).state == "progressing"
     assert deployment(world).reason.startswith("a-0 runs in tp=1 x pp=1")
     world.ready("a-0")
+    world.settle()
     world.now += RETURN_AFTER_S
     shown = deployment(world)
     assert (shown.state, shown.ready_replicas) == ("degraded", 1)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from dataplane.shard.watchdog import (
     CHECK_S,
-    FIRST_BEAT_S,
     LEAST_S,
+    LOADING_S,
     NO_BEAT_S,
     PATIENCE,
     PAUSE_S,
@@ -205,13 +205,17 @@ def verdict(pulse: Pulse, since: float, seconds: float) -> bool:
     return any(pulse.check(since + CHECK_S * (check + 1)) for check in range(checks))
 
 
-def test_a_child_has_time_for_its_first_beat() -> None:
-    assert not verdict(Pulse(100.0), 100.0, FIRST_BEAT_S - 1)
-    assert verdict(Pulse(100.0), 100.0, FIRST_BEAT_S + 1)
-
-
-def test_a_child_that_stops_beating_is_given_up() -> None:
+def test_a_child_that_loads_has_more_patience() -> None:
+    assert not verdict(Pulse(100.0), 100.0, LOADING_S - 1)
+    assert verdict(Pulse(100.0), 100.0, LOADING_S + 1)
     pulse = Pulse(100.0)
+    pulse.heard(110.0)
+    assert not verdict(pulse, 100.0, LOADING_S + 9)
+
+
+def test_a_child_that_is_ready_and_stops_beating_is_given_up() -> None:
+    pulse = Pulse(100.0)
+    pulse.ready()
     pulse.heard(100.0)
     assert not verdict(pulse, 100.0, NO_BEAT_S - 0.5)
     pulse.heard(100.0 + NO_BEAT_S - 0.5)
@@ -220,6 +224,7 @@ def test_a_child_that_stops_beating_is_given_up() -> None:
 
 def test_a_worker_that_stood_still_does_not_blame_its_children() -> None:
     pulse = Pulse(100.0)
+    pulse.ready()
     pulse.heard(100.0)
     assert pulse.check(100.0 + 20 * NO_BEAT_S) is None
     assert pulse.check(100.1 + 20 * NO_BEAT_S) is None
