@@ -1,6 +1,8 @@
-"""what it costs that streams outlive their gateway: tokens/s with and without, in turns on one cluster
+"""what it costs that streams outlive their gateway: with and without, in turns on one cluster
 
-Two gateways serve the same replica; one keeps nothing for others. Clients stream from each in turn.
+Two gateways serve the same replicas; one keeps nothing for others. Clients stream from each in turn. Beside
+tokens per second, which swing with whatever else a machine does, it counts the CPU time of the whole machine
+per token: nothing else may run on it.
 Example: python -m bench.overhead --rounds 20
 """
 
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from phalanx.cli import cluster
@@ -45,7 +48,21 @@ def gateway(etcd: str, name: str, *options: str) -> Iterator[str]:
         process.wait()
 
 
-async def tokens_per_s(target: str, model: str, max_tokens: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one round of streams."""
+
+    tokens_per_s: float
+    cpu_ms_per_token: float
+
+
+def busy_s() -> float:
+    """CPU time that the machine has spent on anything since it was started."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+async def cost(target: str, model: str, max_tokens: int) -> Cost:
     """All streams together, from the first request to the last token."""
 
     async def run(client: Client, seed: int) -> int:
@@ -53,25 +70,30 @@ async def tokens_per_s(target: str, model: str, max_tokens: int) -> float:
         return sum([len(event.chunk.token_ids) async for event in client.generate(model, "def ", **options)])
 
     async with Client(target) as client:
-        began = time.monotonic()
-        counts = await asyncio.gather(*(run(client, seed) for seed in range(STREAMS)))
-        return sum(counts) / (time.monotonic() - began)
+        began, busy = time.monotonic(), busy_s()
+        tokens = sum(await asyncio.gather(*(run(client, seed) for seed in range(STREAMS))))
+        return Cost(tokens / (time.monotonic() - began), (busy_s() - busy) / tokens * 1000)
 
 
-async def measure(running: cluster.Cluster, model: str, options: argparse.Namespace) -> list[float]:
-    """With divided by without, of each round; who goes first alternates."""
-    etcd, ratios = ",".join(running.etcd), []
+async def measure(
+    running: cluster.Cluster, model: str, options: argparse.Namespace
+) -> list[tuple[Cost, Cost]]:
+    """With and without, of each round; who goes first alternates."""
+    etcd, rounds = ",".join(running.etcd), []
     with gateway(etcd, "with") as kept, gateway(etcd, "without", "--no-resumable") as bare:
         targets = {"with": kept, "without": bare}
         for target in targets.values():
             await ready(target, model)
-            await tokens_per_s(target, model, 50)
+            await cost(target, model, 50)
         for number in range(options.rounds):
             order = ["with", "without"] if number % 2 else ["without", "with"]
-            rates = {name: await tokens_per_s(targets[name], model, options.max_tokens) for name in order}
-            ratios.append(rates["with"] / rates["without"])
-            print(f"  with {rates['with']:.0f}, without {rates['without']:.0f} tokens/s", flush=True)
-    return ratios
+            costs = {name: await cost(targets[name], model, options.max_tokens) for name in order}
+            rounds.append((costs["with"], costs["without"]))
+            for name, each in costs.items():
+                print(
+                    f"  {name}: {each.tokens_per_s:.0f} tokens/s, {each.cpu_ms_per_token:.3f} ms", flush=True
+                )
+    return rounds
 
 
 async def ready(target: str, model: str) -> None:
@@ -92,12 +114,17 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=400)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, two_replicas(options.model, Path(folder)) as running:
-        ratios = asyncio.run(measure(running, options.model.name, options))
-    quarters = statistics.quantiles(ratios, n=4)
-    print(
-        f"{len(ratios)} rounds of {STREAMS} streams: {(quarters[1] - 1) * 100:+.1f} % tokens/s "
-        f"(quartiles {(quarters[0] - 1) * 100:+.1f} and {(quarters[2] - 1) * 100:+.1f} %)"
-    )
+        rounds = asyncio.run(measure(running, options.model.name, options))
+    print(f"{len(rounds)} rounds of {STREAMS} streams, with against without:")
+    print(f"  tokens/s {quartiles([one.tokens_per_s / other.tokens_per_s for one, other in rounds])}")
+    cpu = [one.cpu_ms_per_token / other.cpu_ms_per_token for one, other in rounds]
+    print(f"  CPU time per token {quartiles(cpu)}")
+
+
+def quartiles(ratios: list[float]) -> str:
+    """The median of ratios as a change, with the quartiles beside it."""
+    low, median, high = ((ratio - 1) * 100 for ratio in statistics.quantiles(ratios, n=4))
+    return f"{median:+.1f} % (quartiles {low:+.1f} and {high:+.1f} %)"
 
 
 if __name__ == "__main__":
