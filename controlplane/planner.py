@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from controlplane.state import DeploymentRecord, LayoutRecord, WorkerRecord
+from engine.config import EngineConfig
 
 RANK_BYTES = 3 << 29  # beside its weights: runtime, activations, and the 1 GiB of KV cache of a CPU's rank
 USABLE = 0.9  # of a device's memory
@@ -35,4 +36,4 @@ def _weight_bytes(deployment: DeploymentRecord, device: str) -> float:
     """Bytes that one number takes."""
     if deployment.quantization:
         return _QUANTIZED_BYTES.get(deployment.quantization, 4.0)
-    return _DTYPE_BYTES.get(deployment.dtype or ("float32" if device == "cpu" else "bfloat16"), 4.0)
+    return _DTYPE_BYTES.get(EngineConfig("", device=device, dtype=deployment.dtype).dtype_name, 4.0)

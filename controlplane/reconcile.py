@@ -15,7 +15,7 @@ The rules:
   deployment's smaller layouts that can be placed and fits into memory: it is degraded. Once it has served
   for `RETURN_AFTER_S`, it is formed again in a larger one as soon as that can be placed, unless another
   replica is about to be degraded with the same workers.
-- When most workers of the replicas have gone within `AT_ONCE_S`, the store's leases are suspected rather than
+- When most workers of the replicas have gone at once (`losses`), the store's leases are suspected rather than
   the workers: their replicas have `SUSPECT_S` to come back before anybody else gets their places.
 - A replica of an outdated shape is formed again at once when it is not serving, else one at a time,
   and only when it can be placed and every replica of the new shape is ready.
@@ -30,6 +30,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from controlplane.losses import missing, suspects
 from controlplane.placement import Shortage, place
 from controlplane.planner import fits
 from controlplane.replicas import (
@@ -59,7 +60,6 @@ BACK_OFF_CAP_S = 30.0
 DEGRADE_AFTER_S = 5.0  # a worker whose process was started again has registered by then
 RETURN_AFTER_S = 10.0  # a worker that comes and goes must not have the replica formed each time
 SUSPECT_S = 3.0  # a worker that lives registers again within a second of the store's return
-AT_ONCE_S = 1.5  # leases are renewed every second, so that is how far apart they end
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +188,8 @@ class _Round:
     def __post_init__(self) -> None:
         self.wanted = wanted(self.snapshot)
         self.health = {name: health(self.snapshot, name) for name in self.snapshot.replicas}
-        self.missing = self._missing()
-        self.suspects = self._suspects()
+        self.missing = missing(self.snapshot, self.memory.missing, self.now)
+        self.suspects = suspects(self.snapshot, self.missing, self.memory.suspect, self.now)
         self.needs = {name: self._need(name) for name in self.wanted}
         self.epochs = {name: assigned.epoch for name, assigned in self.snapshot.replicas.items()}
         self.epochs |= unreadable(self.snapshot)
@@ -217,28 +217,6 @@ class _Round:
         )
         memory = Memory(short, self.suspects, self.missing)
         return Decision(actions, self.shortages, self.retries, memory, min(wakes, default=None))
-
-    def _missing(self) -> dict[str, float]:
-        """Since when workers that replicas are formed of have not been registered."""
-        return {
-            member: min(self.memory.missing.get(member, self.now), self.now)
-            for name in self.snapshot.replicas
-            for member in self._members(name)
-            if member not in self.snapshot.workers
-        }
-
-    def _suspects(self) -> dict[str, float]:
-        """Since when replicas have lacked registrations, of those that went when most did."""
-        members = {member for name in self.snapshot.replicas for member in self._members(name)}
-        recent = {member for member, since in self.missing.items() if since + AT_ONCE_S >= self.now}
-        most_are_gone = len(recent) > 1 and 2 * len(recent) > len(members) - len(self.missing) + len(recent)
-        before = self.memory.suspect
-        return {
-            name: min(before.get(name, self.now), self.now)
-            for name in self.snapshot.replicas
-            if not self.missing.keys().isdisjoint(self._members(name))
-            and (name in before or (most_are_gone and not recent.isdisjoint(self._members(name))))
-        }
 
     def _need(self, name: str) -> _Need:
         assigned = self.snapshot.replicas.get(name)

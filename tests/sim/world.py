@@ -376,7 +376,10 @@ class World:
         view = View(store, KEYS)
         process.start(view.follow())
         record = LeaderRecord(name, name)
-        clock = lambda: self.loop.time() + self.skew.get(name, 0.0)  # noqa: E731
+
+        def clock() -> float:
+            return self.loop.time() + self.skew.get(name, 0.0)
+
         process.start(leader.run(store, KEYS, view, record, clock=clock))
 
     def store_goes(self, *, frozen: bool) -> None:

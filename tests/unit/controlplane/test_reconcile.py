@@ -26,9 +26,11 @@ def formed(world: World) -> list[str]:
     return [action.assignment.replica for action in world.settle().actions if isinstance(action, Form)]
 
 
-def serve(world: World, name: str, replicas: int, **shape: int) -> None:
+def serve(
+    world: World, name: str, replicas: int, tp: int = 1, pp: int = 1, fallbacks: tuple[LayoutRecord, ...] = ()
+) -> None:
     """Apply a deployment and let its replicas become ready."""
-    world.apply(name, replicas, **shape)
+    world.apply(name, replicas, tp, pp, fallbacks=fallbacks)
     world.settle()
     world.ready(*(f"{name}-{index}" for index in range(replicas)))
     world.settle()
@@ -329,10 +331,7 @@ def layout(world: World, replica: str = "a-0") -> tuple[int, int]:
 def degraded(world: World) -> None:
     """A replica of four that has lost a worker for good."""
     world.boot("w0", "w1", "w2", "w3")
-    world.apply("a", 1, 2, 2, fallbacks=FALLBACKS)
-    world.settle()
-    world.ready("a-0")
-    world.settle()
+    serve(world, "a", 1, tp=2, pp=2, fallbacks=FALLBACKS)
     world.die("w1")
     world.settle()
     world.now += DEGRADE_AFTER_S
@@ -357,10 +356,7 @@ def test_a_replica_that_lacks_workers_for_long_runs_in_a_smaller_layout(world: W
 
 def test_a_worker_that_comes_back_in_time_spares_the_smaller_layout(world: World) -> None:
     world.boot("w0", "w1", "w2", "w3")
-    world.apply("a", 1, 2, 2, fallbacks=FALLBACKS)
-    world.settle()
-    world.ready("a-0")
-    world.settle()
+    serve(world, "a", 1, tp=2, pp=2, fallbacks=FALLBACKS)
     world.die("w1")
     world.settle()
     world.now += DEGRADE_AFTER_S - 1
@@ -418,10 +414,7 @@ def test_a_replica_that_has_never_served_waits_for_its_workers(world: World) -> 
 
 def test_a_layout_that_does_not_fit_into_memory_is_passed_over(world: World) -> None:
     world.boot("w0", "w1", memory_bytes=2 << 30)
-    world.apply("a", 1, 2, 1, fallbacks=(LayoutRecord(1, 1, 1 << 30),))
-    world.settle()
-    world.ready("a-0")
-    world.settle()
+    serve(world, "a", 1, tp=2, fallbacks=(LayoutRecord(1, 1, 1 << 30),))
     world.die("w1")
     world.settle()
     world.now += DEGRADE_AFTER_S
@@ -444,10 +437,7 @@ def test_a_smaller_layout_that_fails_is_tried_again_later_and_later(world: World
 
 def test_another_replica_is_whole_before_this_one_is_degraded(world: World) -> None:
     world.boot("w0", "w1", "w2", "w3")
-    world.apply("a", 2, 2, 1, fallbacks=(LayoutRecord(1, 1),))
-    world.settle()
-    world.ready("a-0", "a-1")
-    world.settle()
+    serve(world, "a", 2, tp=2, fallbacks=(LayoutRecord(1, 1),))
     world.die("w0")
     world.die("w2")
     assert formed(world) == ["a-0"]
@@ -457,10 +447,7 @@ def test_another_replica_is_whole_before_this_one_is_degraded(world: World) -> N
 
 def test_of_several_degraded_replicas_one_at_a_time_returns(world: World) -> None:
     world.boot("w0", "w1", "w2", "w3")
-    world.apply("a", 2, 2, 1, fallbacks=(LayoutRecord(1, 1),))
-    world.settle()
-    world.ready("a-0", "a-1")
-    world.settle()
+    serve(world, "a", 2, tp=2, fallbacks=(LayoutRecord(1, 1),))
     for gone, name in (("w0", "a-0"), ("w2", "a-1")):
         world.die(gone)
         world.settle()
@@ -531,10 +518,7 @@ def test_a_hysteresis_counts_from_when_the_smaller_layout_was_ready(world: World
 
 def test_a_replica_does_not_grow_with_the_workers_that_another_could_be_degraded_to(world: World) -> None:
     world.boot("w0", "w1", "w2", "w3")
-    world.apply("a", 2, 2, 1, fallbacks=(LayoutRecord(1, 1),))
-    world.settle()
-    world.ready("a-0", "a-1")
-    world.settle()
+    serve(world, "a", 2, tp=2, fallbacks=(LayoutRecord(1, 1),))
     world.die("w1")
     world.settle()
     world.now += DEGRADE_AFTER_S
@@ -551,10 +535,7 @@ def test_a_replica_does_not_grow_with_the_workers_that_another_could_be_degraded
 
 def test_a_replica_whose_workers_were_taken_is_degraded_when_one_joins(world: World) -> None:
     world.boot("w0", "w1", "w2", "w3")
-    world.apply("a", 2, 2, 1, fallbacks=(LayoutRecord(1, 1),))
-    world.settle()
-    world.ready("a-0", "a-1")
-    world.settle()
+    serve(world, "a", 2, tp=2, fallbacks=(LayoutRecord(1, 1),))
     world.die("w0")
     world.settle()
     world.die("w2")
@@ -570,10 +551,7 @@ def test_a_replica_whose_workers_were_taken_is_degraded_when_one_joins(world: Wo
 
 def test_that_a_replica_had_served_is_forgotten_with_its_deployment(world: World) -> None:
     world.boot("w0", "w1")
-    world.apply("a", 1, 2, 1, fallbacks=(LayoutRecord(1, 1),))
-    world.settle()
-    world.ready("a-0")
-    world.settle()
+    serve(world, "a", 1, tp=2, fallbacks=(LayoutRecord(1, 1),))
     world.delete("a")
     world.settle()
     assert not world.snapshot.ready
