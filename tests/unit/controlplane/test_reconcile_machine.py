@@ -100,7 +100,9 @@ class Reconciling(RuleBasedStateMachine):
                     self.world.ready(replica)
             if decision.wake_at is not None:
                 self.world.now = max(self.world.now, decision.wake_at)
-            elif not reconcile(self.world.snapshot, self.world.now, decision.memory).actions:
+                continue
+            again = reconcile(self.world.snapshot, self.world.now, decision.memory)
+            if not again.actions and again.wake_at is None:
                 break
         snapshot = self.world.snapshot
         decision = reconcile(snapshot, self.world.now, self.world.memory)
