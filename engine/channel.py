@@ -108,9 +108,9 @@ class PlanLink:
         self._socket.sendall(_HELLO.pack(epoch, rank))
 
     def receive(self, beside: Iterable[HasFileno] = ()) -> StepPlan | None:
-        """The next plan, or None when one of `beside` can be read first."""
+        """The next plan, or None when one of `beside` can be read, which comes before any plan."""
         ready, _, _ = select.select([self._socket, *beside], [], [])
-        if self._socket not in ready:
+        if ready != [self._socket]:
             return None
         return decode_plan(_receive(self._socket))
 

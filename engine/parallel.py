@@ -33,6 +33,10 @@ class Row(Protocol):
         """The ranks' columns side by side."""
         ...
 
+    def leave(self) -> None:
+        """Tell the others that this rank ends, if that is quicker than its end."""
+        ...
+
 
 class Hop(Protocol):
     """From one stage to the next: one end sends, the other receives."""
@@ -43,6 +47,10 @@ class Hop(Protocol):
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The next tensor."""
+        ...
+
+    def leave(self) -> None:
+        """Tell the other end that this rank ends, if that is quicker than its end."""
         ...
 
 
@@ -104,6 +112,12 @@ class Parallel:
         assert self._before is not None
         return self._back(self._before.receive(shape, dtype), device)
 
+    def leave(self) -> None:
+        """Tell the other ranks that this one ends; a process takes tens of milliseconds to be gone."""
+        for group in (self._row, self._before, self._after):
+            if group is not None:
+                group.leave()
+
     def _out(self, x: torch.Tensor) -> torch.Tensor:
         return (x.cpu() if self._staged else x).contiguous()
 
@@ -131,6 +145,9 @@ class GroupRow:
     def gather_columns(self, x_SV: torch.Tensor) -> torch.Tensor:
         """The ranks' columns side by side."""
         return torch.cat(self._gather(x_SV), dim=1)
+
+    def leave(self) -> None:
+        """Nothing: its connections break as the process ends."""
 
     def _gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(x) for _ in range(self._ranks)]
@@ -160,6 +177,9 @@ class GroupHop:
         x = torch.empty(shape, dtype=dtype, device=self._device)
         self._group.recv([x], 0, 0).wait()
         return x
+
+    def leave(self) -> None:
+        """Nothing: its connection breaks as the process ends."""
 
 
 def open_store(host: str) -> tuple[TCPStore, str]:

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -63,23 +64,24 @@ def run(fd: int, *, survive_thread: bool) -> None:
         die_with_parent()
         link.beat()  # a worker listens; an offline engine does not read any more once its ranks are ready
     code = 0
-    try:
-        _run(link)
-    except LinkClosedError:
-        pass  # nobody is left to tell
-    except Exception as error:
-        code = 1
-        if isinstance(error, EngineError) and error.reason != "INTERNAL":
-            sys.stderr.write(f"engine: {error.message}\n")
-        else:
-            traceback.print_exc(file=sys.stderr)
-        _last_word(link, error)
+    with ExitStack() as at_end:
+        try:
+            _run(link, at_end)
+        except LinkClosedError:
+            pass  # nobody is left to tell
+        except Exception as error:
+            code = 1
+            if isinstance(error, EngineError) and error.reason != "INTERNAL":
+                sys.stderr.write(f"engine: {error.message}\n")
+            else:
+                traceback.print_exc(file=sys.stderr)
+            _last_word(link, error)  # before other ranks call this one lost: the first reason is kept
     sys.stderr.flush()
     # Threads of a communicator whose peer has gone may never end.
     os._exit(code)
 
 
-def _run(link: Link) -> None:
+def _run(link: Link, at_end: ExitStack) -> None:
     start, *early = link.receive()
     if not isinstance(start, StartEngine):
         raise EngineError("INTERNAL", f"expected StartEngine, got {type(start).__name__}")
@@ -90,6 +92,7 @@ def _run(link: Link) -> None:
         meet=lambda: _meet(link, early),
         progress=lambda fraction: link.send(Loading(fraction)),
     )
+    at_end.callback(member.parallel.leave)
     config, identity = member.config, engine_identity(engine, member.config)
     step_s = 0.0 if member.core is None else _timed_canary(member.core)
     link.send(EngineReady(identity, member.max_model_len, config.vocab_size, config.eos_token_ids, step_s))

@@ -30,6 +30,7 @@ from engine.validation import blocks_per_sequence
 if TYPE_CHECKING:
     from engine.channel import PlanLink
     from engine.core import EngineCore
+    from engine.parallel import Parallel
     from engine.runner import Runner
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Member:
     runner: Runner
     core: EngineCore | None
     plans: PlanLink | None
+    parallel: Parallel
 
 
 def thread_count(engine: EngineConfig) -> int:
@@ -140,11 +142,11 @@ def join(
         cache = kernels.cache(len(weights.layers), kv_heads, config.head_dim, blocks)
         runner = Runner(engine, config, weights, parallel, kernels, cache, max_model_len)
         if grid.rank != 0:
-            return Member(config, max_model_len, runner, None, link)
+            return Member(config, max_model_len, runner, None, link, parallel)
         core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len)
         core.canary(time.time())  # communicators are built now, not under the first request
         undo.pop_all()
-        return Member(config, max_model_len, runner, core, None)
+        return Member(config, max_model_len, runner, core, None, parallel)
 
 
 def _kv_bytes(engine: EngineConfig, sharers: int) -> int:

@@ -80,6 +80,10 @@ class _End:
                 "RANK_LOST", f"another rank of the replica has not come in {self._group.timeout_s} s"
             )
 
+    def leave(self) -> None:
+        """Say that this rank ends."""
+        _library().phalanx_shm_leave(ctypes.byref(self._group))
+
 
 class SharedRow:
     """One rank's end of a row. Does not own: the order of calls, which is the same on every rank."""
@@ -102,6 +106,10 @@ class SharedRow:
         self._end.call("phalanx_shm_gather", x_SV.data_ptr(), out.data_ptr(), rows, width)
         return out
 
+    def leave(self) -> None:
+        """Say that this rank ends."""
+        self._end.leave()
+
 
 class SharedHop:
     """One rank's end of the way to the same column of the next stage."""
@@ -119,6 +127,10 @@ class SharedHop:
         x = torch.empty(shape, dtype=dtype)
         self._end.call("phalanx_shm_receive", x.data_ptr(), x.nbytes)
         return x
+
+    def leave(self) -> None:
+        """Say that this rank ends."""
+        self._end.leave()
 
 
 def share_row(store: Store, name: str, rank: int, ranks: int, timeout: timedelta) -> SharedRow | None:
@@ -227,4 +239,5 @@ def _library() -> Any:
     library.phalanx_shm_gather.argtypes = (group, pointer, pointer, whole, whole)
     library.phalanx_shm_send.argtypes = (group, pointer, whole)
     library.phalanx_shm_receive.argtypes = (group, pointer, whole)
+    library.phalanx_shm_leave.argtypes = (group,)
     return library

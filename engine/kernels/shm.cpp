@@ -8,6 +8,7 @@
 // taken them out.
 //
 // Waiting spins a little, then sleeps on the flag as a futex, and now and then looks whether the others live.
+// A rank that ends in order says so, since the kernel takes tens of milliseconds to take a process down.
 
 #include <limits.h>
 #include <linux/futex.h>
@@ -37,13 +38,14 @@ struct Group {  // one rank's end; `engine/shm.py` declares the same
 namespace {
 
 constexpr int SPINS = 2000;  // pauses before a rank sleeps: some 20 to 100 microseconds
-constexpr long LOOK_NS = 50 * 1000 * 1000;
+constexpr long LOOK_NS = 5 * 1000 * 1000;
 
 enum Result { DONE = 0, LOST = 1, LATE = 2 };
 
 struct alignas(128) Flag {  // CPUs fetch cache lines in pairs
   uint32_t value;  // wraps around
   uint32_t sleepers;
+  uint32_t left;  // whether the rank has ended
 };
 
 Flag& flag_of(const Group& g, long rank) { return reinterpret_cast<Flag*>(g.memory)[rank]; }
@@ -56,14 +58,17 @@ long least(long a, long b) { return a < b ? a : b; }
 
 bool is_past(uint32_t value, uint32_t wanted) { return int32_t(value - wanted) >= 0; }
 
+void wake(Flag& flag) { syscall(SYS_futex, &flag.value, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+
 void raise(const Group& g, uint32_t value) {
   Flag& flag = flag_of(g, g.rank);
   __atomic_store_n(&flag.value, value, __ATOMIC_SEQ_CST);
-  if (__atomic_load_n(&flag.sleepers, __ATOMIC_SEQ_CST))
-    syscall(SYS_futex, &flag.value, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+  if (__atomic_load_n(&flag.sleepers, __ATOMIC_SEQ_CST)) wake(flag);
 }
 
 bool all_live(const Group& g) {
+  for (long rank = 0; rank < g.ranks; ++rank)
+    if (rank != g.rank && __atomic_load_n(&flag_of(g, rank).left, __ATOMIC_SEQ_CST)) return false;
   for (long i = 0; i < g.others; ++i) {
     pollfd life{g.lives[i], POLLIN, 0};
     if (poll(&life, 1, 0) > 0) return false;
@@ -182,6 +187,13 @@ int phalanx_shm_receive(Group* group, void* data, long bytes) {
   memcpy(data, slot_of(g, 0, step), bytes);
   raise(g, g.step = step);
   return DONE;
+}
+
+// Says that this rank ends; whoever waits for it, now or later, is told that it is lost.
+void phalanx_shm_leave(Group* group) {
+  Flag& flag = flag_of(*group, group->rank);
+  __atomic_store_n(&flag.left, 1, __ATOMIC_SEQ_CST);
+  wake(flag);
 }
 
 }  // extern "C"

@@ -55,6 +55,15 @@ def test_the_leader_sees_that_any_rank_has_gone_while_it_waits_for_another() -> 
         assert caught.value.reason == "RANK_LOST"
 
 
+def test_what_is_beside_plans_comes_first_or_a_busy_rank_would_never_see_its_parent_go() -> None:
+    ours, theirs = socket.socketpair()
+    with star(2) as (hub, (link,)), ours:
+        hub.broadcast(PLAN)
+        theirs.close()
+        assert link.receive(beside=[ours]) is None
+        assert link.receive() == PLAN
+
+
 def test_strangers_and_ranks_of_another_epoch_are_turned_away() -> None:
     hub = PlanHub("127.0.0.1", 2, 4)
     host, _, port = hub.address.rpartition(":")

@@ -146,6 +146,23 @@ def test_whoever_waits_for_a_rank_that_was_killed_sees_it() -> None:
     del store
 
 
+def outlive(rank: int, ranks: int, store: Store) -> str:
+    row = shm.share_row(store, "row", rank, ranks, TIMEOUT)
+    assert row is not None
+    if rank == 1:
+        row.leave()
+        store.get("seen")  # it lives until rank 0 has seen that it leaves
+        return ""
+    with pytest.raises(EngineError) as caught:
+        row.all_reduce(part(rank, 10))
+    store.set("seen", "")
+    return caught.value.reason
+
+
+def test_whoever_waits_for_a_rank_that_leaves_need_not_wait_for_its_end() -> None:
+    assert run(outlive, 2) == ["RANK_LOST", ""]
+
+
 def wait_in_vain(rank: int, ranks: int, store: Store) -> str:
     row = shm.share_row(store, "row", rank, ranks, timedelta(seconds=0))
     assert row is not None
