@@ -5,7 +5,7 @@ the other end of the socket hears `ready`. It sends `fork` with the descriptor o
 `forked PID` with a pidfd, which names that process for ever, and at its end `ended PID CODE`, as of
 `subprocess`. A closed socket ends this process, and with it every engine.
 
-No thread may run here: a fork takes only the one that forks.
+No thread may run beside `serve`: a fork takes only the one that forks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import socket
 import sys
 
 from engine import process
+from engine.background import import_in_background
 from engine.link import die_with_parent
 
 _REQUEST = 64
@@ -31,12 +32,10 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket")
     connection = socket.socket(fileno=parser.parse_args().fd)
     die_with_parent()
-    import engine.core
-    import engine.grammar
-    import engine.parallel
-    import engine.runner
-    import engine.weights  # noqa: F401  # what `engine.rank.join` imports
-
+    # What `engine.rank.join` imports.
+    import_in_background(
+        "engine.core", "engine.grammar", "engine.parallel", "engine.runner", "engine.weights"
+    )
     gc.collect()
     gc.freeze()  # or the first collection of every engine would copy all pages
     connection.send(b"ready")

@@ -98,7 +98,7 @@ def command(spec: LocalSpec, program: Program, known: Mapping[str, Addresses], r
 
 _MODULES = {
     "controller": "controlplane.main",
-    "worker": "dataplane.shard.main",
+    "worker": "dataplane.shard",
     "gateway": "dataplane.gateway.main",
 }
 

@@ -16,7 +16,7 @@ START_WITHIN_S = 60.0
 STOP_WITHIN_S = 10.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
-STABLE_AFTER_S = 30.0  # a program that served this long starts its back-off anew
+STABLE_AFTER_S = 3.0  # a program that served this long was killed: what is broken ends sooner, and again
 
 
 @dataclass(frozen=True, slots=True)

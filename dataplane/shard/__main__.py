@@ -1,0 +1,11 @@
+"""`python -m dataplane.shard`: the shard server, whose imports stand back for those that serve already."""
+
+from __future__ import annotations
+
+from engine.background import import_in_background
+
+if __name__ == "__main__":
+    import_in_background("dataplane.shard.main")
+    from dataplane.shard.main import main
+
+    main()
