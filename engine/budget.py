@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 from engine.validation import Limits
 
+RESUMED_HEADS = 8
+"""Heads that a sequence counts for which is computed anew: its client waits in the middle of an answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What there is to compute.
 
     decodes: sequences that compute one token at a time. prompts: sequences that have more to compute,
-    running or waiting. Of the tokens of these, `prompt_tokens` could be computed by now in all, `ready` of
-    them by the next plan, and `in_flight` are in plans in flight.
+    running or waiting; `resumed` of them have output, and were replayed or preempted. Of the tokens of these,
+    `prompt_tokens` could be computed by now in all, `ready` of them by the next plan, and `in_flight` are in
+    plans in flight.
     """
 
     decodes: int
@@ -21,6 +25,7 @@ class Demand:
     prompt_tokens: int
     ready: int
     in_flight: int = 0
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +36,12 @@ class Share:
     prompt_tokens: int
 
 
-def prompt_budget(limits: Limits, depth: int, decodes: int, prompts: int) -> int:
+def prompt_budget(limits: Limits, depth: int, decodes: int, waiting: int) -> int:
     """Prompt tokens that a round of `depth` plans may compute beside its decodes.
 
     A plan costs what its tokens cost, and as much as `weight_tokens` tokens for reading the weights. While
     anybody decodes, the time of a round is divided between those who decode and those who wait for their
-    first token, by heads, but half of it at least goes to the prompts: a lone prompt stretches steps to twice
+    next token, by heads, but half of it at least goes to the prompts: a lone prompt stretches steps to twice
     their time, hundreds of prompts take whole steps, since then most wait. A prompt's token costs less than a
     decode's, which needs logits as well, so that the decodes get rather more.
     """
@@ -45,7 +50,7 @@ def prompt_budget(limits: Limits, depth: int, decodes: int, prompts: int) -> int
         return most
     if limits.max_prefill_tokens:
         return min(most, depth * limits.max_prefill_tokens)
-    return min(most, (depth * limits.weight_tokens + decodes) * max(prompts, decodes) // decodes)
+    return min(most, (depth * limits.weight_tokens + decodes) * max(waiting, decodes) // decodes)
 
 
 def share_of(limits: Limits, depth: int, demand: Demand) -> Share:
@@ -55,7 +60,8 @@ def share_of(limits: Limits, depth: int, demand: Demand) -> Share:
     Within one plan decodes come first; in a round, a prompt may have a plan of its own.
     """
     room = max(0, depth * limits.max_batch_tokens - demand.decodes)
-    prompts = min(room, demand.prompt_tokens, prompt_budget(limits, depth, demand.decodes, demand.prompts))
+    waiting = demand.prompts + (RESUMED_HEADS - 1) * demand.resumed
+    prompts = min(room, demand.prompt_tokens, prompt_budget(limits, depth, demand.decodes, waiting))
     plans = max(1, min(depth, demand.decodes + demand.prompts))
     tokens = min(limits.max_batch_tokens, -(-(demand.decodes + prompts) // plans))
     return Share(tokens, max(0, min(tokens, demand.ready, prompts - demand.in_flight)))

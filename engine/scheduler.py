@@ -207,7 +207,7 @@ class Scheduler:
         """Who decodes and who computes a prompt, of those not in flight, and the plan's share for each."""
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
-        all_prompts = ready = in_flight = reading = 0
+        all_prompts = ready = in_flight = reading = resumed = 0
         for sequence in self._running:
             remaining = sequence.length - sequence.computed
             if remaining == 1:
@@ -215,6 +215,7 @@ class Scheduler:
                     decodes.append(sequence)
                 continue
             reading += 1
+            resumed += bool(sequence.output)
             all_prompts += remaining
             if sequence.in_flight:
                 in_flight += sequence.in_flight
@@ -226,6 +227,7 @@ class Scheduler:
             if ready >= most:
                 break
             ready += sequence.length
+            resumed += bool(sequence.output)
             all_prompts += sequence.length
         demand = Demand(
             len(self._running) - reading,
@@ -233,6 +235,7 @@ class Scheduler:
             all_prompts,
             ready,
             in_flight,
+            resumed,
         )
         return decodes, prompts, share_of(self._limits, self._depth, demand)
 

@@ -16,7 +16,7 @@ def limits(**overrides: Any) -> Limits:
 def test_a_lone_prompt_at_most_doubles_the_cost_of_a_step() -> None:
     for decodes in (1, 16, 200):
         cost = 16 + decodes
-        assert prompt_budget(limits(), 1, decodes, prompts=1) == cost
+        assert prompt_budget(limits(), 1, decodes, waiting=1) == cost
 
 
 def test_a_prompt_without_decodes_takes_the_whole_step() -> None:
@@ -24,8 +24,15 @@ def test_a_prompt_without_decodes_takes_the_whole_step() -> None:
 
 
 def test_the_more_wait_the_more_of_a_step_goes_to_prompts() -> None:
-    assert prompt_budget(limits(), 1, decodes=16, prompts=32) == 64
-    assert prompt_budget(limits(), 1, decodes=16, prompts=500) == 512
+    assert prompt_budget(limits(), 1, decodes=16, waiting=32) == 64
+    assert prompt_budget(limits(), 1, decodes=16, waiting=500) == 512
+
+
+def test_answers_that_stopped_in_the_middle_get_more_of_a_step_than_answers_that_have_not_begun() -> None:
+    def prompt_tokens(resumed: int) -> int:
+        return share_of(limits(), 1, Demand(8, 8, 4000, 4000, resumed=resumed)).prompt_tokens
+
+    assert [prompt_tokens(resumed) for resumed in (0, 1, 8)] == [24, 3 * 15, 24 * 8]
 
 
 def test_a_given_number_of_prompt_tokens_is_kept() -> None:
@@ -58,7 +65,7 @@ def test_decodes_are_divided_among_the_plans() -> None:
 def test_a_share_fits_a_plan_and_is_never_empty_while_there_is_work(
     depth: int, budget: int, decodes: int, prompts: int, tokens: int, ready: int, in_flight: int
 ) -> None:
-    demand = Demand(decodes, prompts, tokens + ready, ready, in_flight)
+    demand = Demand(decodes, prompts, tokens + ready, ready, in_flight, resumed=prompts // 2)
     share = share_of(limits(max_batch_tokens=budget), depth, demand)
     assert 0 <= share.prompt_tokens <= share.tokens <= budget
     assert share.tokens > 0 or not (decodes or tokens + ready)
