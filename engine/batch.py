@@ -7,6 +7,7 @@ Does not own: any decision; everything comes from the plans.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -14,6 +15,28 @@ from engine.draw import Draw
 from engine.kernels import AttentionInput
 from engine.plan import Join, StepPlan
 from engine.sampler import PromptRows
+
+
+@dataclass(slots=True)
+class Layout:
+    """A step's input as integers; see `Batch` and `AttentionInput`. `sequences` has four for each."""
+
+    token_ids: list[int]
+    positions: list[int]
+    handles: list[int]
+    sequences: list[int]
+    sample_rows: list[int]
+    draws: tuple[Draw, ...] = ()
+    prompts: tuple[PromptRows, ...] = ()
+    most_queries: int = 0
+    single_queries: int = 0
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of them, one list after the other."""
+        return [
+            *chain(self.token_ids, self.positions, self.handles, self.sequences, self.sample_rows),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +49,18 @@ class Batch:
     draws: tuple[Draw, ...]
     prompts: tuple[PromptRows, ...] = ()
 
+    @staticmethod
+    def of(layout: Layout, numbers: torch.Tensor, tables: torch.Tensor) -> Batch:
+        """Give what `layout.numbers` became on the device its names. Nothing is copied."""
+        lists = (layout.token_ids, layout.positions, layout.handles, layout.sequences, layout.sample_rows)
+        token_ids_T, positions_T, handles_T, flat, sample_rows_S = torch.split(
+            numbers, [len(each) for each in lists]
+        )
+        attention = AttentionInput(
+            positions_T, handles_T, flat.view(-1, 4), tables, layout.most_queries, layout.single_queries
+        )
+        return Batch(token_ids_T, attention, sample_rows_S, layout.draws, layout.prompts)
+
     @property
     def tokens(self) -> int:
         """T."""
@@ -33,60 +68,59 @@ class Batch:
 
 
 class Batcher:
-    """Applies plans in order and builds a Batch from each. Block tables stay where they are."""
+    """Applies plans in order and lays each out. Block tables stay where they are."""
 
     def __init__(self, handles: int, blocks_per_sequence: int, device: torch.device) -> None:
         self._device = device
-        self._tables = torch.zeros(handles, blocks_per_sequence, dtype=torch.int32)
-        self._tables_there = self._tables.to(device)  # the same memory on a CPU
+        self.tables = torch.zeros(handles, blocks_per_sequence, dtype=torch.int32, device=device)
         self._filled = [0] * handles
         self._joins: dict[int, Join] = {}
 
     def build(self, plan: StepPlan) -> Batch:
+        """The tensors of a plan."""
+        return self.batch(self.read(plan))
+
+    def batch(self, layout: Layout) -> Batch:
+        """The tensors of a layout: all numbers go to the device at once."""
+        numbers = torch.tensor(layout.numbers, dtype=torch.int32).to(self._device)
+        return Batch.of(layout, numbers, self.tables)
+
+    def read(self, plan: StepPlan) -> Layout:
         """Take in what the plan says about handles and lay out its rows."""
         for handle in plan.leaves:
             del self._joins[handle]
             self._filled[handle] = 0
         for join in plan.joins:
             self._joins[join.handle] = join
-        token_ids: list[int] = []
-        positions: list[int] = []
-        sequences: list[tuple[int, int, int, int]] = []
+        layout = Layout([], [], [], [], [])
         draws: list[Draw] = []
-        sample_rows: list[int] = []
         prompts: list[PromptRows] = []
+        places: list[int] = []
+        blocks: list[int] = []
         for index, row in enumerate(plan.rows):
             if row.blocks:
-                self._append(row.handle, row.blocks)
-            count = len(row.token_ids)
+                first = row.handle * self.tables.shape[1] + self._filled[row.handle]
+                places += range(first, first + len(row.blocks))
+                blocks += row.blocks
+                self._filled[row.handle] += len(row.blocks)
+            count, at = len(row.token_ids), len(layout.token_ids)
             end = row.start + count
-            sequences.append((row.handle, len(token_ids), count, row.start))
-            token_ids.extend(row.token_ids)
-            positions.extend(range(row.start, end))
+            layout.sequences += (row.handle, at, count, row.start)
+            layout.most_queries = max(layout.most_queries, count)
+            layout.single_queries += count == 1
+            layout.token_ids += row.token_ids
+            layout.positions += range(row.start, end)
+            layout.handles += [row.handle] * count
             join = self._joins[row.handle]
             if join.prompt_logprobs is not None and row.start + 1 < join.prompt_len:
                 targets = join.prompt_ids[row.start + 1 : end + 1]
-                prompts.append(PromptRows(index, len(token_ids) - count, targets, join.prompt_logprobs))
+                prompts.append(PromptRows(index, at, targets, join.prompt_logprobs))
             if row.sample:
                 position = end - join.prompt_len
                 draws.append(Draw(join.sampling, join.choice, position, join.logprobs, row.handle))
-                sample_rows.append(len(token_ids) - 1)
-        inputs = AttentionInput(
-            torch.tensor(positions, dtype=torch.int32, device=self._device),
-            torch.tensor(sequences, dtype=torch.int32, device=self._device),
-            self._tables_there,
-        )
-        return Batch(
-            torch.tensor(token_ids, dtype=torch.int64, device=self._device),
-            inputs,
-            torch.tensor(sample_rows, dtype=torch.int64, device=self._device),
-            tuple(draws),
-            tuple(prompts),
-        )
-
-    def _append(self, handle: int, blocks: tuple[int, ...]) -> None:
-        start = self._filled[handle]
-        end = self._filled[handle] = start + len(blocks)
-        self._tables[handle, start:end] = torch.tensor(blocks, dtype=torch.int32)
-        if self._tables_there is not self._tables:
-            self._tables_there[handle, start:end] = self._tables[handle, start:end].to(self._device)
+                layout.sample_rows.append(at + count - 1)
+        layout.draws, layout.prompts = tuple(draws), tuple(prompts)
+        if places:
+            both = torch.tensor([places, blocks], dtype=torch.int32).to(self._device)
+            self.tables.view(-1)[both[0]] = both[1]
+        return layout

@@ -3,20 +3,24 @@
 Shapes: T tokens of a step, D hidden, F MLP, H query heads, K KV heads, E head size, B sequences of a step.
 H, K and F are this rank's share.
 
-`native` runs on CPUs from our own C++; `reference` is plain torch, for every other device and to check
-the others against. A native result depends on its own row alone, bit for bit, whatever the batch, the
-chunking of prompts and the number of threads; the reference promises equality up to rounding.
+`native` runs on CPUs from our own C++, `gpu` on GPUs in Triton; `reference` is plain torch, for every other
+device and to check the others against. A native result depends on its own row alone, bit for bit, whatever
+the batch, the chunking of prompts and the number of threads; the others promise equality up to rounding.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 
 from engine.draw import Draw
+
+_log = logging.getLogger(__name__)
 
 
 class Matrix(Protocol):
@@ -57,13 +61,17 @@ class Rope:
 class AttentionInput:
     """Who looks at what in a step, all int32 on the device.
 
-    positions_T: each token's position. sequences_B4: the row of a sequence's block table, its first row
-    of the step, its queries, and the position of the first. tables: block tables, [handles, blocks].
+    positions_T: each token's position. handles_T: the row of its sequence's block table. sequences_B4: that
+    row, a sequence's first row of the step, its queries, and the position of the first. tables: block tables,
+    [handles, blocks]. most_queries: the most that a sequence has. single_queries: how many have one.
     """
 
     positions_T: torch.Tensor
+    handles_T: torch.Tensor
     sequences_B4: torch.Tensor
     tables: torch.Tensor
+    most_queries: int
+    single_queries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,7 @@ class Kernels(Protocol):
     device: torch.device
     activation_dtype: torch.dtype
     torch_threads: int  # that torch should use beside these kernels
+    recordable: bool  # whether a decode step never waits for the host
 
     def matrix(self, rows: int, columns: int, *, gated: bool = False, quantise: bool = True) -> Matrix:
         """An empty matrix; `gated` stacks gate over up, for `swiglu`."""
@@ -128,6 +137,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def warm(self) -> None:
+        """Do what would keep a first request waiting, once all matrices are there."""
+        ...
+
     def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         """The token ids [S] that rows of float32 logits draw, as `engine.draw.draw_tokens` defines it."""
         ...
@@ -143,15 +156,28 @@ def choose(device: torch.device, dtype: torch.dtype, quantisation: str = "", *, 
     from engine.kernels.native import NativeKernels, library
     from engine.kernels.reference import ReferenceKernels
 
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library() is not None:
+    on_cpu = device.type == "cpu" and quantisation in ("", "int8", "int4")
+    if on_cpu and dtype in (torch.float32, torch.bfloat16) and library() is not None:
         return NativeKernels(dtype, quantisation, threads=threads)
+    if device.type == "cuda" and quantisation in ("", "int8", "fp8") and _has_triton():
+        from engine.kernels.gpu.kernels import GpuKernels
+
+        return GpuKernels(device, dtype, quantisation)
     if quantisation:
         raise ModelError(
             "INVALID_LAYOUT",
-            f"{quantisation} weights need the native CPU kernels, in float32 or bfloat16; "
-            f"here are device {device.type} and dtype {str(dtype).removeprefix('torch.')}",
+            f"{quantisation} weights are not for device {device.type} with dtype "
+            f"{str(dtype).removeprefix('torch.')}: CPUs take int8 and int4 with float32 or bfloat16, "
+            "GPUs int8 and fp8",
         )
     return ReferenceKernels(device, dtype, threads=threads)
+
+
+def _has_triton() -> bool:
+    if find_spec("triton") is not None:
+        return True
+    _log.warning("Triton is not installed: attention and all else run in plain torch, many times slower")
+    return False
 
 
 __all__ = [

@@ -163,6 +163,7 @@ class NativeKernels:
 
     device = torch.device("cpu")
     activation_dtype = torch.float32
+    recordable = False
     torch_threads = 1  # or its waiting threads would keep the cores from ours
 
     def __init__(
@@ -251,6 +252,9 @@ class NativeKernels:
         )  # fmt: skip
         self._lib.phalanx_attend(self._kind, ctypes.byref(call), self._threads)
         return out_TA
+
+    def warm(self) -> None:
+        """Nothing: these were compiled long ago."""
 
     def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         """The token ids drawn."""

@@ -53,6 +53,8 @@ class ReferenceCache:
 class ReferenceKernels:
     """See `engine.kernels.Kernels`."""
 
+    recordable = False
+
     def __init__(self, device: torch.device, dtype: torch.dtype, *, threads: int = 1) -> None:
         self.name = f"torch on {device}, {str(dtype).removeprefix('torch.')}, {threads} threads"
         self.torch_threads = threads
@@ -135,6 +137,9 @@ class ReferenceKernels:
             )[0]
             out_THE[rows] = out_HQE.transpose(0, 1).to(out_THE.dtype)
         return out_THE.flatten(1)
+
+    def warm(self) -> None:
+        """Nothing."""
 
     def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         """The token ids drawn."""

@@ -32,7 +32,7 @@ class Harness:
         weights = load_weights(str(directory), config, grid, kernels)
         cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, BLOCKS)
         self._model = Decoder(config, weights, Parallel(grid), kernels, cache, config.max_position)
-        self._batcher = Batcher(MAX_SEQUENCES, BLOCKS, CPU)
+        self._batcher = Batcher(MAX_SEQUENCES, BLOCKS, kernels.device)
         self._free = list(range(BLOCKS))
         self._lengths: dict[int, int] = {}
         self._steps = 0

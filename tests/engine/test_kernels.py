@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.config import BLOCK_SIZE
 from engine.draw import Draw, draw_tokens
-from engine.kernels import AttentionInput, HeadNorms, Kernels, KVCache, Rope, choose, native
+from engine.kernels import HeadNorms, Kernels, choose, native
 from engine.kernels.native import NativeKernels
 from engine.kernels.reference import ReferenceKernels
 from engine.request import SamplingParams
+from tests.engine.heads import Heads, numbers
 
 CPU = torch.device("cpu")
 FLAGS = native.cpu_flags()
@@ -34,10 +34,6 @@ def variant(request: pytest.FixtureRequest) -> str:
 def kernels_of(variant: str, dtype: torch.dtype, quantisation: str = "", threads: int = 2) -> NativeKernels:
     found = (variant, native.open_library(variant))
     return NativeKernels(dtype, quantisation, threads=threads, found=found)
-
-
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_this_cpu_gets_its_best_variant() -> None:
@@ -89,39 +85,6 @@ def test_norm_agrees_with_the_reference_and_adds_in_place(variant: str, size: in
         results.append(each.add_rms_norm(x, None, weight, 1e-5))
     for ours, expected in zip(results[:3], results[3:], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-class Heads:
-    """Attention over three sequences in scattered blocks, fed in steps of any shape."""
-
-    def __init__(self, heads: int, kv_heads: int, size: int, length: int) -> None:
-        self.heads, self.kv_heads, self.size, self.length = heads, kv_heads, size, length
-        blocks = -(-length // BLOCK_SIZE)
-        order = torch.randperm(3 * blocks, generator=torch.Generator().manual_seed(5))
-        self.tables = order.view(3, blocks).to(torch.int32)
-        angles = torch.arange(length)[:, None] * 0.7 ** torch.arange(size // 2)
-        self.rope = Rope(angles.cos(), angles.sin())
-        self.qkv = numbers(3, length, (heads + 2 * kv_heads) * size)
-
-    def cache(self, kernels: Kernels) -> KVCache:
-        return kernels.cache(2, self.kv_heads, self.size, self.tables.numel())
-
-    def step(
-        self, kernels: Kernels, cache: KVCache, parts: list[tuple[int, int, int]], **options: object
-    ) -> list[torch.Tensor]:
-        """Feed (sequence, start, end) parts; each one's rows."""
-        sequences, row = [], 0
-        for sequence, start, end in parts:
-            sequences.append((sequence, row, end - start, start))
-            row += end - start
-        inputs = AttentionInput(
-            torch.cat([torch.arange(start, end) for _, start, end in parts]).to(torch.int32),
-            torch.tensor(sequences, dtype=torch.int32),
-            self.tables,
-        )
-        qkv = torch.cat([self.qkv[sequence, start:end] for sequence, start, end in parts])
-        out = kernels.attend(qkv, cache, 1, inputs, self.rope, **options)  # type: ignore[arg-type]
-        return list(out.split([end - start for _, start, end in parts]))
 
 
 @pytest.mark.parametrize(
