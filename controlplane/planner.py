@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 RANK_BYTES = 3 << 29  # beside its weights: runtime, activations, and the 1 GiB of KV cache of a CPU's rank
 USABLE = 0.9  # of a device's memory
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-_QUANTIZED_BYTES = {"int8": 1.1, "int4": 0.65}  # with scales, and what is never quantized
+_QUANTIZED_BYTES = {"int8": 1.1, "fp8": 1.1, "int4": 0.65}  # with scales, and what is never quantized
 
 
 def fits(deployment: DeploymentRecord, layout: LayoutRecord, workers: Sequence[WorkerRecord]) -> bool:

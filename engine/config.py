@@ -14,7 +14,7 @@ from engine.rope_config import RopeConfig, parse_rope
 
 BLOCK_SIZE = 16  # tokens per KV block
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("", "int8", "int4")
+QUANTIZATIONS = ("", "int8", "int4", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -101,7 +101,7 @@ class EngineConfig:
     # ranks on it. Replicas that share a GPU know nothing of each other and must be given theirs.
     kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
-    quantization: str = ""  # of weights: "", "int8" (a scale per row) or "int4" (per row and 64 columns)
+    quantization: str = ""  # of weights: "", "int8", "fp8" (a scale per row), "int4" (per row and 64)
     load_format: str = "auto"  # or "dummy": random weights from config.json alone
     check_weights: bool = False  # refuse weights that are NaN or infinite
 

@@ -44,7 +44,7 @@ PORT = click.IntRange(0, 65535)
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the engine's choice]"
 )
 @click.option(
-    "--quantization", type=click.Choice(["int8", "int4"]), help="Of weights.  [default: as they are]"
+    "--quantization", type=click.Choice(["int8", "fp8", "int4"]), help="Of weights.  [default: as they are]"
 )
 @click.option(
     "--load-format",

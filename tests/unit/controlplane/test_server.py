@@ -122,7 +122,7 @@ async def test_concurrent_changes_are_all_made(controller: Controller) -> None:
         ({"pp": 2**32 - 1}, "pp must be at most 1024"),
         ({"dtype": "int4"}, "float32, bfloat16, float16"),
         ({"load_format": "magic"}, "load_format must be one of auto, dummy"),
-        ({"quantization": "int3"}, "quantization must be one of int8, int4"),
+        ({"quantization": "int3"}, "quantization must be one of int8, int4, fp8"),
     ],
 )
 async def test_a_bad_field_is_refused_with_its_name(
