@@ -79,6 +79,11 @@ class Parallel:
         self._staged = staged  # activations are on a GPU, and the groups move CPU memory
         self._agreed = 0
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the device alone does them, so that they may be recorded with a step."""
+        return not self._staged
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the stage's tensor parallel ranks; `x` may be overwritten.
 

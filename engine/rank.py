@@ -30,6 +30,8 @@ from engine.validation import blocks_per_sequence
 if TYPE_CHECKING:
     from engine.channel import PlanLink
     from engine.core import EngineCore
+    from engine.graphs import Record
+    from engine.kernels import Kernels
     from engine.parallel import Parallel
     from engine.runner import Runner
 
@@ -140,13 +142,30 @@ def join(
         )
         blocks = parallel.agree_on_least(blocks)  # plans name blocks: no rank may have fewer than rank 0
         cache = kernels.cache(len(weights.layers), kv_heads, config.head_dim, blocks)
-        runner = Runner(engine, config, weights, parallel, kernels, cache, max_model_len)
+        kernels.warm()
+        record = _recorder(config, parallel, kernels)
+        runner = Runner(engine, config, weights, parallel, kernels, cache, max_model_len, record)
         if grid.rank != 0:
             return Member(config, max_model_len, runner, None, link, parallel)
         core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len)
         core.canary(time.time())  # communicators are built now, not under the first request
         undo.pop_all()
         return Member(config, max_model_len, runner, core, None, parallel)
+
+
+def _recorder(config: ModelConfig, parallel: Parallel, kernels: Kernels) -> Record | None:
+    """What records decode steps; None where they cannot be.
+
+    Experts are chosen on the host, ranks that share a GPU speak through it, and stages wait for each other.
+    """
+    experts = any(layer.moe for layer in config.layers)
+    if kernels.device.type != "cuda" or not kernels.recordable or experts:
+        return None
+    if parallel.grid.pp > 1 or not parallel.on_device:
+        return None
+    from engine.graphs import CudaRecorder
+
+    return CudaRecorder()
 
 
 def _kv_bytes(engine: EngineConfig, sharers: int) -> int:

@@ -5,9 +5,11 @@ Owns: the order of plans on this rank, the model, the cache. Does not own: what 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from engine.batch import Batcher
+from engine.batch import Batch, Batcher
 from engine.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from engine.errors import EngineError
 from engine.kernels import Kernels, KVCache
@@ -16,6 +18,9 @@ from engine.parallel import Parallel
 from engine.plan import Sampled, StepPlan
 from engine.sampler import Sampler, score_prompts
 from engine.weights import StageWeights
+
+if TYPE_CHECKING:
+    from engine.graphs import DecodeGraphs, Record
 
 
 class Runner:
@@ -30,7 +35,9 @@ class Runner:
         kernels: Kernels,
         cache: KVCache,
         max_model_len: int,
+        record: Record | None = None,
     ) -> None:
+        """With `record`, decode steps are recorded and repeated; the model must have one stage then."""
         self._epoch = engine.epoch
         self._step = 0
         self._parallel = parallel
@@ -40,6 +47,12 @@ class Runner:
         self._sampler = Sampler(kernels.draw)
         self._batcher = Batcher(engine.max_running, -(-max_model_len // BLOCK_SIZE), kernels.device)
         self._model = Decoder(config, weights, parallel, kernels, cache, max_model_len)
+        self._graphs: DecodeGraphs | None = None
+        if record is not None:
+            from engine.graphs import DecodeGraphs  # imports Triton
+
+            most = min(engine.max_running, engine.max_batch_tokens)
+            self._graphs = DecodeGraphs(self._decode_logits, self._batcher.tables, most, record)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled | None:
@@ -54,9 +67,16 @@ class Runner:
                 f"plan {plan.step} of epoch {plan.epoch}, expected {self._step + 1} of {self._epoch}",
             )
         self._step = plan.step
-        batch = self._batcher.build(plan)
-        self._cache.copy_blocks(plan.copies)
         grid = self._parallel.grid
+        layout = self._batcher.read(plan)
+        self._cache.copy_blocks(plan.copies)
+        repeated = None if self._graphs is None else self._graphs.run(layout)
+        if repeated is not None:
+            if grid.rank != grid.sampler:
+                return None
+            self._sampler.follow(plan)
+            return self._sampler.sample(plan, repeated[0], layout.draws, drawn_S=repeated[1])
+        batch = self._batcher.batch(layout)
         x_TD = None
         if not grid.is_first_stage:
             x_TD = self._parallel.recv_hidden((batch.tokens, self._hidden_size), self._dtype, self._device)
@@ -72,3 +92,7 @@ class Runner:
         if logits_SV is None:
             return Sampled(plan.step, (), (), prompt_logprobs)
         return self._sampler.sample(plan, logits_SV, batch.draws, prompt_logprobs)
+
+    def _decode_logits(self, batch: Batch) -> torch.Tensor:
+        """Of a model that has one stage."""
+        return self._model.logits(batch.sample_rows_S, self._model.forward(batch))

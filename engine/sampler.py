@@ -53,10 +53,16 @@ class Sampler:
         logits_SV: torch.Tensor,
         draws: Sequence[Draw],
         prompt_logprobs: tuple[PromptLogprobs, ...] = (),
+        drawn_S: torch.Tensor | None = None,
     ) -> Sampled:
-        """Draw one token per row of float32 logits; log-probabilities are of the logits as they are."""
+        """Draw one token per row of float32 logits; log-probabilities are of the logits as they are.
+
+        `drawn_S` are the tokens that the logits draw as they are, where that is known already.
+        """
         rows = [(draw.handle, draw.position) for draw in draws]
-        token_ids_S = self._draw(self._rules.apply(logits_SV, rows, plan.masks), draws)
+        ruled_SV = self._rules.apply(logits_SV, rows, plan.masks)
+        known = drawn_S if ruled_SV is logits_SV else None
+        token_ids_S = self._draw(ruled_SV, draws) if known is None else known
         token_ids = tuple(token_ids_S.tolist())
         for draw, token in zip(draws, token_ids, strict=True):
             self._rules.drawn(draw.handle, token)
