@@ -77,6 +77,7 @@ class WorkerRecord:
     server_pid: int
     draining: bool = False
     memory_bytes: int = 0
+    ailment: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,7 @@ def _workers(snapshot: Snapshot) -> dict[str, control_pb2.Worker]:
             _add_shard(message, snapshot, *place)
         if worker.draining:
             message.state = "draining"
+            message.reason = worker.ailment or message.reason
         messages[name] = message
     return messages
 

@@ -26,7 +26,7 @@ from controlplane.state import Keys, ShardRecord, ShardState, Snapshot, WorkerRe
 from controlplane.store import Store
 from dataplane.registration import LEASE_TTL_S, Registration
 from dataplane.shard import tracing
-from dataplane.shard.device import memory_bytes
+from dataplane.shard.device import index_of, memory_bytes
 from dataplane.shard.events import (
     Abandoned,
     BeginServing,
@@ -49,6 +49,7 @@ from dataplane.shard.events import (
     Stop,
     Withdraw,
 )
+from dataplane.shard.health import Nvml, Verdict, judge
 from dataplane.shard.launch import ForkServer, Launch, spawn
 from dataplane.shard.leader import Leader
 from dataplane.shard.observe import observe
@@ -82,6 +83,7 @@ _ASK_AGAIN_S, _ASK_TIMEOUT_S = 0.5, 2.0
 _STREAMS_END_S = 0.5
 _UNROUTABLE_S = 0.5  # until every gateway has heard that this worker leaves
 _DRAIN_TICK_S = 0.1
+_HEALTH_S = 5.0
 _MAX_UNANSWERED = 5  # questions in a row
 
 log = logging.getLogger(__name__)
@@ -162,6 +164,8 @@ class Worker:
                     self._tasks.create_task(self._report_health(health)),
                     self._tasks.create_task(self._watch_engine()),
                 ]
+                if self._identity.device != "cpu":
+                    background.append(self._tasks.create_task(self._watch_device()))
                 if self._forkserver is not None:
                     background.append(self._tasks.create_task(self._forkserver.run()))
                 on_listening(address)
@@ -306,6 +310,23 @@ class Worker:
                     self._send(serving.engine, wire.Probe())
                 case Silent(status):
                     self._handle(Hung(serving.engine, status))
+
+    async def _watch_device(self) -> None:
+        """Notice when the GPU is failing: from then on others are preferred, and nothing new comes here."""
+        try:
+            nvml = await asyncio.to_thread(Nvml, index_of(self._identity.device))
+        except Exception as error:  # of the driver or its library
+            log.warning("the device's health is not known", extra={"reason": repr(error)})
+            return
+        first, told = await asyncio.to_thread(nvml.read), Verdict()
+        while not told.ailment:  # of which it does not recover by itself
+            await asyncio.sleep(_HEALTH_S)
+            verdict = judge(await asyncio.to_thread(nvml.read), first)
+            if verdict != told:
+                log.warning("device", extra={"ailment": verdict.ailment, "remarks": verdict.remarks})
+            told = verdict
+        self._record = replace(self._record, draining=True, ailment=told.ailment)
+        self._registration.announce(self._record)
 
     def _handle(self, event: Event) -> None:
         for instruction in self._supervisor.handle(event):
