@@ -18,7 +18,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
-from engine.errors import EngineError, ModelError, RequestError
+from engine.errors import EngineError, ModelError, RequestError, as_engine_error
 from engine.gate import Gate
 from engine.identity import engine_identity
 from engine.link import Link, LinkClosedError, die_with_parent
@@ -185,10 +185,9 @@ def _follow(member: Member, link: Link) -> None:
 
 
 def _last_word(link: Link, error: Exception) -> None:
-    reason = error.reason if isinstance(error, EngineError) else "INTERNAL"
-    message = error.message if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+    known = as_engine_error(error)
     try:
-        link.send(EngineFailed(reason, message, permanent=isinstance(error, ModelError)))
+        link.send(EngineFailed(known.reason, known.message, permanent=isinstance(known, ModelError)))
     except LinkClosedError:
         sys.stderr.write("engine: the parent has gone before it could be told\n")
 
