@@ -8,7 +8,7 @@ STUBS := phalanx/v1/__init__.py
 MODEL := .phalanx/demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test sim chaos lint fmt generated bench bench-engine clean
+.PHONY: help setup demo up down test sim chaos lint fmt generated bench bench-engine gpu-check clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ bench-engine: setup ## Measure the engine beside transformers and vLLM (VLLM_PYT
 	$(BIN)/python -m bench.quality
 	$(BIN)/python -m bench.latency $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(if $(TRACE),$(BIN)/python -m bench.mixed --trace $(TRACE) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)))
+
+gpu-check: setup ## On a GPU: its kernels, every model in every layout, and the engine against the GPU's limits
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m bench.gpu
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) .phalanx phalanx/v1 engine/kernels/*.so
