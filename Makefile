@@ -31,6 +31,7 @@ sim: setup ## Simulate the whole cluster for SEEDS= seeds (20000) on all cores, 
 	$(BIN)/python -m tests.sim --bugs --seeds $(or $(SEEDS),20000)
 
 chaos: setup $(MODEL) ## Hurt a cluster under load in every way; timeline and figures in .phalanx/chaos (SEED=, REPETITIONS=)
+	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.chaos --model $(MODEL) --shuffle --seed $(or $(SEED),0) \
 		--repetitions $(or $(REPETITIONS),3) --report .phalanx/chaos
 

@@ -64,6 +64,7 @@ def make_room(endpoint: str) -> None:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.long
 def test_a_store_without_space_stops_no_stream_and_keeps_no_engine_down(
     demo_model: Path, tmp_path: Path
 ) -> None:

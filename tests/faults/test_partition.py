@@ -15,6 +15,7 @@ from tests.until import until_sync
 
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(bool(missing()), reason=missing())
+@pytest.mark.long
 def test_a_host_that_is_cut_off_takes_no_stream_along(demo_model: Path, tmp_path: Path) -> None:
     with wire() as line, two_hosts(demo_model, tmp_path, line, near_workers=3) as cluster:
         deploy(cluster, replicas=2, tp=2)
