@@ -59,7 +59,7 @@ def test_softmax_sees_what_is_visible_and_no_more() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 3, 70])
-@pytest.mark.parametrize("tiles", [CANDIDATES[0], CANDIDATES[-1], Tiles(16, 64, 3)], ids=str)
+@pytest.mark.parametrize("tiles", [CANDIDATES[-1], Tiles(16, 64, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_of_few_rows_agrees_with_torch(
     dtype: torch.dtype, m: int, tiles: Tiles, bias: bool
