@@ -32,11 +32,14 @@ class Layout:
     single_queries: int = 0
 
     @property
+    def lists(self) -> tuple[list[int], ...]:
+        """Those that go to the device."""
+        return self.token_ids, self.positions, self.handles, self.sequences, self.sample_rows
+
+    @property
     def numbers(self) -> list[int]:
-        """All of them, one list after the other."""
-        return [
-            *chain(self.token_ids, self.positions, self.handles, self.sequences, self.sample_rows),
-        ]
+        """All of these, one after the other."""
+        return [*chain(*self.lists)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,8 @@ class Batch:
     @staticmethod
     def of(layout: Layout, numbers: torch.Tensor, tables: torch.Tensor) -> Batch:
         """Give what `layout.numbers` became on the device its names. Nothing is copied."""
-        lists = (layout.token_ids, layout.positions, layout.handles, layout.sequences, layout.sample_rows)
-        token_ids_T, positions_T, handles_T, flat, sample_rows_S = torch.split(
-            numbers, [len(each) for each in lists]
-        )
+        parts = torch.split(numbers, [len(each) for each in layout.lists])
+        token_ids_T, positions_T, handles_T, flat, sample_rows_S = parts
         attention = AttentionInput(
             positions_T, handles_T, flat.view(-1, 4), tables, layout.most_queries, layout.single_queries
         )
@@ -75,10 +76,6 @@ class Batcher:
         self.tables = torch.zeros(handles, blocks_per_sequence, dtype=torch.int32, device=device)
         self._filled = [0] * handles
         self._joins: dict[int, Join] = {}
-
-    def build(self, plan: StepPlan) -> Batch:
-        """The tensors of a plan."""
-        return self.batch(self.read(plan))
 
     def batch(self, layout: Layout) -> Batch:
         """The tensors of a layout: all numbers go to the device at once."""

@@ -37,8 +37,6 @@ class Reading:
     shutdown_c: int = 0  # the temperature at which it turns itself off; 0: unknown
     slowed: tuple[str, ...] = ()  # why the hardware holds its clocks down
     xids: tuple[int, ...] = ()  # reported since the reading before
-    free_bytes: int = 0
-    total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ class Nvml:
         """The device now. What it cannot tell is left at what a healthy one says."""
         nvml, handle = self._nvml, self._handle
         try:
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            nvml.nvmlDeviceGetMemoryInfo(handle)  # which every device can tell that is there
         except nvml.NVMLError as error:
             gone = (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED)
             return Reading(lost=getattr(error, "value", None) in gone)
@@ -116,8 +114,6 @@ class Nvml:
             ),
             slowed=self._slowed(),
             xids=self._xids(),
-            free_bytes=memory.free,
-            total_bytes=memory.total,
         )
 
     def _ask(self, name: str, *arguments: Any, default: Any) -> Any:

@@ -51,6 +51,7 @@ class Harness:
             self._lengths[handle] = end
         self._steps += 1
         with torch.inference_mode():
-            batch = self._batcher.build(StepPlan(1, self._steps, (), tuple(joins), tuple(rows)))
+            plan = StepPlan(1, self._steps, (), tuple(joins), tuple(rows))
+            batch = self._batcher.batch(self._batcher.read(plan))
             logits = self._model.logits(batch.sample_rows_S, self._model.forward(batch))
         return dict(zip(chunks, logits, strict=False))

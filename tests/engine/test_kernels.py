@@ -14,6 +14,7 @@ from engine.kernels.native import NativeKernels
 from engine.kernels.reference import ReferenceKernels
 from engine.request import SamplingParams
 from tests.engine.heads import Heads, numbers
+from tests.engine.logits import SAMPLINGS, scores
 
 CPU = torch.device("cpu")
 FLAGS = native.cpu_flags()
@@ -186,31 +187,6 @@ def test_a_copied_block_is_read_like_the_original(variant: str, native_cache: bo
 def test_a_library_that_computes_wrong_products_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_is_right", lambda candidate: False)
     assert native.library.__wrapped__() is None
-
-
-def scores(shape: str, vocabulary: int) -> torch.Tensor:
-    """Logits of several rows: well apart, mostly equal, one far ahead, or excluded."""
-    logits = numbers(24, vocabulary, seed=9) * 3
-    match shape:
-        case "equal":
-            return logits.round()
-        case "peaked":
-            logits[:, 5] = 60
-        case "masked":
-            logits[:, ::2] = -torch.inf
-    return logits
-
-
-SAMPLINGS = [
-    SamplingParams(temperature=0),
-    SamplingParams(temperature=1),
-    SamplingParams(temperature=0.3, top_p=0.9),
-    SamplingParams(temperature=5, top_p=0.01),
-    SamplingParams(temperature=1, top_k=1),
-    SamplingParams(temperature=0.8, top_k=40, top_p=0.8),
-    SamplingParams(temperature=1.5, min_p=0.1),
-    SamplingParams(temperature=100, min_p=0.02, top_k=700, top_p=0.999),
-]
 
 
 @pytest.mark.parametrize("shape", ["random", "equal", "peaked", "masked"])

@@ -11,18 +11,8 @@ from engine.draw import Draw, draw_tokens
 from engine.kernels.gpu.draw import draw, pack
 from engine.request import SamplingParams
 from tests.engine.heads import numbers
+from tests.engine.logits import SAMPLINGS, scores
 from tests.gpu.test_kernels import DEVICE
-
-SAMPLINGS = [
-    SamplingParams(temperature=0),
-    SamplingParams(temperature=1),
-    SamplingParams(temperature=0.3, top_p=0.9),
-    SamplingParams(temperature=5, top_p=0.01),
-    SamplingParams(temperature=1, top_k=1),
-    SamplingParams(temperature=0.8, top_k=40, top_p=0.8),
-    SamplingParams(temperature=1.5, min_p=0.1),
-    SamplingParams(temperature=100, min_p=0.02, top_k=700, top_p=0.999),
-]
 
 
 def drawn(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
@@ -33,14 +23,7 @@ def drawn(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
 @pytest.mark.parametrize("shape", ["equal", "peaked", "masked"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_rows_draw_what_the_definition_draws(shape: str, sampling: SamplingParams) -> None:
-    logits = numbers(2, 900, seed=9) * 3
-    match shape:
-        case "equal":
-            logits = logits.round()
-        case "peaked":
-            logits[:, 5] = 60
-        case "masked":
-            logits[:, ::2] = -torch.inf
+    logits = scores(shape, 900, rows=2)
     draws = [Draw(replace(sampling, seed=17 * row), 0, row) for row in range(len(logits))]
     assert drawn(logits, draws) == draw_tokens(logits, draws).tolist()
 

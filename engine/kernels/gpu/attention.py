@@ -137,6 +137,19 @@ def decode(
 
 
 @triton.jit
+def _read(
+    keys, values, table, kv_head, places, seen, size, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """A head's keys and values at places of a sequence, [places, E_PAD]; zero where they are not `seen`."""
+    block = tl.load(table + places // P, mask=seen, other=0).to(tl.int64)
+    offset = ((block * K + kv_head) * P + places % P) * E
+    there = seen[:, None] & (size < E)[None, :]
+    k = tl.load(keys + offset[:, None] + size[None, :], mask=there, other=0.0)
+    v = tl.load(values + offset[:, None] + size[None, :], mask=there, other=0.0)
+    return k, v
+
+
+@triton.jit
 def _decode(
     qkv, keys, values, parts, sums, sequences, tables, table_width, scale, B,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, E_PAD: tl.constexpr,
@@ -167,11 +180,7 @@ def _decode(
     for at in range(begin, end, TILE):
         places = at + tl.arange(0, TILE)
         seen = places < end
-        block = tl.load(tables + handle * table_width + places // P, mask=seen, other=0).to(tl.int64)
-        offset = ((block * K + kv_head) * P + places % P) * E
-        there = seen[:, None] & (size < E)[None, :]
-        k = tl.load(keys + offset[:, None] + size[None, :], mask=there, other=0.0)
-        v = tl.load(values + offset[:, None] + size[None, :], mask=there, other=0.0)
+        k, v = _read(keys, values, tables + handle * table_width, kv_head, places, seen, size, K, E, P)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
@@ -255,11 +264,7 @@ def _prefill(
     for at in range(begin, end, TILE):
         places = at + tl.arange(0, TILE)
         seen = places < end
-        block = tl.load(tables + handle * table_width + places // P, mask=seen, other=0).to(tl.int64)
-        offset = ((block * K + kv_head) * P + places % P) * E
-        there = seen[:, None] & (size < E)[None, :]
-        k = tl.load(keys + offset[:, None] + size[None, :], mask=there, other=0.0)
-        v = tl.load(values + offset[:, None] + size[None, :], mask=there, other=0.0)
+        k, v = _read(keys, values, tables + handle * table_width, kv_head, places, seen, size, K, E, P)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         visible = seen[None, :] & (places[None, :] <= positions[:, None])
         if WINDOW:

@@ -8,7 +8,7 @@ import pytest
 
 from dataplane.shard.health import Nvml, Reading, judge
 
-WELL = Reading(temperature_c=60, shutdown_c=92, free_bytes=1, total_bytes=2)
+WELL = Reading(temperature_c=60, shutdown_c=92)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ MEMORY = SimpleNamespace(free=3, total=8)
 def test_a_device_that_can_tell_little_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml(nvmlDeviceGetMemoryInfo=MEMORY)
     nvml.xids.clear()
-    assert reading_of(monkeypatch, nvml) == Reading(free_bytes=3, total_bytes=8)
+    assert reading_of(monkeypatch, nvml) == Reading()
 
 
 def test_all_that_a_device_tells_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,13 +100,7 @@ def test_all_that_a_device_tells_is_read(monkeypatch: pytest.MonkeyPatch) -> Non
         nvmlDeviceGetTemperatureThreshold=92,
     )
     assert reading_of(monkeypatch, nvml) == Reading(
-        uncorrected=4,
-        remap_pending=True,
-        temperature_c=71,
-        shutdown_c=92,
-        xids=(13, 79),
-        free_bytes=3,
-        total_bytes=8,
+        uncorrected=4, remap_pending=True, temperature_c=71, shutdown_c=92, xids=(13, 79)
     )
 
 
