@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,10 @@ from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
+BEGIN_WITHIN_S = 5.0
+"""How long a new request looks for a gateway that answers: one that died is back by then."""
 RESUME_WITHIN_S = 30.0
+"""How long a stream that has begun looks for one."""
 _PAUSE_S = 0.1
 # What another gateway, or the same one later, may do better. A request's own errors are none of these.
 _ELSEWHERE = ("UNREACHABLE", "STORE_UNAVAILABLE")
@@ -124,57 +128,82 @@ class Client:
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Stream any request; leaving the loop early cancels it.
 
-        Raises PhalanxError UNREACHABLE where no gateway could go on with it within `RESUME_WITHIN_S`.
+        A stream that nobody holds any more, since its gateway and its replica died in its first second, is
+        sent again with its seed, which gives the same tokens, and goes on where it was. Raises PhalanxError
+        UNREACHABLE where no gateway answered within `BEGIN_WITHIN_S`, or `RESUME_WITHIN_S` once it had begun.
         """
-        token, cursor, tries, failing_since = "", "", 0, 0.0
-        turn, started = self._first, False
+        begun: inference_pb2.Started | None = None
+        token, cursor, failing_since, turn = "", "", 0.0, self._first
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if token:
+                attempt = self._resume(turn, token, cursor, left)
+            elif begun is not None:
+                attempt = self._again(turn, request, begun.seed, cursor, left)
+            else:
+                attempt = self._generate(turn, request, left)
             try:
-                async for event in self._attempt(turn, request, token, cursor, left):
-                    self._first, failing_since = turn, 0.0
-                    cursor = event.cursor
-                    if not event.HasField("started"):
-                        yield event
-                    elif not started:
-                        token, started = event.started.resume_token, True
-                        yield event
+                async with aclosing(attempt) as events:
+                    async for event in events:
+                        self._first, failing_since = turn, 0.0
+                        cursor = event.cursor
+                        if not event.HasField("started"):
+                            yield event
+                            continue
+                        token = event.started.resume_token
+                        if begun is None:
+                            begun = event.started
+                            yield event
                 return
             except PhalanxError as error:
-                now, tries = time.monotonic(), tries + 1
+                now = time.monotonic()
                 failing_since = failing_since or now
-                # What no gateway has taken is refused by every one once; what one has is worth some patience.
-                hopeless = now > failing_since + RESUME_WITHIN_S if token else tries >= len(self._stubs)
-                hopeless |= started and not token  # what has begun there cannot be had elsewhere
-                if hopeless or error.reason not in _ELSEWHERE:
+                if error.reason == "UNKNOWN_REQUEST" and token:
+                    token = ""
+                elif error.reason not in _ELSEWHERE or (begun is not None and not begun.resume_token):
+                    raise
+                if now > failing_since + (BEGIN_WITHIN_S if begun is None else RESUME_WITHIN_S):
                     raise
             turn = (turn + 1) % len(self._stubs)
             if turn == self._first:
                 await asyncio.sleep(_PAUSE_S)
 
-    async def _attempt(
+    async def _generate(
+        self, turn: int, request: inference_pb2.GenerateRequest, timeout_s: float | None
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+        """A new stream at one gateway."""
+        with _calling(self._stubs[turn].Generate(request, timeout=timeout_s)) as call:
+            async for event in call:
+                yield event
+
+    async def _resume(
+        self, turn: int, token: str, cursor: str, timeout_s: float | None
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+        """A stream that has begun, from `cursor` on at one gateway."""
+        request = inference_pb2.ResumeRequest(resume_token=token, cursor=cursor)
+        with _calling(self._stubs[turn].Resume(request, timeout=timeout_s)) as call:
+            async for response in call:
+                yield response.event
+
+    async def _again(
         self,
         turn: int,
         request: inference_pb2.GenerateRequest,
-        token: str,
+        seed: int,
         cursor: str,
         timeout_s: float | None,
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """The stream as one gateway tells it."""
-        stub = self._stubs[turn]
-        if token:
-            resume = inference_pb2.ResumeRequest(resume_token=token, cursor=cursor)
-            call = stub.Resume(resume, timeout=timeout_s)
-        else:
-            call = stub.Generate(request, timeout=timeout_s)
-        try:
-            async for event in call:
-                yield event.event if token else event
-        except grpc.aio.AioRpcError as error:
-            raise rpc.to_error(error) from error
-        finally:
-            call.cancel()
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+        """The stream begun anew at one gateway, and told from `cursor` on."""
+        same = inference_pb2.GenerateRequest()
+        same.CopyFrom(request)
+        same.sampling.seed = seed
+        # To leave this call before the other one has taken the stream over would be to cancel it.
+        with _calling(self._stubs[turn].Generate(same, timeout=timeout_s)) as call:
+            first = await call.read()
+            async with aclosing(self._resume(turn, first.started.resume_token, cursor, timeout_s)) as events:
+                async for event in events:
+                    yield event
 
     async def models(self) -> list[inference_pb2.Model]:
         """The models that can be named in a request."""
@@ -183,3 +212,14 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise rpc.to_error(error) from error
         return list(response.models)
+
+
+@contextmanager
+def _calling(call: Any) -> Iterator[Any]:
+    """A call, cancelled where it is left; its failures are PhalanxErrors."""
+    try:
+        yield call
+    except grpc.aio.AioRpcError as error:
+        raise rpc.to_error(error) from error
+    finally:
+        call.cancel()

@@ -10,12 +10,15 @@ import aiohttp
 import grpc
 import pytest
 
+import phalanx.client
+from controlplane.embedded import free_port
 from dataplane.gateway import checkpoints
 from dataplane.gateway.normalize import journal_for
+from dataplane.gateway.server import InferenceService
 from phalanx.client import Client
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import inference_pb2
+from phalanx.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.conftest import Rig, Running
 from tests.gateway.fake_leader import FakeLeader, text_of, token
 from tests.until import until
@@ -120,6 +123,52 @@ async def test_gateway_and_leader_may_die_together(
     await until(lambda: not second.gateway._checkpoints._plan._marks)
 
 
+async def test_a_stream_that_died_with_all_who_held_it_is_sent_again_and_goes_on(
+    rig: Rig, second: Running
+) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+
+    async def die() -> None:
+        await rig.first.kill()  # in its first second: there is no checkpoint
+        await leader.kill()
+        await reached(second, await rig.add_leader("demo-0", wait=False))
+
+    async with Client(rig.first.address, second.address) as client:
+        assert await collect(client, 5, die, n=2) == [expected(20, choice) for choice in range(2)]
+    (again,) = rig.leaders[1].submits
+    assert not any(choice.token_ids for choice in again.prior), "nothing of it was left"
+    assert again.sampling.seed == 1
+    assert second.gateway.dispatcher.live == 0
+
+
+async def test_a_new_request_waits_for_a_gateway_that_comes_back(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.add_leader("demo-0")
+    refused = 0
+
+    def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:
+        nonlocal refused
+        refused += 1
+        return told(error)
+
+    told = rpc.to_error
+    monkeypatch.setattr(rpc, "to_error", to_error)
+    address = f"127.0.0.1:{free_port()}"
+    async with Client(address) as client:
+        stream = client.generate("demo", PROMPT, max_tokens=5, seed=1)
+        first = asyncio.ensure_future(anext(stream))
+        await until(lambda: refused == 2)
+        server = rpc.server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(rig.gateway), server)
+        rpc.bind(server, address)
+        await server.start()
+        assert (await first).HasField("started")
+        assert [id async for event in stream for id in event.chunk.token_ids] == expected(5)
+        await server.stop(None)
+
+
 async def test_a_client_may_have_seen_more_than_the_checkpoint(
     rig: Rig, second: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +244,10 @@ async def test_a_gateway_that_leaves_sends_its_clients_to_another(rig: Rig, seco
         assert events[-1].finished.usage.completion_tokens == 4
 
 
-async def test_a_gateway_that_leaves_lets_its_clients_finish(rig: Rig) -> None:
+async def test_a_gateway_that_leaves_lets_its_clients_finish(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phalanx.client, "BEGIN_WITHIN_S", 0.0)
     leader = await rig.add_leader("demo-0", hold_at=5)
     assert [event async for event in rig.client.generate("demo", PROMPT, max_tokens=2, seed=1)]  # idle, once
     draining: list[asyncio.Task[None]] = []
