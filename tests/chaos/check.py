@@ -8,15 +8,12 @@ from itertools import pairwise
 
 from tests.chaos.load import Answer
 
-CHECKPOINTED_AFTER_S = 1.6  # a second, the writer's round, and its transaction on a busy machine
-
 
 @dataclass(slots=True)
 class Verdict:
     """How many answers were right, and what was wrong with the others."""
 
     whole: int = 0
-    young: int = 0  # lost with gateway and leader before their first checkpoint, and said so
     lost: list[str] = field(default_factory=list)  # ended with an error, or without an end
     wrong: list[str] = field(default_factory=list)  # repeated, skipped or changed a token
 
@@ -26,21 +23,12 @@ class Verdict:
         return not self.lost and not self.wrong
 
 
-def check(
-    answers: Iterable[Answer], references: Sequence[Answer], both_gone: Sequence[float] = ()
-) -> Verdict:
-    """Compare every answer with the undisturbed one of the same request.
-
-    `both_gone`: when a gateway and a leader were killed together. A request that had just begun then is in no
-    checkpoint, and may end with UNKNOWN_REQUEST.
-    """
+def check(answers: Iterable[Answer], references: Sequence[Answer]) -> Verdict:
+    """Compare every answer with the undisturbed one of the same request."""
     verdict = Verdict()
     for answer in answers:
         name = f"request {answer.number}, {len(answer.ids)} tokens"
-        just_begun = any(at - CHECKPOINTED_AFTER_S < answer.began <= at for at in both_gone)
-        if just_begun and answer.problem.startswith("UNKNOWN_REQUEST"):
-            verdict.young += 1
-        elif answer.problem:
+        if answer.problem:
             (verdict.wrong if answer.problem.startswith("position") else verdict.lost).append(
                 f"{name}: {answer.problem}"
             )

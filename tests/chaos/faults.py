@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tests.chaos.observer import Observer
 from tests.cluster import Cluster
+from tests.faults.hurt import can_limit_memory, cut_connections, limit_memory
 
 
 @dataclass(slots=True)
@@ -128,6 +129,37 @@ def stop_etcd(scene: Scene) -> Injury:
     return Injury("SIGSTOP of etcd", wake=[pid], wake_after_s=scene.etcd_stop_s)
 
 
+def cut_worker(scene: Scene) -> Injury:
+    """Every connection of a leader's worker breaks: to gateways, to the store, to its peers."""
+    replica = scene.replica()
+    worker = scene.observer.snapshot.workers[scene.observer.shards(replica)[0].worker]
+    count = cut_connections(worker.server_pid)
+    return Injury(f"{count} connections of the worker that leads {replica} cut")
+
+
+def cut_gateway(scene: Scene) -> Injury:
+    """Every connection of a gateway breaks: its clients', and those to workers and the store."""
+    name = scene.chance.choice(sorted(scene.observer.snapshot.gateways))
+    count = cut_connections(scene.observer.snapshot.gateways[name].pid)
+    return Injury(f"{count} connections of {name} cut")
+
+
+def limit_engine(scene: Scene) -> Injury:
+    """The engine of any rank may have no more memory."""
+    replica = scene.replica()
+    shard = scene.chance.choice(scene.observer.shards(replica))
+    limit_memory(shard.engine_pid)
+    return scene.injury(f"no more memory for the engine of rank {shard.rank}", replica)
+
+
+def limit_worker(scene: Scene) -> Injury:
+    """The worker of any rank may have no more memory."""
+    replica = scene.replica()
+    shard = scene.chance.choice(scene.observer.shards(replica))
+    limit_memory(scene.observer.snapshot.workers[shard.worker].server_pid)
+    return scene.injury(f"no more memory for the worker of rank {shard.rank}", replica)
+
+
 FAULTS: dict[str, Callable[[Scene], Injury]] = {
     "engine-kill": kill_engine,
     "text-kill": kill_text,
@@ -139,4 +171,8 @@ FAULTS: dict[str, Callable[[Scene], Injury]] = {
     "controller-kill": kill_controller,
     "etcd-kill": kill_etcd,
     "etcd-stop": stop_etcd,
+    "worker-cut": cut_worker,
+    "gateway-cut": cut_gateway,
 }
+if can_limit_memory():
+    FAULTS |= {"engine-memory": limit_engine, "worker-memory": limit_worker}

@@ -1,0 +1,81 @@
+"""Injuries that no signal does: connections that break under a living process, memory that runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+from pathlib import Path
+
+_PIDFD_GETFD = 438  # the number of the system call, on every architecture
+_LIMIT_BYTES = 4096  # the next page is one too many
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cut_connections(pid: int) -> int:
+    """Shut down every TCP connection that a process has, as a firewall that forgot them would; how many."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    process, cut = os.pidfd_open(pid), 0
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile, no connection, or one that nobody took yet
+                if not os.readlink(entry).startswith("socket:"):
+                    continue
+                fd = libc.syscall(_PIDFD_GETFD, process, int(entry.name), 0)
+                if fd < 0:
+                    raise OSError(ctypes.get_errno(), "pidfd_getfd")
+                with socket.socket(fileno=fd) as theirs:
+                    if theirs.family in (socket.AF_INET, socket.AF_INET6):
+                        theirs.getpeername()
+                        theirs.shutdown(socket.SHUT_RDWR)
+                        cut += 1
+    finally:
+        os.close(process)
+    return cut
+
+
+def _memory_groups() -> tuple[Path, str] | None:
+    """The folder for groups with a memory limit and the limit's name; None where we cannot make any."""
+    if (_CGROUPS / "memory/memory.limit_in_bytes").exists():  # version 1
+        found = _CGROUPS / "memory", "memory.limit_in_bytes"
+    elif "memory" in _read(_CGROUPS / "cgroup.subtree_control"):
+        found = _CGROUPS, "memory.max"
+    else:
+        return None
+    return found if os.access(found[0], os.W_OK) else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def can_limit_memory() -> bool:
+    """Whether this process may put others into groups with a memory limit."""
+    return _memory_groups() is not None
+
+
+def limit_memory(pid: int) -> None:
+    """Leave a process no memory beyond what it has: the kernel kills it when it needs another page.
+
+    Raises OSError.
+    """
+    found = _memory_groups()
+    if found is None:
+        raise OSError("there are no groups with a memory limit here, or only for another user")
+    folder, limit = found
+    group = folder / f"phalanx-chaos-{pid}"
+    group.mkdir()
+    (group / limit).write_text(str(_LIMIT_BYTES))
+    (group / "cgroup.procs").write_text(str(pid))
+
+
+def forget_limits() -> None:
+    """Remove the groups of processes that have gone."""
+    if found := _memory_groups():
+        for group in found[0].glob("phalanx-chaos-*"):
+            with contextlib.suppress(OSError):  # not yet empty
+                group.rmdir()
