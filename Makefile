@@ -7,8 +7,10 @@ ENV := $(VENV)/.installed
 STUBS := phalanx/v1/__init__.py
 MODEL := .phalanx/demo-model
 
+comma := ,
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test sim chaos lint fmt generated bench bench-engine gpu-check clean
+.PHONY: help setup demo up down test sim chaos lint fmt generated bench bench-engine gpu-check profile clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +67,10 @@ bench-engine: setup ## Measure the engine beside transformers and vLLM (VLLM_PYT
 gpu-check: setup ## On a GPU: its kernels, every model in every layout, and the engine against the GPU's limits
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m bench.gpu
+
+profile: setup ## Take steps apart: a timeline and GB/s of each kernel in .phalanx/profile (PROFILE="--batch 1 ...")
+	$(if $(shell command -v nsys),nsys profile --force-overwrite=true -t cuda$(comma)nvtx -o .phalanx/profile) \
+		$(BIN)/python -m bench.profile $(PROFILE)
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) .phalanx phalanx/v1 engine/kernels/*.so

@@ -24,6 +24,7 @@ from bench.protocol import Ready, Setup, Trace, Work
 MODULES = {
     "phalanx": "bench.contestants.ours",
     "transformers": "bench.contestants.transformers_generate",
+    "transformers-static": "bench.contestants.transformers_generate",
     "transformers-batching": "bench.contestants.transformers_batching",
     "vllm": "bench.contestants.vllm_offline",
     "vllm-eager": "bench.contestants.vllm_offline",
@@ -76,7 +77,11 @@ class Entry:
     def setup(self, base: Setup) -> Setup:
         """`base` with what is this entry's own."""
         return replace(
-            base, dtype=self.dtype, quantization=self.quantization, eager=self.kind == "vllm-eager"
+            base,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            eager=self.kind == "vllm-eager",
+            static=self.kind == "transformers-static",
         )
 
 

@@ -1,4 +1,6 @@
-"""the engine on one GPU against that GPU's own limits: decode, first tokens, and gaps beside a long prompt
+"""the engine on one GPU against that GPU's own limits, and beside transformers
+
+Decode, first tokens, gaps beside a long prompt, and how busy the driver calls the GPU under mixed arrivals.
 
 Random weights from a config alone, bf16. Limits are measured in the same run: the rate of a copy on the
 device, and of its best bf16 GEMM. A decode step reads its weights once and the keys and values of all its
@@ -12,15 +14,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.measures import prompts
+from bench import gpu_plot
+from bench.contest import ContestantError, Entry, contest
+from bench.measures import decode_rate, prompts
+from bench.protocol import Setup, Work
 from bench.results import Stamp
 from bench.shapes import Shape, config_json
 from engine import Engine
@@ -35,11 +41,16 @@ GPU_SHAPES = {
     )
 }
 POINTS = ((1, 512), (32, 1024), (128, 1024), (256, 1024))  # sequences and their lengths
+BESIDE_POINTS = ((1, 512), (32, 1024))  # with transformers
+PEERS = ("transformers", "transformers-static", "transformers-batching")
+NEW_TOKENS = 64
+BUSY_S, CLIENTS, THINK_S = 60.0, 64, 0.05
 LONG = 2048
 BESIDE = 16
 STEPS = 64
 SETTLED = 700  # decode steps until every size of batch has been recorded
 KV_SHARE = 0.85
+PEER_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,9 @@ class Result:
     first_token_s: float = 0.0
     first_token_of_gemm: float = 0.0
     gap_over_median_step: float = 0.0
+    busy: float = 0.0
+    busy_tokens_per_s: float = 0.0
+    peers: list[dict[str, float | str]] = field(default_factory=list)
 
 
 def measure_limits() -> Limits:
@@ -150,6 +164,29 @@ class Bench:
         self.drain()
         return longest / alone
 
+    def busy(self, seconds: float, utilisation: Callable[[], float]) -> tuple[float, float]:
+        """CLIENTS ask for answers of mixed lengths, one by one: the driver's mean, and tokens per second."""
+        draw, samples, tokens = random.Random(0), list[float](), 0
+        began = time.perf_counter()
+        end, sampled = began + seconds, began
+        arrivals = [began + draw.expovariate(1 / THINK_S) for _ in range(CLIENTS)]
+        while (now := time.perf_counter()) < end:
+            due = [at for at in arrivals if at <= now]
+            arrivals = [at for at in arrivals if at > now]
+            for _ in due:
+                length = min(LONG, int(draw.lognormvariate(5.5, 1.0)) + 1)
+                self.submit(1, length, min(512, int(draw.lognormvariate(4.8, 0.8)) + 1))
+            for delta in self._engine.step() if self._engine.busy else ():
+                tokens += len(delta.token_ids)
+                if delta.finish:
+                    arrivals.append(now + draw.expovariate(1 / THINK_S))
+            if now > sampled + 0.2:
+                samples.append(utilisation())
+                sampled = now
+        took = time.perf_counter() - began
+        self.drain()
+        return statistics.mean(samples), tokens / took
+
     def _step_s(self) -> float:
         """The median of the next steps."""
         times = []
@@ -198,9 +235,51 @@ def measure(shape: Shape, limits: Limits, quantization: str) -> Result:
             result.first_token_s = bench.first_token_s()
             result.first_token_of_gemm = shape.prefill_flops([LONG]) / result.first_token_s / limits.gemm
             result.gap_over_median_step = bench.longest_gap()
-    gc.collect()
-    torch.cuda.empty_cache()
+            result.busy, result.busy_tokens_per_s = bench.busy(BUSY_S, driver_utilisation())
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not quantization:
+            result.peers = peers(shape, folder, PEERS, BESIDE_POINTS, "cuda", Path(folder) / "logs")
+            for peer in result.peers:
+                print("  " + ", ".join(f"{key} {value}" for key, value in peer.items()), flush=True)
     return result
+
+
+def driver_utilisation() -> Callable[[], float]:
+    """What the driver says of this GPU: the share of its last sampling period in which a kernel ran."""
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    return lambda: pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
+
+
+def peers(
+    shape: Shape,
+    folder: str,
+    names: Sequence[str],
+    points: Sequence[tuple[int, int]],
+    device: str,
+    logs: Path,
+) -> list[dict[str, float | str]]:
+    """How fast others decode, each in a process of its own, one after another; or why one could not."""
+    found: list[dict[str, float | str]] = []
+    for name in names:
+        setup = Setup(
+            folder, device=device, random_weights=True, max_running=max(count for count, _ in points)
+        )
+        try:
+            with contest([Entry(name)], setup, "", logs, PEER_TIMEOUT_S) as (peer,):
+                for count, length in points:
+                    work = Work(prompts(count, length, shape.vocab, "peers"), [NEW_TOKENS] * count)
+                    peer.run(work, PEER_TIMEOUT_S)  # compiles
+                    rate = decode_rate(peer.run(work, PEER_TIMEOUT_S))
+                    point = {"name": name, "sequences": count, "length": length, "tokens_per_s": rate}
+                    found.append(point)
+        except ContestantError as error:
+            found.append({"name": name, "failed": str(error)})
+    return found
 
 
 def main() -> None:
@@ -227,7 +306,7 @@ def main() -> None:
         share = f"{last.first_token_of_gemm:.0%} of the GEMM limit"
         print(f"  first token of {LONG}: {last.first_token_s * 1e3:.0f} ms, {share}")
         print(f"  longest gap beside it: {last.gap_over_median_step:.1f} median steps")
-    report = {
+    report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "stamp": asdict(Stamp.now()),
@@ -236,6 +315,7 @@ def main() -> None:
     }
     options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.write_text(json.dumps(report, indent=1) + "\n")
+    gpu_plot.draw(report["results"], options.report.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

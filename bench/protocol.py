@@ -17,7 +17,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a contestant is to be built. Lengths are in tokens."""
+    """How a contestant is to be built. Lengths are in tokens.
+
+    With `random_weights` the model is a directory with a config alone. `static`: transformers with a cache of
+    one size, which compiles itself on a GPU. `device`: of transformers alone.
+    """
 
     model: str
     dtype: str = "bfloat16"
@@ -28,6 +32,9 @@ class Setup:
     max_running: int = 256
     max_batch_tokens: int = 0  # per step; 0 is the contestant's default
     eager: bool = False
+    static: bool = False
+    device: str = "cpu"
+    random_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)

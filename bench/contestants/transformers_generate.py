@@ -1,4 +1,7 @@
-"""transformers' `generate` on a padded-free batch, as a contestant: its default attention, all threads."""
+"""transformers' `generate` on a padded-free batch, as a contestant: its default attention, all threads.
+
+With a static cache it compiles itself, on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from bench.protocol import Recorder, Setup, Trace, Work, serve
@@ -20,6 +23,7 @@ class Generate:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         self._model = load(setup)
+        self._options: dict[str, Any] = {"cache_implementation": "static"} if setup.static else {}
         self.details = (
             f"transformers {transformers.__version__}, torch {torch.__version__}, {setup.dtype}, "
             f"attention {self._model.config._attn_implementation}"
@@ -30,7 +34,7 @@ class Generate:
         (new_tokens,) = set(work.new_tokens)
         recorder = Recorder(work)
         with torch.inference_mode():
-            ids = torch.tensor(work.prompts)
+            ids = torch.tensor(work.prompts, device=self._model.device)
             self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -38,6 +42,7 @@ class Generate:
                 min_new_tokens=new_tokens,
                 do_sample=False,
                 streamer=_Clock(recorder),
+                **self._options,
             )
         return recorder.finish()
 
@@ -61,9 +66,14 @@ class _Clock(BaseStreamer):  # type: ignore[misc]  # transformers is not typed h
 def load(setup: Setup, **options: Any) -> Any:
     """The model in eval mode."""
     transformers.logging.set_verbosity_error()
-    model = AutoModelForCausalLM.from_pretrained(
-        setup.model, dtype=getattr(torch, setup.dtype), local_files_only=True, **options
-    )
+    options |= {"dtype": getattr(torch, setup.dtype)}
+    if setup.random_weights:
+        config = AutoConfig.from_pretrained(setup.model, local_files_only=True)
+        with torch.device(setup.device):
+            model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(setup.model, local_files_only=True, **options)
+        model = model.to(setup.device)
     model.generation_config.eos_token_id = None  # every contestant ignores the end of a sequence
     return model.eval()
 
