@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import ENOMEM
+
 
 class EngineError(Exception):
     """A failure with a machine-readable `reason` (UPPER_SNAKE_CASE) and a message for people."""
@@ -23,14 +25,16 @@ class ModelError(EngineError):
 def as_engine_error(error: Exception) -> EngineError:
     """What an engine dies of, by a reason that tells a device from a program, and from a lack of memory.
 
-    OUT_OF_MEMORY: the device had none left. DEVICE_FAILED: CUDA reports an error, after which nothing that a
-    process holds on the device can be trusted, and only its end frees it. INTERNAL: anything else.
+    OUT_OF_MEMORY: the device, or the host, had none left. DEVICE_FAILED: CUDA reports an error, after which
+    nothing that a process holds on the device can be trusted, and only its end frees it. INTERNAL: anything
+    else.
     """
     if isinstance(error, EngineError):
         return error
     kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's, which this module does not import
     first = str(error).partition("\n")[0]
-    if "OutOfMemoryError" in kinds:
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == ENOMEM)
+    if no_memory or "OutOfMemoryError" in kinds:
         return EngineError("OUT_OF_MEMORY", f"{first} Give the engine less kv_bytes, or more ranks.")
     if "AcceleratorError" in kinds or "CUDA error" in first:
         return EngineError("DEVICE_FAILED", first)

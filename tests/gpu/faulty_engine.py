@@ -1,0 +1,48 @@
+"""An engine whose device fails when it computes certain tokens: `python -m tests.gpu.faulty_engine --fd N`.
+
+On a GPU the failures are real ones. Elsewhere they are torch's words for them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine import process
+from engine.batch import Batch
+from engine.model import Decoder
+
+IN_A_KERNEL, NO_MEMORY, LOST = 201, 202, 203
+_WORDS = {
+    IN_A_KERNEL: RuntimeError("CUDA error: an illegal memory access was encountered"),
+    NO_MEMORY: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 PiB."),
+    LOST: RuntimeError("CUDA error: context is destroyed"),
+}
+
+
+class Faulty(Decoder):
+    """Hurts its device when a step has one of the tokens above."""
+
+    def forward(self, batch: Batch, x_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """See Decoder."""
+        for token in set(batch.token_ids_T.tolist()) & _WORDS.keys():
+            _hurt(token, batch.token_ids_T.device)
+        return super().forward(batch, x_TD)
+
+
+def _hurt(what: int, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise _WORDS[what]
+    if what == IN_A_KERNEL:
+        torch.zeros(1, device=device)[torch.tensor([1 << 30], device=device)].item()
+    elif what == NO_MEMORY:
+        torch.empty(1 << 50, dtype=torch.uint8, device=device)
+    else:
+        torch.cuda.cudart().cudaDeviceReset()  # type: ignore[no-untyped-call]
+        torch.zeros(1, device=device).item()
+
+
+if __name__ == "__main__":
+    from engine import runner
+
+    runner.Decoder = Faulty  # type: ignore[misc]
+    process.main()

@@ -1,0 +1,58 @@
+"""A device that fails under an engine: that one says why and ends, and the next one serves on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.request import Request, SamplingParams
+from engine.wire import EngineFailed, EngineReady, StartEngine, SubmitRequest
+from tests.conftest import GPU
+from tests.engine.child import DEADLINE_S, Child, child
+from tests.gpu.faulty_engine import IN_A_KERNEL, LOST, NO_MEMORY
+
+DEVICE = "cuda:0" if GPU else "cpu"
+PETABYTE = 1 << 50
+
+
+def serving(process: Child, directory: Path, kv_bytes: int = 1 << 20, max_running: int = 8) -> None:
+    options = {"device": DEVICE, "kv_bytes": kv_bytes, "max_running": max_running}
+    process.send(StartEngine(str(directory), 1, 1, 0, 1, "127.0.0.1", **options))  # type: ignore[arg-type]
+
+
+def answer(process: Child) -> list[int]:
+    deltas = process.run(Request("whole", (1, 2, 3), SamplingParams(temperature=0), 8, ignore_eos=True))
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [(IN_A_KERNEL, "DEVICE_FAILED"), (NO_MEMORY, "OUT_OF_MEMORY"), (LOST, "DEVICE_FAILED")],
+)
+def test_a_failed_device_is_named_and_the_next_engine_serves(
+    model_dir: Path, token: int, reason: str
+) -> None:
+    answers = []
+    for _ in range(2):
+        with child("tests.gpu.faulty_engine") as process:
+            serving(process, model_dir)
+            process.expect(EngineReady)
+            answers.append(answer(process))
+            process.send(SubmitRequest(Request("bad", (1, token))))
+            failed = process.expect(EngineFailed)
+            assert failed.reason == reason
+            assert not failed.permanent
+            assert process.process.wait(DEADLINE_S) == 1
+    assert answers[0] == answers[1]
+
+
+def test_a_cache_that_does_not_fit_is_named(model_dir: Path) -> None:
+    with child("engine.process") as process:
+        serving(process, model_dir, PETABYTE, 1 << 30)  # a pool is no larger than those running can fill
+        assert process.expect(EngineFailed).reason == "OUT_OF_MEMORY"
+        assert process.process.wait(DEADLINE_S) == 1
+    with child("engine.process") as process:
+        serving(process, model_dir)
+        process.expect(EngineReady)
+        assert len(answer(process)) == 8
