@@ -13,8 +13,9 @@ import torch
 
 from engine.draw import Draw
 from engine.kernels import AttentionInput
-from engine.plan import Join, StepPlan
+from engine.plan import DRAWN, Join, StepPlan
 from engine.sampler import PromptRows
+from engine.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Layout:
     prompts: tuple[PromptRows, ...] = ()
     most_queries: int = 0
     single_queries: int = 0
+    drawn: bool = False  # some token is DRAWN
 
     @property
     def lists(self) -> tuple[list[int], ...]:
@@ -40,6 +42,18 @@ class Layout:
     def numbers(self) -> list[int]:
         """All of these, one after the other."""
         return [*chain(*self.lists)]
+
+
+class Handles:
+    """What a device keeps of every handle, at places that never change. Shapes: H handles.
+
+    `tables`: block tables [H, blocks]. `drawn`: the token last drawn, [H + 1]; the last is of rows that
+    belong to nobody, whose handle is -1.
+    """
+
+    def __init__(self, handles: int, blocks_per_sequence: int, device: torch.device) -> None:
+        self.tables = torch.zeros(handles, blocks_per_sequence, dtype=torch.int32, device=device)
+        self.drawn = torch.zeros(handles + 1, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +67,14 @@ class Batch:
     prompts: tuple[PromptRows, ...] = ()
 
     @staticmethod
-    def of(layout: Layout, numbers: torch.Tensor, tables: torch.Tensor) -> Batch:
-        """Give what `layout.numbers` became on the device its names. Nothing is copied."""
+    def of(layout: Layout, numbers: torch.Tensor, known: Handles) -> Batch:
+        """Give what `layout.numbers` became on the device its names; looks up what was drawn there."""
         parts = torch.split(numbers, [len(each) for each in layout.lists])
         token_ids_T, positions_T, handles_T, flat, sample_rows_S = parts
+        if layout.drawn:
+            token_ids_T = torch.where(token_ids_T == DRAWN, known.drawn[handles_T], token_ids_T)
         attention = AttentionInput(
-            positions_T, handles_T, flat.view(-1, 4), tables, layout.most_queries, layout.single_queries
+            positions_T, handles_T, flat.view(-1, 4), known.tables, layout.most_queries, layout.single_queries
         )
         return Batch(token_ids_T, attention, sample_rows_S, layout.draws, layout.prompts)
 
@@ -67,20 +83,23 @@ class Batch:
         """T."""
         return int(self.token_ids_T.shape[0])
 
+    def keep(self, ids_S: torch.Tensor, known: Handles) -> None:
+        """Note what was drawn, for a step that asks for it."""
+        known.drawn[self.attention.handles_T[self.sample_rows_S]] = ids_S.to(known.drawn.dtype)
+
 
 class Batcher:
-    """Applies plans in order and lays each out. Block tables stay where they are."""
+    """Applies plans in order and lays each out."""
 
     def __init__(self, handles: int, blocks_per_sequence: int, device: torch.device) -> None:
         self._device = device
-        self.tables = torch.zeros(handles, blocks_per_sequence, dtype=torch.int32, device=device)
+        self.known = Handles(handles, blocks_per_sequence, device)
         self._filled = [0] * handles
         self._joins: dict[int, Join] = {}
 
     def batch(self, layout: Layout) -> Batch:
         """The tensors of a layout: all numbers go to the device at once."""
-        numbers = torch.tensor(layout.numbers, dtype=torch.int32).to(self._device)
-        return Batch.of(layout, numbers, self.tables)
+        return Batch.of(layout, to_device(layout.numbers, self._device), self.known)
 
     def read(self, plan: StepPlan) -> Layout:
         """Take in what the plan says about handles and lay out its rows."""
@@ -94,9 +113,10 @@ class Batcher:
         prompts: list[PromptRows] = []
         places: list[int] = []
         blocks: list[int] = []
+        entries = self.known.tables.shape[1]
         for index, row in enumerate(plan.rows):
             if row.blocks:
-                first = row.handle * self.tables.shape[1] + self._filled[row.handle]
+                first = row.handle * entries + self._filled[row.handle]
                 places += range(first, first + len(row.blocks))
                 blocks += row.blocks
                 self._filled[row.handle] += len(row.blocks)
@@ -118,6 +138,7 @@ class Batcher:
                 layout.sample_rows.append(at + count - 1)
         layout.draws, layout.prompts = tuple(draws), tuple(prompts)
         if places:
-            both = torch.tensor([places, blocks], dtype=torch.int32).to(self._device)
-            self.tables.view(-1)[both[0]] = both[1]
+            both = to_device(places + blocks, self._device).view(2, -1)
+            self.known.tables.view(-1)[both[0]] = both[1]
+        layout.drawn = DRAWN in layout.token_ids
         return layout

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from engine.channel import HasFileno, PlanHub
 from engine.grammar import Grammars
-from engine.plan import Sampled
 from engine.request import Delta, Load, Request, SamplingParams
 from engine.runner import Runner
+from engine.sampler import Drawn
 from engine.scheduler import Scheduler
 
 
@@ -28,7 +28,7 @@ class EngineCore:
         self._runner = runner
         self._hub = hub
         self._sampler = sampler  # the rank that draws tokens
-        self._drawn_here: deque[Sampled] = deque()
+        self._drawn_here: deque[Drawn] = deque()
 
     @property
     def busy(self) -> bool:
@@ -54,15 +54,15 @@ class EngineCore:
             began(plan.tokens)
             if self._hub is not None:
                 self._hub.broadcast(plan)
-            sampled = self._runner.run(plan)
-            if sampled is not None:
-                self._drawn_here.append(sampled)
+            drawn = self._runner.run(plan)
+            if drawn is not None:
+                self._drawn_here.append(drawn)
         return self._scheduler.plans_in_flight
 
     def collect(self, now: float) -> tuple[int, tuple[Delta, ...]]:
         """Wait for the oldest step in flight: its number and its new tokens."""
         if self._drawn_here:
-            sampled = self._drawn_here.popleft()
+            sampled = self._drawn_here.popleft().result()
         else:
             assert self._hub is not None
             sampled = self._hub.receive(self._sampler)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.batch import Batch, Layout
+from engine.batch import Batch, Handles, Layout
 from engine.kernels.gpu.draw import ROW, draw, pack
+from engine.transfer import to_device
 
 _FIRST_AFTER = 32  # decode steps: recording is not to keep the first requests waiting
 _EVERY = 16
@@ -58,52 +59,55 @@ class _Recording:
 
 
 class DecodeGraphs:
-    """The recordings of one rank. Does not own: the model and the block tables, whose places are in them.
+    """The recordings of one rank. Does not own: the model, what is kept of handles; their places are in them.
 
     Args:
         logits: a batch's float32 logits.
-        tables: block tables.
+        known: what the device keeps of every handle.
         most: sequences of the largest batch.
         record: how work is recorded.
     """
 
     def __init__(
-        self, logits: Callable[[Batch], torch.Tensor], tables: torch.Tensor, most: int, record: Record
+        self, logits: Callable[[Batch], torch.Tensor], known: Handles, most: int, record: Record
     ) -> None:
-        self._logits, self._tables, self._record = logits, tables, record
+        self._logits, self._known, self._record = logits, known, record
         self._buckets = buckets_up_to(most)
         self._recordings = Recordings(self._buckets)
         self._recorded: dict[int, _Recording] = {}
 
-    def run(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A step's logits [S, V] and the tokens [S] that they draw; None where it is not recorded.
+    def run(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """A step's logits [S, V] and the tokens [S] that they draw; nothing where it is not recorded.
 
-        Both are overwritten by the next step.
+        Both are overwritten by the next step. The tokens have been noted.
         """
         rows = len(layout.token_ids)
         if layout.most_queries != 1 or len(layout.draws) != rows or layout.prompts:
-            return None
+            return None, None
         due = self._recordings.due()
         if due is not None:
             self._recorded[due] = self._make(due)
         bucket = self._buckets[bisect_left(self._buckets, rows)]
         found = self._recorded.get(bucket)
         if found is None:
-            return None
+            return None, None
         padded = pad(layout, bucket)
-        found.numbers.copy_(torch.tensor(padded.numbers + _how(padded), dtype=torch.int32))
+        found.numbers.copy_(to_device(padded.numbers + _how(padded), found.numbers.device))
         found.repeat()
         return found.logits_nV[:rows], found.ids_n[:rows]
 
     def _make(self, bucket: int) -> _Recording:
         """Record a step of nothing but padding: it is also run, and must change nothing."""
         empty = pad(Layout([], [], [], [], []), bucket)
-        numbers = torch.tensor(empty.numbers + _how(empty), dtype=torch.int32).to(self._tables.device)
+        numbers = to_device(empty.numbers + _how(empty), self._known.drawn.device)
         inputs, how = numbers[: -bucket * ROW], numbers[-bucket * ROW :].view(bucket, ROW)
 
         def work() -> tuple[torch.Tensor, torch.Tensor]:
-            logits_nV = self._logits(Batch.of(empty, inputs, self._tables))
-            return logits_nV, draw(logits_nV, how)
+            batch = Batch.of(empty, inputs, self._known)
+            logits_nV = self._logits(batch)
+            ids_n = draw(logits_nV, how)
+            batch.keep(ids_n, self._known)
+            return logits_nV, ids_n
 
         repeat, (logits_nV, ids_n) = self._record(work)
         return _Recording(numbers, repeat, logits_nV, ids_n)
@@ -117,10 +121,11 @@ def pad(layout: Layout, rows: int) -> Layout:
         layout.positions + [0] * more,
         layout.handles + [-1] * more,
         layout.sequences + [0] * 4 * more,
-        layout.sample_rows + [0] * more,
+        [*layout.sample_rows, *range(rows - more, rows)],
         layout.draws,
         most_queries=1,
         single_queries=rows,
+        drawn=True,
     )
 
 

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 
 from engine.request import PositionLogprobs, Request, SamplingParams, TokenLogprob
 
-_HEADER = struct.Struct("<qqIIIII")  # epoch, step, leaves, joins, rows, masks, copies
+DRAWN = (1 << 31) - 1
+"""In place of a token: the one that the step before draws for this handle, which nobody has read yet."""
+
+_HEADER = struct.Struct("<qqIIIII?")  # epoch, step, leaves, joins, rows, masks, copies, feeds
 _JOIN = struct.Struct("<IIIiidqddQdddI")
 _LISTS = struct.Struct("<IIIII")  # lengths of a join's: prompt, output, ends, logit_bias, bad_words
 _BIAS = struct.Struct("<Id")
@@ -73,7 +76,11 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Everything that one step does. Steps of an epoch are numbered from 1 without gaps."""
+    """Everything that one step does. Steps of an epoch are numbered from 1 without gaps.
+
+    With `feeds`, the next plan may come before anybody has read what this one draws, and say `DRAWN`: every
+    rank draws, and keeps the tokens on its device.
+    """
 
     epoch: int
     step: int
@@ -82,6 +89,7 @@ class StepPlan:
     rows: tuple[Row, ...] = ()
     masks: tuple[Mask, ...] = ()  # of rows that sample under a grammar
     copies: tuple[tuple[int, int], ...] = ()  # whole KV blocks, from and to; no target is a source
+    feeds: bool = False
 
     @property
     def tokens(self) -> int:
@@ -143,7 +151,7 @@ def join(request: Request, choice: int, output: Iterable[int], handle: int, eos:
 def encode_plan(plan: StepPlan) -> bytes:
     """The plan as bytes."""
     counts = (len(plan.leaves), len(plan.joins), len(plan.rows), len(plan.masks), len(plan.copies))
-    parts = [_HEADER.pack(plan.epoch, plan.step, *counts)]
+    parts = [_HEADER.pack(plan.epoch, plan.step, *counts, plan.feeds)]
     parts.append(_pack_ids(plan.leaves))
     for join in plan.joins:
         parts.extend(_pack_join(join))
@@ -157,7 +165,7 @@ def encode_plan(plan: StepPlan) -> bytes:
 def decode_plan(data: bytes) -> StepPlan:
     """The plan in `data`. Raises struct.error or ValueError when it is cut short or too long."""
     reader = _Reader(data)
-    epoch, step, leaves, joins, rows, masks, copies = reader.take(_HEADER)
+    epoch, step, leaves, joins, rows, masks, copies, feeds = reader.take(_HEADER)
     plan = StepPlan(
         epoch,
         step,
@@ -166,6 +174,7 @@ def decode_plan(data: bytes) -> StepPlan:
         _read_rows(reader, rows),
         tuple(_read_mask(reader) for _ in range(masks)),
         tuple(_read_copy(reader) for _ in range(copies)),
+        feeds,
     )
     reader.end()
     return plan

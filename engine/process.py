@@ -179,9 +179,9 @@ def _follow(member: Member, link: Link) -> None:
         if plan is None:
             link.receive()  # raises LinkClosedError: the parent has nothing to say
             continue
-        sampled = member.runner.run(plan)
-        if sampled is not None:
-            member.plans.send(sampled)
+        drawn = member.runner.run(plan)
+        if drawn is not None:
+            member.plans.send(drawn.result())
 
 
 def _last_word(link: Link, error: Exception) -> None:

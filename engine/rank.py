@@ -180,6 +180,11 @@ def _kv_bytes(engine: EngineConfig, sharers: int) -> int:
     return int(free * _GPU_FREE_SHARE) // sharers
 
 
+def _plans_ahead(engine: EngineConfig) -> bool:
+    """Whether a step is planned while the one before runs. A GPU runs by itself; stages have other plans."""
+    return engine.device != "cpu" and engine.pp == 1
+
+
 def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[int, int]:
     """Blocks of the pool and the longest sequence, when `most` blocks fit into memory."""
     longest = engine.max_model_len or config.max_position
@@ -191,7 +196,8 @@ def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[i
             "INVALID_LAYOUT",
             f"max_model_len {longest} exceeds the model's {config.max_position} positions{why}",
         )
-    needed = blocks_per_sequence(longest, config.kv_window, engine.max_batch_tokens, BLOCK_SIZE)
+    in_flight = engine.max_batch_tokens * (2 if _plans_ahead(engine) else 1)
+    needed = blocks_per_sequence(longest, config.kv_window, in_flight, BLOCK_SIZE)
     if most < needed:
         if engine.max_model_len or most == 0:
             raise ModelError(
@@ -229,6 +235,7 @@ def _core(
         engine.prefix_cache,
         engine.max_prefill_tokens,
         _CPU_WEIGHT_TOKENS if engine.device == "cpu" else _GPU_WEIGHT_TOKENS,
+        _plans_ahead(engine),
     )
     assert hub is None or isinstance(hub, PlanHub)
     grammars = Grammars(engine.model, config.vocab_size, config.eos_token_ids)

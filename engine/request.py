@@ -42,6 +42,18 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids that the output must not contain
     grammar: Grammar | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that have come before change the logits."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything changes the logits before temperature and truncation do."""
+        return self.has_penalties or bool(
+            self.logit_bias or self.min_tokens or self.bad_words or self.grammar is not None
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

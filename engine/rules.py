@@ -85,7 +85,7 @@ class Rules:
         for handle in plan.leaves:
             self._handles.pop(handle, None)
         for join in plan.joins:
-            if _has_rules(join):
+            if join.sampling.has_rules:
                 self._handles[join.handle] = _begin(join)
 
     def drawn(self, handle: int, token: int) -> None:
@@ -181,22 +181,13 @@ class Rules:
         flat.index_copy_(0, places, logits)
 
 
-def _has_rules(join: Join) -> bool:
-    return bool(_has_penalties(join) or join.sampling.bad_words or join.sampling.logit_bias or join.ends)
-
-
-def _has_penalties(join: Join) -> bool:
-    s = join.sampling
-    return bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty)
-
-
 def _begin(join: Join) -> _Handle:
     s = join.sampling
     prompt = join.prompt_ids if s.repetition_penalty != 1 else ()
     return _Handle(
         join,
         list(join.output_ids),
-        _Seen.of(prompt, join.output_ids) if _has_penalties(join) else None,
+        _Seen.of(prompt, join.output_ids) if s.has_penalties else None,
         tuple(word[0] for word in s.bad_words if len(word) == 1),
         torch.tensor([token for token, _ in s.logit_bias], dtype=torch.int64),
         torch.tensor([bias for _, bias in s.logit_bias], dtype=torch.float32),

@@ -15,8 +15,8 @@ from engine.errors import EngineError
 from engine.kernels import Kernels, KVCache
 from engine.model import Decoder
 from engine.parallel import Parallel
-from engine.plan import Sampled, StepPlan
-from engine.sampler import Sampler, score_prompts
+from engine.plan import StepPlan
+from engine.sampler import Drawn, Sampler, score_prompts
 from engine.weights import StageWeights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Runner:
         self._parallel = parallel
         self._hidden_size = config.hidden_size
         self._dtype, self._device = kernels.activation_dtype, kernels.device
-        self._cache = cache
+        self._cache, self._kernels = cache, kernels
         self._sampler = Sampler(kernels.draw)
         self._batcher = Batcher(engine.max_running, -(-max_model_len // BLOCK_SIZE), kernels.device)
         self._model = Decoder(config, weights, parallel, kernels, cache, max_model_len)
@@ -52,11 +52,11 @@ class Runner:
             from engine.graphs import DecodeGraphs  # imports Triton
 
             most = min(engine.max_running, engine.max_batch_tokens)
-            self._graphs = DecodeGraphs(self._decode_logits, self._batcher.tables, most, record)
+            self._graphs = DecodeGraphs(self._decode_logits, self._batcher.known, most, record)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Sampled | None:
-        """Execute a plan; the rank that samples returns what was drawn, the others None.
+    def run(self, plan: StepPlan) -> Drawn | None:
+        """Start to execute a plan; the rank that samples returns what is being drawn, the others None.
 
         Raises:
             EngineError: PLAN_REFUSED, when the plan is of another epoch or not the next one.
@@ -70,12 +70,14 @@ class Runner:
         grid = self._parallel.grid
         layout = self._batcher.read(plan)
         self._cache.copy_blocks(plan.copies)
-        repeated = None if self._graphs is None else self._graphs.run(layout)
-        if repeated is not None:
+        logits_SV: torch.Tensor | None
+        ids_S: torch.Tensor | None
+        logits_SV, ids_S = (None, None) if self._graphs is None else self._graphs.run(layout)
+        if logits_SV is not None:
             if grid.rank != grid.sampler:
                 return None
             self._sampler.follow(plan)
-            return self._sampler.sample(plan, repeated[0], layout.draws, drawn_S=repeated[1])
+            return self._sampler.sample(plan, logits_SV, layout.draws, ids_S)
         batch = self._batcher.batch(layout)
         x_TD = None
         if not grid.is_first_stage:
@@ -86,12 +88,13 @@ class Runner:
             return None
         prompt_logprobs = score_prompts(batch.prompts, lambda rows_S: self._model.logits(rows_S, x_TD))
         logits_SV = self._model.logits(batch.sample_rows_S, x_TD) if batch.draws else None
+        if plan.feeds and logits_SV is not None:
+            ids_S = self._kernels.draw(logits_SV, batch.draws)
+            batch.keep(ids_S, self._batcher.known)
         if grid.rank != grid.sampler:
             return None
         self._sampler.follow(plan)
-        if logits_SV is None:
-            return Sampled(plan.step, (), (), prompt_logprobs)
-        return self._sampler.sample(plan, logits_SV, batch.draws, prompt_logprobs)
+        return self._sampler.sample(plan, logits_SV, batch.draws, ids_S, prompt_logprobs)
 
     def _decode_logits(self, batch: Batch) -> torch.Tensor:
         """Of a model that has one stage."""

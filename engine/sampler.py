@@ -14,6 +14,7 @@ from engine.draw import Draw
 from engine.plan import PromptLogprobs, Sampled, StepPlan
 from engine.request import PositionLogprobs, TokenLogprob
 from engine.rules import Rules
+from engine.transfer import from_device
 
 DrawTokens = Callable[[torch.Tensor, Sequence[Draw]], torch.Tensor]  # logits [S, V] to ids [S]
 
@@ -33,6 +34,25 @@ class PromptRows:
     logprobs: int
 
 
+class Drawn:
+    """What a step draws, perhaps still on its way from the device."""
+
+    def __init__(self, result: Callable[[], Sampled]) -> None:
+        self.result = result
+        """Wait for it."""
+
+    @staticmethod
+    def now(sampled: Sampled) -> Drawn:
+        """What has arrived."""
+        return Drawn(lambda: sampled)
+
+    @staticmethod
+    def later(step: int, ids_S: torch.Tensor) -> Drawn:
+        """Tokens where they lie now, for which nobody waits yet."""
+        wait = from_device(ids_S)
+        return Drawn(lambda: Sampled(step, tuple(wait()), (None,) * len(ids_S)))
+
+
 class Sampler:
     """Draws for one epoch's plans, in order.
 
@@ -50,26 +70,29 @@ class Sampler:
     def sample(
         self,
         plan: StepPlan,
-        logits_SV: torch.Tensor,
+        logits_SV: torch.Tensor | None,
         draws: Sequence[Draw],
+        ids_S: torch.Tensor | None = None,
         prompt_logprobs: tuple[PromptLogprobs, ...] = (),
-        drawn_S: torch.Tensor | None = None,
-    ) -> Sampled:
+    ) -> Drawn:
         """Draw one token per row of float32 logits; log-probabilities are of the logits as they are.
 
-        `drawn_S` are the tokens that the logits draw as they are, where that is known already.
+        `ids_S` are the tokens that the logits draw as they are, where that is known already.
         """
+        if logits_SV is None:
+            return Drawn.now(Sampled(plan.step, (), (), prompt_logprobs))
+        if plan.feeds:  # nobody in it has rules
+            assert ids_S is not None
+            return Drawn.later(plan.step, ids_S)
         rows = [(draw.handle, draw.position) for draw in draws]
         ruled_SV = self._rules.apply(logits_SV, rows, plan.masks)
-        known = drawn_S if ruled_SV is logits_SV else None
-        token_ids_S = self._draw(ruled_SV, draws) if known is None else known
-        token_ids = tuple(token_ids_S.tolist())
+        if ids_S is None or ruled_SV is not logits_SV:
+            ids_S = self._draw(ruled_SV, draws)
+        token_ids = tuple(ids_S.tolist())
         for draw, token in zip(draws, token_ids, strict=True):
             self._rules.drawn(draw.handle, token)
-        wanted = [draw.logprobs for draw in draws]
-        return Sampled(
-            plan.step, token_ids, log_probabilities(logits_SV, token_ids_S, wanted), prompt_logprobs
-        )
+        logprobs = log_probabilities(logits_SV, ids_S, [draw.logprobs for draw in draws])
+        return Drawn.now(Sampled(plan.step, token_ids, logprobs, prompt_logprobs))
 
 
 def score_prompts(

@@ -6,7 +6,9 @@ ranks execute plans, which is the order of their numbers.
 
 A choice of a request is a sequence. Its tokens are the prompt, prior output and new output; a step computes
 the next few of them, and the one that computes the last draws the next. So prefill, decode and recomputation
-after a preemption are the same thing. A sequence is in at most one plan in flight.
+after a preemption are the same thing. A sequence is in at most one plan in flight, or with `limits.ahead` in
+the two that there are then: in the second with the token that the first draws, whatever it is. If it ends
+with that token, what the second computes of it is dropped.
 
 All sequences stand in one order (`engine.sequence.place_in_order`). Those that decode are served before those
 with prompts to compute (`engine.budget` says how many tokens each gets), and both in order. Who lacks blocks
@@ -42,9 +44,14 @@ class _Draft:
 
 
 class Scheduler:
-    """Up to `depth` plans in flight; blocks for `limits.kv_blocks` times `limits.block_size` tokens."""
+    """Up to `depth` plans in flight; blocks for `limits.kv_blocks` times `limits.block_size` tokens.
+
+    With `limits.ahead`, which goes with a depth of 1, one more.
+    """
 
     def __init__(self, limits: Limits, *, epoch: int = 1, depth: int = 1) -> None:
+        if limits.ahead and depth > 1:
+            raise ValueError("a pipeline has plans in flight of its own")
         self._limits = limits
         self._epoch = epoch
         self._depth = depth
@@ -117,16 +124,16 @@ class Scheduler:
         """Forget a request or one choice of it; unknown ones are ignored."""
         for sequence in list(self._live.get(request_id, ())):
             if choice is None or sequence.choice == choice:
-                sequence.cancelled = True
                 self._remove(sequence)
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next plan, or None when `depth` plans are in flight or nothing can be computed now."""
-        if len(self._in_flight) == self._depth:
+        """The next plan, or None when enough are in flight or nothing can be computed now."""
+        ahead = len(self._in_flight) >= self._depth
+        if ahead and not self._may_plan_ahead():
             return None
         draft = _Draft()
         self._displace()
-        decodes, prompts, share = self._survey()
+        decodes, prompts, share = self._survey(ahead=ahead)
         left = self._go_on(draft, decodes, share.tokens - share.prompt_tokens)
         left += share.prompt_tokens
         for sequence in prompts:
@@ -148,6 +155,7 @@ class Scheduler:
             tuple(draft.rows),
             tuple(draft.masks),
             tuple(draft.copies),
+            self._limits.ahead and all(sequence.plain for sequence in draft.planned),
         )
         self._leaves.clear()
         self._in_flight.append((plan, draft.planned))
@@ -164,10 +172,11 @@ class Scheduler:
             planned[prompt.row].prompt_logprobs += prompt.positions
         for row, sequence in zip(plan.rows, planned, strict=True):
             token = next(drawn) if row.sample else None
-            count, sequence.in_flight = sequence.in_flight, 0
-            if sequence.cancelled:
+            sequence.in_flight -= len(row.token_ids)
+            sequence.drawing -= row.sample
+            if sequence.handle is None:  # cancelled or at its end since it was planned
                 continue
-            self._tables.advance(sequence, count)
+            self._tables.advance(sequence, len(row.token_ids))
             if self._held and row.start < sequence.prompt_len <= sequence.computed:
                 self._let_go(sequence.request.id)
             if token is not None:
@@ -187,41 +196,73 @@ class Scheduler:
         assert sorted(handles + self._handles) == list(range(self._limits.max_running))
         self._tables.check_integrity(running)
         for sequence in live:
-            assert not sequence.cancelled
             assert sequence.length == sequence.prompt_len + len(sequence.output)
             assert sequence.remaining > 0, "nothing is left to compute"
         for sequence in [*waiting, *held]:
             assert sequence.handle is None
             assert not sequence.blocks
-            assert (sequence.computed, sequence.passed, sequence.told, sequence.in_flight) == (0, 0, 0, 0)
+            assert (sequence.computed, sequence.passed, sequence.told) == (0, 0, 0)
+            assert (sequence.in_flight, sequence.drawing) == (0, 0)
         for request_id, sequences in self._held.items():
             assert sequences
             assert any(s.handle is not None and s.computed < s.prompt_len for s in self._live[request_id])
-        planned = [s for _, sequences in self._in_flight for s in sequences]
-        assert len({id(s) for s in planned}) == len(planned), "a sequence is in two plans in flight"
-        assert {id(s) for s in live if s.in_flight} == {id(s) for s in planned if not s.cancelled}
+        planned: dict[int, list[Row]] = {}
+        for plan, sequences in self._in_flight:
+            for row, sequence in zip(plan.rows, sequences, strict=True):
+                if sequence.handle is not None:
+                    planned.setdefault(id(sequence), []).append(row)
+        most = 2 if self._limits.ahead else 1
+        assert all(len(rows) <= most for rows in planned.values()), (
+            "a sequence is in too many plans in flight"
+        )
+        assert {id(s) for s in live if s.in_flight} == planned.keys()
+        for sequence in live:
+            rows = planned.get(id(sequence), [])
+            assert sequence.in_flight == sum(len(row.token_ids) for row in rows)
+            assert sequence.drawing == sum(row.sample for row in rows)
 
     # Planning
 
-    def _survey(self) -> tuple[list[Sequence], list[Sequence], Share]:
-        """Who decodes and who computes a prompt, of those not in flight, and the plan's share for each."""
+    def _may_plan_ahead(self) -> bool:
+        """Whether one plan more may be in flight, in which those go on that are in flight already.
+
+        Not where somebody may have to give way in it: nobody can who is in flight. Then the plans end first.
+        """
+        if not self._limits.ahead or len(self._in_flight) > self._depth or self._held:
+            return False
+        plan, _ = self._in_flight[-1]
+        if not plan.feeds:
+            return False
+        if self._waiting and self._running and _is_behind(self._running.last, self._waiting.first):
+            return False
+        most = self._limits.max_batch_tokens
+        lacking = (self._tables.lacking_until(s, s.planned + min(s.unplanned, most)) for s in self._running)
+        return sum(max(0, blocks) for blocks in lacking) <= self._tables.available
+
+    def _survey(self, *, ahead: bool) -> tuple[list[Sequence], list[Sequence], Share]:
+        """Who decodes and who computes a prompt, and the plan's share for each.
+
+        Of those not in flight, or `ahead` of all, as they are when the plan in flight has run.
+        """
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
-        all_prompts = ready = in_flight = reading = resumed = 0
+        decoding = reading = all_prompts = ready = in_flight = resumed = 0
         for sequence in self._running:
-            remaining = sequence.length - sequence.computed
-            if remaining == 1:
-                if not sequence.in_flight:
+            free = ahead or not sequence.in_flight
+            remaining = sequence.unplanned if ahead else sequence.remaining
+            if remaining <= 1:
+                decoding += remaining
+                if free and remaining:
                     decodes.append(sequence)
                 continue
             reading += 1
             resumed += bool(sequence.output)
             all_prompts += remaining
-            if sequence.in_flight:
-                in_flight += sequence.in_flight
-            else:
+            if free:
                 prompts.append(sequence)
                 ready += remaining
+            else:
+                in_flight += sequence.in_flight
         most = self._depth * self._limits.max_batch_tokens
         for sequence in islice(self._waiting, max(1, len(self._handles))):
             if ready >= most:
@@ -230,7 +271,7 @@ class Scheduler:
             resumed += bool(sequence.output)
             all_prompts += sequence.length
         demand = Demand(
-            len(self._running) - reading,
+            decoding,
             self._count - len(self._running) + reading,
             all_prompts,
             ready,
@@ -240,14 +281,14 @@ class Scheduler:
         return decodes, prompts, share_of(self._limits, self._depth, demand)
 
     def _go_on(self, draft: _Draft, sequences: Iterable[Sequence], tokens: int) -> int:
-        """Plan the next tokens of those running that are not in flight; returns how many are left over."""
+        """Plan the next tokens of some that run; returns how many are left over."""
         for sequence in sequences:
             if tokens == 0:
                 break
-            if sequence.in_flight or sequence.handle is None:  # planned, or preempted, in this very plan
+            if sequence.step > self._step or sequence.handle is None:  # planned, or preempted, in this plan
                 continue
-            count = min(sequence.remaining, tokens)
-            if self._room_to_go_on(sequence, sequence.computed + count):
+            count = min(sequence.unplanned, tokens)
+            if self._room_to_go_on(sequence, sequence.planned + count):
                 self._plan(draft, sequence, count)
                 tokens -= count
         return tokens
@@ -272,21 +313,23 @@ class Scheduler:
             if not self._fits(sequence, start):
                 break
             self._admit(draft, sequence, start, forked=sibling is not None, now=now)
-            count = min(sequence.remaining, tokens)
+            count = min(sequence.unplanned, tokens)
             self._plan(draft, sequence, count)
             tokens -= count
         return tokens
 
     def _plan(self, draft: _Draft, sequence: Sequence, count: int) -> None:
-        start = sequence.computed
+        start = sequence.planned
         end = start + count
         handle, blocks = _handle(sequence), self._tables.grow(sequence, end)
-        sample = end == sequence.length
+        sample = end == sequence.length + sequence.drawing
         draft.rows.append(Row(handle, start, sequence.tokens(start, end), blocks, sample))
         draft.planned.append(sequence)
         if sample and sequence.matcher is not None:
             draft.masks.append(Mask(handle, sequence.matcher.mask()))
-        sequence.in_flight = count
+        sequence.in_flight += count
+        sequence.drawing += sample
+        sequence.step = self._step + 1
 
     def _admit(self, draft: _Draft, sequence: Sequence, start: Start, *, forked: bool, now: float) -> None:
         self._waiting.remove(sequence)
@@ -343,8 +386,7 @@ class Scheduler:
         first = self._waiting.first
 
         def may_go(last: Sequence) -> bool:
-            behind = last.request.priority > first.request.priority and last.order > first.order
-            return behind and not last.in_flight
+            return _is_behind(last, first) and not last.in_flight
 
         if may_go(self._running.last):
             sibling, held = self._sibling(first)
@@ -457,6 +499,11 @@ class Scheduler:
         siblings.remove(sequence)
         if not siblings:
             del self._live[request_id]
+
+
+def _is_behind(running: Sequence, waiting: Sequence) -> bool:
+    """Whether one that runs has to give way to one that waits."""
+    return running.request.priority > waiting.request.priority and running.order > waiting.order
 
 
 def _handle(sequence: Sequence) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from engine.grammar import Matcher
+from engine.plan import DRAWN
 from engine.request import PositionLogprobs, Request
 
 AGING_STEPS = 1024
@@ -16,6 +17,8 @@ AGING_STEPS = 1024
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One choice of a request. `computed` tokens have their KV; `handle` is None while it waits.
+
+    `plain`: its tokens are drawn from the logits alone, and nothing but them is asked for.
 
     `blocks` is its block table. The first `passed` entries are behind the window and no longer held; ranks
     have been told of the first `told`. `digests` names its first full blocks, as far as anybody asked.
@@ -28,14 +31,16 @@ class Sequence:
     output: list[int]
     prompt_len: int = field(init=False)
     length: int = field(init=False)  # tokens known: prompt and output
+    plain: bool = field(init=False)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     passed: int = 0
     told: int = 0
     digests: list[bytes] = field(default_factory=list)
     handle: int | None = None
-    in_flight: int = 0  # tokens that a plan in flight computes
-    cancelled: bool = False
+    in_flight: int = 0  # tokens that plans in flight compute
+    drawing: int = 0  # tokens that they draw
+    step: int = 0  # of the last plan that it is in
     cached_tokens: int = 0  # prompt tokens that were computed when it first ran
     scheduled: float | None = None
     first_token: float | None = None
@@ -45,11 +50,25 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_ids)
         self.length = self.prompt_len + len(self.output)
+        asked = self.request
+        self.plain = asked.logprobs is None and asked.prompt_logprobs is None and not asked.sampling.has_rules
 
     @property
     def remaining(self) -> int:
         """Tokens known whose KV is not computed; 1 while it decodes."""
         return self.length - self.computed
+
+    @property
+    def planned(self) -> int:
+        """Tokens whose KV is computed once the plans in flight have run."""
+        return self.computed + self.in_flight
+
+    @property
+    def unplanned(self) -> int:
+        """Tokens that no plan computes yet, with those being drawn, as far as it is to go on after them."""
+        if self.drawing and len(self.output) + self.drawing >= self.request.max_tokens:
+            return 0
+        return self.length + self.drawing - self.planned
 
     @property
     def held(self) -> list[int]:
@@ -69,7 +88,9 @@ class Sequence:
             self.matcher.accept(token)
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens at positions `start` to `end`."""
+        """The tokens at positions `start` to `end`; DRAWN for one that is being drawn."""
+        if end > self.length:
+            return (*self.tokens(start, self.length), DRAWN)
         prompt = self.request.prompt_ids
         split = len(prompt)
         if start >= split:

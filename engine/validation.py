@@ -26,7 +26,8 @@ class Limits:
     `kv_blocks` blocks hold at least one sequence of `max_model_len`. `window`: keys, counted back from a
     query and with its own, that any layer looks at; None for all. `weight_tokens`: the tokens whose computing
     takes as long as reading the weights once, by which prompts are measured out beside decodes (see
-    `engine.budget`), unless `max_prefill_tokens` says how many of theirs a step takes.
+    `engine.budget`), unless `max_prefill_tokens` says how many of theirs a step takes. `ahead`: a step is
+    planned while the one before runs, and with it what that one will have drawn.
     """
 
     vocab_size: int
@@ -40,6 +41,7 @@ class Limits:
     prefix_cache: bool = True
     max_prefill_tokens: int = 0
     weight_tokens: int = 16
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_blocks < self.blocks_per_sequence:
@@ -50,14 +52,15 @@ class Limits:
     @property
     def blocks_per_sequence(self) -> int:
         """Blocks that a sequence holds at most at once."""
-        return blocks_per_sequence(self.max_model_len, self.window, self.max_batch_tokens, self.block_size)
+        in_flight = self.max_batch_tokens * (2 if self.ahead else 1)
+        return blocks_per_sequence(self.max_model_len, self.window, in_flight, self.block_size)
 
 
-def blocks_per_sequence(length: int, window: int | None, chunk: int, block_size: int) -> int:
-    """Blocks that a sequence of `length` tokens holds at most at once, computed in chunks of that size."""
+def blocks_per_sequence(length: int, window: int | None, in_flight: int, block_size: int) -> int:
+    """Blocks that a sequence of `length` tokens holds at most at once, with so many of them in flight."""
     blocks = -(-length // block_size)
-    # What a chunk looks at may begin with the last token of a block.
-    return blocks if window is None else min(blocks, -(-(window + chunk) // block_size) + 1)
+    # What is looked at may begin with the last token of a block.
+    return blocks if window is None else min(blocks, -(-(window + in_flight) // block_size) + 1)
 
 
 def validate(request: Request, limits: Limits) -> None:

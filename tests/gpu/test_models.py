@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import graphs
-from engine.batch import Layout
+from engine.batch import Handles, Layout
 from engine.config import EngineConfig, ModelConfig
 from engine.graphs import DecodeGraphs, Recordings, Work, buckets_up_to, pad
 from engine.grid import Grid
@@ -18,11 +18,12 @@ from engine.kernels.gpu.kernels import GpuKernels
 from engine.kernels.reference import ReferenceKernels
 from engine.parallel import Parallel
 from engine.plan import Join, Row, StepPlan
-from engine.request import SamplingParams
+from engine.request import Request, SamplingParams
 from engine.runner import Runner
 from engine.weights import load_weights
 from tests.engine.conftest import MakeModel
 from tests.engine.harness import Harness
+from tests.engine.test_ahead import core_of, outputs
 from tests.gpu.test_kernels import DEVICE
 
 FLOAT = torch.float32
@@ -84,9 +85,9 @@ class Rank:
             self.lengths[handle] = start + len(tokens)
             rows.append(Row(handle, start, tokens, blocks, sample=True))
         self.steps += 1
-        sampled = self.runner.run(StepPlan(1, self.steps, (), tuple(joins), tuple(rows)))
-        assert sampled is not None
-        return sampled.token_ids
+        drawn = self.runner.run(StepPlan(1, self.steps, (), tuple(joins), tuple(rows)))
+        assert drawn is not None
+        return drawn.result().token_ids
 
 
 def test_recorded_steps_draw_what_others_draw(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +115,13 @@ def test_recorded_steps_draw_what_others_draw(model_dir: Path, monkeypatch: pyte
 
 def test_padding_and_recording_change_nothing_in_the_cache(model_dir: Path) -> None:
     calls: list[int] = []
-    tables = torch.zeros(8, 4, dtype=torch.int32, device=DEVICE)
 
     def logits(batch: object) -> torch.Tensor:
         calls.append(batch.tokens)  # type: ignore[attr-defined]
         assert (batch.attention.handles_T == -1).all()  # type: ignore[attr-defined]
         return torch.zeros(batch.tokens, 10, device=DEVICE)  # type: ignore[attr-defined]
 
-    DecodeGraphs(logits, tables, 8, by_hand)._make(4)
+    DecodeGraphs(logits, Handles(8, 4, DEVICE), 8, by_hand)._make(4)
     assert calls == [4]
 
 
@@ -146,3 +146,17 @@ def test_padding_belongs_to_nobody() -> None:
     assert padded.handles == [2, -1, -1]
     assert padded.sequences == [2, 0, 1, 3, *[0] * 8]
     assert len(padded.numbers) == 3 * 8
+
+
+def test_recorded_steps_feed_those_planned_ahead(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_FIRST_AFTER", 2)
+    monkeypatch.setattr(graphs, "_EVERY", 1)
+    requests = [
+        Request("greedy", (1, 2, 3), SamplingParams(temperature=0), 8),
+        Request("drawn", (4, 5), SamplingParams(seed=3), 8),
+    ]
+    kernels = GpuKernels(DEVICE, FLOAT)
+    plain, _ = core_of(model_dir, kernels, ahead=False)
+    ahead, runner = core_of(model_dir, kernels, ahead=True, record=by_hand)
+    assert outputs(ahead, requests) == outputs(plain, requests)
+    assert runner.blind

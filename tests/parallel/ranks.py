@@ -56,9 +56,9 @@ def engine_of_threads(
 def follow(member: Member, plans: PlanLink) -> None:
     """Execute plans until the leader goes."""
     while plan := plans.receive():
-        sampled = member.runner.run(plan)
-        if sampled is not None:
-            plans.send(sampled)
+        drawn = member.runner.run(plan)
+        if drawn is not None:
+            plans.send(drawn.result())
 
 
 def finish(core: EngineCore, requests: int, tokens: int = 8, **options: Any) -> None:

@@ -18,6 +18,7 @@ from engine.kernels.gpu.gemv import MOST_ROWS, TILE_ROWS, Tiles, gemv
 from engine.kernels.gpu.matrices import QuantisedMatrix
 from engine.kernels.gpu.tuning import Shape, Tuner, cache_path
 from engine.kernels.reference import ReferenceMatrix
+from engine.transfer import to_device
 
 _MEASURED_ROWS = (1, 2, 4, 8, TILE_ROWS)
 _PLAIN = Tiles(64, 128, 1)  # where nothing was measured
@@ -129,8 +130,7 @@ class GpuKernels:
 
     def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         """The token ids drawn."""
-        how = torch.tensor(pack(draws), dtype=torch.int32).to(self.device)
-        return draw(logits_SV, how.view(-1, ROW))
+        return draw(logits_SV, to_device(pack(draws), self.device).view(-1, ROW))
 
     def warm(self) -> None:
         """Measure how the products with few rows are best computed."""

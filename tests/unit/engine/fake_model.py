@@ -10,7 +10,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
-from engine.plan import Row, Sampled, StepPlan, decode_plan, encode_plan
+from engine.plan import DRAWN, Row, Sampled, StepPlan, decode_plan, encode_plan
 from engine.request import PositionLogprobs, TokenLogprob
 
 VOCABULARY = 50
@@ -60,6 +60,7 @@ class FakeRank:
         self._window = window
         self._cache: dict[int, list[int]] = {}
         self._tables: dict[int, list[int]] = {}
+        self._drawn: dict[int, int] = {}  # by handle, in the last step, if it may be asked for
         self.step = 0
         self.computed_tokens = 0
 
@@ -79,10 +80,15 @@ class FakeRank:
         for source, target in plan.copies:
             self._cache[target] = list(self._cache[source])
         drawn = []
+        before, self._drawn = self._drawn, {}
         for row in plan.rows:
+            if DRAWN in row.token_ids:
+                row = row._replace(token_ids=(*row.token_ids[:-1], before[row.handle]))
             kept = self._compute(row)
             if row.sample:
                 drawn.append((kept % VOCABULARY, float(kept)))
+                if plan.feeds:
+                    self._drawn[row.handle] = kept % VOCABULARY
         self.computed_tokens += plan.tokens
         return Sampled(
             plan.step,

@@ -50,6 +50,7 @@ plans = st.builds(
     st.lists(rows, max_size=4).map(tuple),
     st.lists(st.builds(Mask, ids, st.binary(max_size=9)), max_size=3).map(tuple),
     st.lists(st.tuples(ids, ids), max_size=3).map(tuple),
+    st.booleans(),
 )
 tokens = st.builds(TokenLogprob, ids, numbers)
 positions = st.builds(PositionLogprobs, tokens, st.lists(tokens, max_size=3).map(tuple))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import EngineError, RequestError
-from engine.plan import Sampled, StepPlan
+from engine.plan import DRAWN, Sampled, StepPlan
 from engine.request import Delta, Request, SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import AGING_STEPS
@@ -66,9 +66,17 @@ class Arrivals(RuleBasedStateMachine):
         running=st.integers(1, 5),
         window=st.none() | st.integers(1, 12),
         cache=st.booleans(),
+        ahead=st.booleans(),
     )
     def start(
-        self, depth: int, budget: int, blocks: int, running: int, window: int | None, cache: bool
+        self,
+        depth: int,
+        budget: int,
+        blocks: int,
+        running: int,
+        window: int | None,
+        cache: bool,
+        ahead: bool,
     ) -> None:
         self.limits = limits(
             kv_blocks=blocks,
@@ -77,6 +85,7 @@ class Arrivals(RuleBasedStateMachine):
             max_running=running,
             window=window,
             prefix_cache=cache,
+            ahead=ahead and depth == 1,
         )
         self.scheduler = Scheduler(self.limits, depth=depth)
         self.rank = FakeRank(4, window)
@@ -425,3 +434,57 @@ def test_a_live_id_cannot_be_used_twice() -> None:
         scheduler.submit(request("a"), 0.0)
     assert caught.value.reason == "DUPLICATE_REQUEST"
     assert scheduler.load.waiting == 1
+
+
+def test_those_that_decode_are_planned_ahead_of_their_tokens() -> None:
+    scheduler, rank = Scheduler(limits(ahead=True)), FakeRank(4)
+    scheduler.submit(request("a", prompt=3, max_tokens=3), 0.0)
+    plans = [scheduler.schedule(1.0), scheduler.schedule(1.0), scheduler.schedule(1.0)]
+    assert plans[2] is None, "one ahead is enough"
+    assert [plan.rows[0].token_ids for plan in plans if plan] == [(1, 2, 3), (DRAWN,)]
+    deltas: list[Delta] = []
+    while plans[0]:
+        deltas += scheduler.apply(rank.run(plans.pop(0)), 2.0)  # type: ignore[arg-type]
+        plans[-1:] = [scheduler.schedule(1.0), None]
+        scheduler.check_integrity()
+    assert stream(deltas, "a") == expected((1, 2, 3), 3, True)[0]
+    assert rank.step == 3, "no step for a token past the last"
+
+
+def test_what_follows_the_end_of_a_sequence_is_dropped() -> None:
+    scheduler, rank = Scheduler(limits(ahead=True)), FakeRank(4)
+    first = next_token((1, 2, 3))
+    scheduler.submit(Request("a", (1, 2, 3), GREEDY, 9, (first,)), 0.0)
+    plans = [scheduler.schedule(1.0), scheduler.schedule(1.0)]
+    (delta,) = scheduler.apply(rank.run(plans[0]), 2.0)  # type: ignore[arg-type]
+    assert (delta.token_ids, delta.finish) == ((first,), "stop")
+    assert scheduler.has_work, "a step is in flight"
+    assert scheduler.apply(rank.run(plans[1]), 2.0) == ()  # type: ignore[arg-type]
+    assert not scheduler.has_work
+    assert busy(scheduler) == (0, 0, 8)
+
+
+@pytest.mark.parametrize("rule", [{"logprobs": 0}, {"sampling": SamplingParams(presence_penalty=1.0)}])
+def test_who_needs_more_than_a_token_is_not_planned_ahead(rule: dict[str, Any]) -> None:
+    scheduler = Scheduler(limits(ahead=True))
+    scheduler.submit(Request("a", (1, 2), max_tokens=4, **rule), 0.0)
+    assert scheduler.schedule(1.0)
+    assert scheduler.schedule(1.0) is None
+
+
+def test_nobody_is_planned_ahead_while_somebody_has_to_give_way() -> None:
+    scheduler, rank = Scheduler(limits(kv_blocks=4, max_model_len=16, ahead=True)), FakeRank(4)
+    for name in ("older", "younger"):
+        scheduler.submit(request(name, prompt=7, max_tokens=8), 0.0)
+    deltas: list[Delta] = []
+    flying = deque[StepPlan]()
+    preempted = False
+    while scheduler.has_work:
+        while plan := scheduler.schedule(1.0):
+            flying.append(plan)
+        deltas += scheduler.apply(rank.run(flying.popleft()), 2.0)
+        scheduler.check_integrity()
+        preempted |= busy(scheduler)[1] == 1
+    assert preempted
+    for name in ("older", "younger"):
+        assert stream(deltas, name) == expected(range(1, 8), 8, True)[0]

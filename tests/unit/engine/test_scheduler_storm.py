@@ -43,6 +43,7 @@ class Storm:
             "prefix_cache": draw.random() < 0.75,
             "max_prefill_tokens": draw.choice((0, 0, 3)),
             "weight_tokens": draw.choice((1, 16)),
+            "ahead": self.depth == 1 and draw.random() < 0.7,
         }
         least = Limits(VOCABULARY, LONGEST, kv_blocks=99, block_size=BLOCK_SIZE, **shape).blocks_per_sequence
         blocks = least + draw.choice((0, 1, 3, 8))
@@ -81,7 +82,7 @@ class Storm:
 
     def work(self) -> int:
         """Tokens that those who live may still have, computed or not."""
-        return sum(self.total(name) for name, _ in self.streams) + self.depth
+        return sum(self.total(name) for name, _ in self.streams) + self.depth + self.limits.ahead
 
     def total(self, name: str) -> int:
         request = self.requests[name]
