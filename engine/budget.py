@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from engine.validation import Limits
 
-RESUMED_HEADS = 8
-"""Heads that a sequence counts for which is computed anew: its client waits in the middle of an answer."""
-
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -36,7 +33,7 @@ class Share:
     prompt_tokens: int
 
 
-def prompt_budget(limits: Limits, depth: int, decodes: int, waiting: int) -> int:
+def prompt_budget(limits: Limits, depth: int, decodes: int, waiting: int, resumed: int = 0) -> int:
     """Prompt tokens that a round of `depth` plans may compute beside its decodes.
 
     A plan costs what its tokens cost, and as much as `weight_tokens` tokens for reading the weights. While
@@ -44,12 +41,15 @@ def prompt_budget(limits: Limits, depth: int, decodes: int, waiting: int) -> int
     next token, by heads, but half of it at least goes to the prompts: a lone prompt stretches steps to twice
     their time, hundreds of prompts take whole steps, since then most wait. A prompt's token costs less than a
     decode's, which needs logits as well, so that the decodes get rather more.
+
+    Steps are whole as long as somebody is `resumed`: its client waits in the middle of an answer, and for all
+    of these tokens, where those who decode wait for one longer step at a time.
     """
     most = depth * limits.max_batch_tokens
-    if decodes == 0:
-        return most
-    if limits.max_prefill_tokens:
+    if limits.max_prefill_tokens and decodes:
         return min(most, depth * limits.max_prefill_tokens)
+    if decodes == 0 or resumed:
+        return most
     return min(most, (depth * limits.weight_tokens + decodes) * max(waiting, decodes) // decodes)
 
 
@@ -60,8 +60,8 @@ def share_of(limits: Limits, depth: int, demand: Demand) -> Share:
     Within one plan decodes come first; in a round, a prompt may have a plan of its own.
     """
     room = max(0, depth * limits.max_batch_tokens - demand.decodes)
-    waiting = demand.prompts + (RESUMED_HEADS - 1) * demand.resumed
-    prompts = min(room, demand.prompt_tokens, prompt_budget(limits, depth, demand.decodes, waiting))
+    budget = prompt_budget(limits, depth, demand.decodes, demand.prompts, demand.resumed)
+    prompts = min(room, demand.prompt_tokens, budget)
     plans = max(1, min(depth, demand.decodes + demand.prompts))
     tokens = min(limits.max_batch_tokens, -(-(demand.decodes + prompts) // plans))
     return Share(tokens, max(0, min(tokens, demand.ready, prompts - demand.in_flight)))

@@ -28,11 +28,14 @@ def test_the_more_wait_the_more_of_a_step_goes_to_prompts() -> None:
     assert prompt_budget(limits(), 1, decodes=16, waiting=500) == 512
 
 
-def test_answers_that_stopped_in_the_middle_get_more_of_a_step_than_answers_that_have_not_begun() -> None:
-    def prompt_tokens(resumed: int) -> int:
-        return share_of(limits(), 1, Demand(8, 8, 4000, 4000, resumed=resumed)).prompt_tokens
+def test_answers_that_stopped_in_the_middle_get_whole_steps() -> None:
+    def share(resumed: int, **options: int) -> tuple[int, int]:
+        found = share_of(limits(**options), 1, Demand(8, 8, 4000, 4000, resumed=resumed))
+        return found.tokens, found.prompt_tokens
 
-    assert [prompt_tokens(resumed) for resumed in (0, 1, 8)] == [24, 3 * 15, 24 * 8]
+    assert share(0) == (8 + 24, 24)
+    assert share(1) == (512, 512 - 8)
+    assert share(1, max_prefill_tokens=40) == (48, 40)
 
 
 def test_a_given_number_of_prompt_tokens_is_kept() -> None:
