@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from types import TracebackType
@@ -27,6 +28,10 @@ RESUME_WITHIN_S = 30.0
 _PAUSE_S = 0.1
 # What another gateway, or the same one later, may do better. A request's own errors are none of these.
 _ELSEWHERE = ("UNREACHABLE", "STORE_UNAVAILABLE")
+
+
+class _DivergedError(PhalanxError):
+    """A stream that was sent again is not the one that was."""
 
 
 class Client:
@@ -128,11 +133,13 @@ class Client:
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Stream any request; leaving the loop early cancels it.
 
-        A stream that nobody holds any more, since its gateway and its replica died in its first second, is
-        sent again with its seed, which gives the same tokens, and goes on where it was. Raises PhalanxError
-        UNREACHABLE where no gateway answered within `BEGIN_WITHIN_S`, or `RESUME_WITHIN_S` once it had begun.
+        A stream that nobody holds any more is sent again with its seed, and goes on where it was if it takes
+        the same course. So it outlives a broken connection to a living gateway, and a gateway and a replica
+        that die in its first second. Raises PhalanxError: UNREACHABLE where no gateway answered within
+        `BEGIN_WITHIN_S`, or `RESUME_WITHIN_S` once it had begun; UNKNOWN_REQUEST where its course is another.
         """
         begun: inference_pb2.Started | None = None
+        delivered: defaultdict[int, list[int]] = defaultdict(list)  # by choice
         token, cursor, failing_since, turn = "", "", 0.0, self._first
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -140,28 +147,35 @@ class Client:
             if token:
                 attempt = self._resume(turn, token, cursor, left)
             elif begun is not None:
-                attempt = self._again(turn, request, begun.seed, cursor, left)
+                attempt = self._again(turn, request, begun.seed, delivered, cursor, left)
             else:
                 attempt = self._generate(turn, request, left)
             try:
                 async with aclosing(attempt) as events:
                     async for event in events:
-                        self._first, failing_since = turn, 0.0
-                        cursor = event.cursor
-                        if not event.HasField("started"):
-                            yield event
+                        self._first, cursor = turn, event.cursor
+                        if event.HasField("started"):
+                            token = event.started.resume_token
+                            if begun is None:
+                                begun, failing_since = event.started, 0.0
+                                yield event
                             continue
-                        token = event.started.resume_token
-                        if begun is None:
-                            begun = event.started
-                            yield event
+                        failing_since = 0.0  # a Started alone is no progress: it may break off each time
+                        delivered[event.chunk.choice] += event.chunk.token_ids
+                        yield event
+                        if event.HasField("finished"):
+                            return
                 return
+            except _DivergedError:
+                raise
             except PhalanxError as error:
                 now = time.monotonic()
                 failing_since = failing_since or now
-                if error.reason == "UNKNOWN_REQUEST" and token:
+                if begun is not None and not begun.resume_token:
+                    raise
+                if error.reason == "UNKNOWN_REQUEST" and begun is not None:
                     token = ""
-                elif error.reason not in _ELSEWHERE or (begun is not None and not begun.resume_token):
+                elif error.reason not in _ELSEWHERE:
                     raise
                 if now > failing_since + (BEGIN_WITHIN_S if begun is None else RESUME_WITHIN_S):
                     raise
@@ -191,17 +205,27 @@ class Client:
         turn: int,
         request: inference_pb2.GenerateRequest,
         seed: int,
+        delivered: Mapping[int, Sequence[int]],
         cursor: str,
         timeout_s: float | None,
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-        """The stream begun anew at one gateway, and told from `cursor` on."""
+        """The stream begun anew at one gateway, and told from `cursor` on once it is where it was."""
         same = inference_pb2.GenerateRequest()
         same.CopyFrom(request)
         same.sampling.seed = seed
+        token, anew = "", defaultdict[int, list[int]](list)
         # To leave this call before the other one has taken the stream over would be to cancel it.
         with _calling(self._stubs[turn].Generate(same, timeout=timeout_s)) as call:
-            first = await call.read()
-            async with aclosing(self._resume(turn, first.started.resume_token, cursor, timeout_s)) as events:
+            async for event in call:
+                if event.HasField("started"):
+                    token = event.started.resume_token
+                anew[event.chunk.choice] += event.chunk.token_ids
+                if all(len(anew[choice]) >= len(ids) for choice, ids in delivered.items()):
+                    break
+            if any(anew[choice][: len(ids)] != ids for choice, ids in delivered.items()):
+                message = "nobody holds the request any more, and sent again it took another course"
+                raise _DivergedError("UNKNOWN_REQUEST", message)
+            async with aclosing(self._resume(turn, token, cursor, timeout_s)) as events:
                 async for event in events:
                     yield event
 

@@ -19,6 +19,7 @@ from phalanx.client import Client
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, inference_pb2_grpc
+from tests.gateway import fake_leader
 from tests.gateway.conftest import Rig, Running
 from tests.gateway.fake_leader import FakeLeader, text_of, token
 from tests.until import until
@@ -140,6 +141,25 @@ async def test_a_stream_that_died_with_all_who_held_it_is_sent_again_and_goes_on
     assert not any(choice.token_ids for choice in again.prior), "nothing of it was left"
     assert again.sampling.seed == 1
     assert second.gateway.dispatcher.live == 0
+
+
+async def test_a_stream_that_takes_another_course_when_sent_again_is_not_continued(
+    rig: Rig, second: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5)
+    await reached(second, leader)
+
+    async def die() -> None:
+        await rig.first.kill()
+        await leader.kill()
+        monkeypatch.setattr(fake_leader, "token", lambda *_: 77)
+        await reached(second, await rig.add_leader("demo-0", wait=False))
+
+    async with Client(rig.first.address, second.address) as client:
+        with pytest.raises(PhalanxError, match="another course") as caught:
+            await collect(client, 5, die)
+    assert caught.value.reason == "UNKNOWN_REQUEST"
+    await until(lambda: second.gateway.dispatcher.live == 0)
 
 
 async def test_a_new_request_waits_for_a_gateway_that_comes_back(
