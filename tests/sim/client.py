@@ -9,6 +9,7 @@ from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, types_pb2
 from tests.sim.loop import Process
 from tests.sim.model import STOP_PIECE, expected
+from tests.sim.net import End
 from tests.sim.world import World
 
 _ELSEWHERE = ("UNREACHABLE", "STORE_UNAVAILABLE")
@@ -16,7 +17,7 @@ _FINISH = {"stop": types_pb2.FINISH_REASON_STOP, "length": types_pb2.FINISH_REAS
 
 
 class SimClient:
-    """One request from its beginning to its end."""
+    """One request from its beginning to its end, in the way of `phalanx.client.Client`."""
 
     def __init__(self, world: World, number: int) -> None:
         draw = world.chance
@@ -44,24 +45,40 @@ class SimClient:
             except ConnectionError:
                 pass
             except PhalanxError as error:
-                if error.reason not in _ELSEWHERE:
+                if error.reason == "UNKNOWN_REQUEST" and self.cursor:
+                    self.token = ""
+                elif error.reason not in _ELSEWHERE:
                     self.error = error.reason
                     self._world.note(f"{self.process} ends with {error.reason}: {error.message}")
             turn += 1
             await asyncio.sleep(draw.uniform(0.02, 0.2))
 
     async def _attempt(self, gateway: str) -> None:
-        end = await self._world.net.connect(self.process, gateway)
-        self._world.net.send(end, self._request())
+        net, ends = self._world.net, [await self._world.net.connect(self.process, gateway)]
         try:
+            if self.cursor and not self.token:  # nobody holds it any more: it begins anew, and is taken over
+                net.send(ends[0], self._request())
+                self.token = await self._catch_up(ends[0])
+                ends.append(await net.connect(self.process, gateway))
+            net.send(ends[-1], self._request())
             while not self.ended:
-                self._take(await end.get())
+                self._take(await ends[-1].get())
         except ConnectionError:
-            if isinstance(end.why, PhalanxError):
-                raise end.why from None
+            if isinstance(ends[-1].why, PhalanxError):
+                raise ends[-1].why from None
             raise
         finally:
-            self._world.net.close(end)
+            for end in ends:
+                net.close(end)
+
+    async def _catch_up(self, end: End) -> str:
+        """Read a stream that was begun anew until it is where this one was; its resume token."""
+        token, counts = "", [0] * self.n
+        while not token or any(count < len(ids) for count, ids in zip(counts, self.ids, strict=True)):
+            event = await end.get()
+            token = token or event.started.resume_token
+            counts[event.chunk.choice] += len(event.chunk.token_ids)
+        return token
 
     def _request(self) -> Any:
         if self.token:

@@ -116,6 +116,14 @@ class Network:
                     for item in late:
                         self._deliver(end, item)
 
+    def break_between(self, host: str, others: str) -> None:
+        """Break the connections of a host with those whose names begin so. Both sides live on."""
+        for connection in list(self._connections):
+            one, other = (_host(end.process) for end in connection)
+            if (one == host and other.startswith(others)) or (other == host and one.startswith(others)):
+                for end in connection:
+                    self._broken_at(end)
+
     def _missed(self, pair: frozenset[str]) -> None:
         if pair in self._cut:
             for connection in list(self._connections):

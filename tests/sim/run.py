@@ -25,6 +25,7 @@ KINDS = (
     "clock jumps", "crash text", "stop text",
     "store away", "store away, leases end", "slow network",
     "cut gateway from worker", "cut worker from store", "cut gateway from store",
+    "break connections of clients",
 )  # fmt: skip
 
 
@@ -122,13 +123,12 @@ async def _until(world: World, condition: Any, within_s: float, what: str) -> No
 
 
 def _judge(world: World, outcome: Outcome, clients: list[SimClient]) -> None:
-    kinds = [fault.kind for fault in outcome.faults]
-    hurt_gateway = any("gateway" in kind for kind in kinds)
     for client in clients:
         client.check(whole=False)
         outcome.finished += client.ended
         outcome.failed += bool(client.error)
-        if client.error and not _allowed(client.error, len(kinds), hurt_gateway):
+        # Every attempt that is lost needs a fault of its own.
+        if client.error and not (client.error == "ATTEMPTS_EXHAUSTED" and len(outcome.faults) >= 4):
             world.violations.append(f"{client.process} ended with {client.error}")
     for name in world.gateway_names:
         gateway = world.gateways[name]
@@ -158,16 +158,6 @@ def _judge(world: World, outcome: Outcome, clients: list[SimClient]) -> None:
     alive = [key for key in left if world.store._lease_of.get(key) is not None]
     if len(left) != len(alive):
         world.violations.append(f"{len(left) - len(alive)} checkpoints without a lease")
-
-
-def _allowed(reason: str, faults: int, hurt_gateway: bool) -> bool:
-    """Whether the rules of the cluster let a request end so after these faults."""
-    match reason:
-        case "ATTEMPTS_EXHAUSTED":
-            return faults >= 4  # every attempt needs a fault of its own
-        case "UNKNOWN_REQUEST":
-            return hurt_gateway and faults >= 2  # gateway and leader, within the first second
-    return False
 
 
 class Do:
@@ -206,6 +196,8 @@ class Do:
                 if not world.store_away:
                     world.store_goes(frozen=kind == "store away")
                     world.loop.call_later(fault.seconds, world.store_comes)
+            case "break connections of clients":
+                world.net.break_between(gateway, "client")
             case "cut gateway from worker":
                 self._cut(gateway, worker, fault.seconds)
             case "cut worker from store":
