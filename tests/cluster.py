@@ -97,7 +97,7 @@ class Cluster:
             env={**os.environ, **(environment or {})},
         )
 
-    def logs(self) -> str:
-        """The end of every log, for a test that failed."""
+    def logs(self, most: int = 2000) -> str:
+        """The end of every log, for a test that failed; so many characters of each."""
         paths = sorted((self.state_dir / "logs").glob("*.log"))
-        return "\n".join(f"{path.name}: ...{path.read_text()[-2000:]}" for path in paths)
+        return "\n".join(f"{path.name}: ...{path.read_text()[-most:]}" for path in paths)

@@ -34,6 +34,7 @@ from tests.faults.hurt import forget_limits
 
 HEALED_WITHIN_S = 90.0
 UNDER_WAY_WITHIN_S = 60.0
+LOG_CHARS = 1_000_000  # of each process
 
 
 @dataclass(slots=True)
@@ -274,7 +275,7 @@ def main() -> None:
     )
     parser.add_argument("--etcd-stop-s", type=float, default=10.0, help="how long etcd-stop lasts")
     parser.add_argument("--every", type=float, default=3.0)
-    parser.add_argument("--report", type=Path, help="folder for report.json and timeline.svg")
+    parser.add_argument("--report", type=Path, help="folder for report.json, timeline.svg and logs.txt")
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="phalanx-chaos-") as folder,
@@ -289,9 +290,8 @@ def main() -> None:
     ):
         try:
             done, verdict, load = asyncio.run(suffer(cluster, options))
-        except BaseException:
-            _save(options.report, "logs.txt", cluster.logs())
-            raise
+        finally:
+            _save(options.report, "logs.txt", cluster.logs(LOG_CHARS))
     forget_limits()
     table = summary(done)
     for fault, row in table.items():
