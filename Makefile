@@ -60,6 +60,7 @@ bench-engine: setup ## Measure the engine beside transformers and vLLM (VLLM_PYT
 	$(BIN)/python -m bench.engine $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python -m bench.engine --only phalanx phalanx@int8 phalanx@int4 --shapes 1.1b --batches 1 --prefill-prompts
 	$(BIN)/python -m bench.pipeline --shapes 1.1b
+	$(BIN)/python -m bench.products
 	$(BIN)/python -m bench.quality
 	$(BIN)/python -m bench.latency $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(if $(TRACE),$(BIN)/python -m bench.mixed --trace $(TRACE) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)))

@@ -43,6 +43,12 @@ _PREFILL = """## Prefill
 layers' matrices × tokens, 2 × parameters of the LM head × prompts, and for attention 2 × layers × hidden
 size × length² per prompt (causal: half of all pairs, two products of 2 operations each).
 """
+_PRODUCTS = """### The products alone
+
+What a layer's merged matrices reach by themselves (`python -m bench.products`): ours with weights in
+bfloat16, torch's in float32, GFLOP/s, in turns. It is the limit of prefill here: nearly all of its time is in
+them. The GEMM limit above is the best of square products, larger than those of a small model.
+"""
 _MIXED = """## Mixed traffic
 
 The first requests of the Azure conversation trace of 2023, lengths of prompt and output divided by 8, all
@@ -95,6 +101,8 @@ def document(sections: dict[str, dict[str, Any]]) -> str:
         parts += [_DECODE, "![Decode throughput](benchmarks.svg)", *_decode(plain)]
     if rows["prefill"]:
         parts += [_PREFILL, *_prefill(rows["prefill"])]
+    if rows["products"]:
+        parts += [_PRODUCTS, _products(rows["products"])]
     if rows["mixed"]:
         parts += [_MIXED, _mixed(rows["mixed"])]
     if rows["latency"]:
@@ -201,6 +209,25 @@ def _prefill(rows: list[Row]) -> list[str]:
         ]
         parts += [f"### {shape}", table(head, body)]
     return parts
+
+
+def _products(rows: list[Row]) -> str:
+    head = ["Matrix", "Size", "Rows of activations", "Ours", "torch", "Phalanx is", "measured"]
+    return table(
+        head,
+        (
+            [
+                f"{row['shape']} {row['matrix']}",
+                row["size"],
+                str(row["rows"]),
+                f"{row['ours'] / 1e9:.0f}",
+                f"{row['torch'] / 1e9:.0f}",
+                f"{row['ours'] / row['torch']:.2f}×",
+                _when(row),
+            ]
+            for row in rows
+        ),
+    )
 
 
 def _mixed(rows: list[Row]) -> str:

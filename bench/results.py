@@ -21,6 +21,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "limits": (),
     "contestants": ("shape", "contestant"),
     "decode": ("shape", "contestant", "batch"),
+    "products": ("shape", "matrix", "rows"),
     "prefill": ("shape", "contestant", "count", "length"),
     "mixed": ("shape", "contestant", "requests"),
     "latency": ("shape", "contestant"),

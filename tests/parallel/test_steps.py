@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+import engine.rank
+from engine.batch import Batcher, Layout
 from engine.parallel import Parallel
-from engine.plan import StepPlan
+from engine.plan import DRAWN, StepPlan
 from engine.rank import Member
 from engine.request import SamplingParams
+from tests.engine.test_ahead import outputs, some_requests
 from tests.parallel.ranks import DEADLINE_S, engine_of_threads, finish
 
 HELD = range(5, 12)  # steps that the last stage computes only when the first is one ahead
@@ -76,3 +79,22 @@ def test_every_collective_that_serving_uses_has_run_before_the_engine_is_ready(
         )
     assert used == warmed
     assert {rank for rank, _ in warmed} == set(range(tp * pp))
+
+
+def test_ranks_feed_themselves_what_they_draw(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = some_requests(rules=True)
+    with engine_of_threads(model_dir, 2, 1) as core:
+        expected = outputs(core, requests)
+    monkeypatch.setattr(engine.rank, "_plans_ahead", lambda engine: True)
+    blind = 0
+
+    def read(self: Batcher, plan: StepPlan) -> Layout:
+        nonlocal blind
+        blind += any(DRAWN in row.token_ids for row in plan.rows)
+        return really_read(self, plan)
+
+    really_read = Batcher.read
+    monkeypatch.setattr(Batcher, "read", read)
+    with engine_of_threads(model_dir, 2, 1) as core:
+        assert outputs(core, requests) == expected
+    assert blind > 10
