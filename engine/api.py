@@ -126,6 +126,7 @@ class Engine:
             EngineError: BUSY, while requests of `submit` live.
         """
         core = self._running()
+        core.settle(time.time())
         if core.busy:
             raise EngineError("BUSY", "requests of submit() live: generate() would take their tokens")
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
@@ -180,7 +181,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request lives."""
+        """Whether a request lives, or a step is in flight."""
         return self._running().busy
 
     @property

@@ -68,6 +68,12 @@ class EngineCore:
             sampled = self._hub.receive(self._sampler)
         return sampled.step, self._scheduler.apply(sampled, now)
 
+    def settle(self, now: float) -> None:
+        """Take in what is in flight where no request lives any more."""
+        load = self.load
+        while self._scheduler.plans_in_flight and not load.running and not load.waiting:
+            self.collect(now)
+
     def canary(self, now: float) -> None:
         """Run a small request to its end: every communicator works and every rank answers. Not while busy."""
         assert not self.busy, "its tokens would be mixed with those of others"

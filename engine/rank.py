@@ -137,33 +137,37 @@ def join(
         )
         kv_heads = max(1, config.num_kv_heads // engine.tp)
         block_bytes = 2 * layers * kv_heads * config.head_dim * dtype.itemsize * BLOCK_SIZE
+        alone = _device_works_alone(config, parallel, kernels)
         blocks, max_model_len = _size_cache(
-            engine, config, parallel.agree_on_least(_kv_bytes(engine, parallel.sharers) // block_bytes)
+            engine,
+            config,
+            parallel.agree_on_least(_kv_bytes(engine, parallel.sharers) // block_bytes),
+            in_flight=engine.max_batch_tokens * (2 if alone else 1),
         )
         blocks = parallel.agree_on_least(blocks)  # plans name blocks: no rank may have fewer than rank 0
         cache = kernels.cache(len(weights.layers), kv_heads, config.head_dim, blocks)
         kernels.warm()
-        record = _recorder(config, parallel, kernels)
+        record = _recorder() if alone and kernels.device.type == "cuda" else None
         runner = Runner(engine, config, weights, parallel, kernels, cache, max_model_len, record)
         if grid.rank != 0:
             return Member(config, max_model_len, runner, None, link, parallel)
-        core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len)
+        core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len, ahead=alone)
         core.canary(time.time())  # communicators are built now, not under the first request
         undo.pop_all()
         return Member(config, max_model_len, runner, core, None, parallel)
 
 
-def _recorder(config: ModelConfig, parallel: Parallel, kernels: Kernels) -> Record | None:
-    """What records decode steps; None where they cannot be.
+def _device_works_alone(config: ModelConfig, parallel: Parallel, kernels: Kernels) -> bool:
+    """Whether a step, once launched, never waits for the host: it can be recorded, and the next be planned.
 
     Experts are chosen on the host, ranks that share a GPU speak through it, and stages wait for each other.
     """
     experts = any(layer.moe for layer in config.layers)
-    if kernels.device.type != "cuda" or not kernels.recordable or experts:
-        return None
-    if parallel.grid.pp > 1 or not parallel.on_device:
-        return None
-    from engine.graphs import CudaRecorder
+    return kernels.recordable and not experts and parallel.grid.pp == 1 and parallel.on_device
+
+
+def _recorder() -> Record:
+    from engine.graphs import CudaRecorder  # imports Triton
 
     return CudaRecorder()
 
@@ -180,13 +184,11 @@ def _kv_bytes(engine: EngineConfig, sharers: int) -> int:
     return int(free * _GPU_FREE_SHARE) // sharers
 
 
-def _plans_ahead(engine: EngineConfig) -> bool:
-    """Whether a step is planned while the one before runs. A GPU runs by itself; stages have other plans."""
-    return engine.device != "cpu" and engine.pp == 1
+def _size_cache(engine: EngineConfig, config: ModelConfig, most: int, in_flight: int) -> tuple[int, int]:
+    """Blocks of the pool and the longest sequence, when `most` blocks fit into memory.
 
-
-def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[int, int]:
-    """Blocks of the pool and the longest sequence, when `most` blocks fit into memory."""
+    `in_flight`: tokens that a sequence may have in plans in flight.
+    """
     longest = engine.max_model_len or config.max_position
     if longest > config.max_position:
         why = ""
@@ -196,7 +198,6 @@ def _size_cache(engine: EngineConfig, config: ModelConfig, most: int) -> tuple[i
             "INVALID_LAYOUT",
             f"max_model_len {longest} exceeds the model's {config.max_position} positions{why}",
         )
-    in_flight = engine.max_batch_tokens * (2 if _plans_ahead(engine) else 1)
     needed = blocks_per_sequence(longest, config.kv_window, in_flight, BLOCK_SIZE)
     if most < needed:
         if engine.max_model_len or most == 0:
@@ -216,6 +217,8 @@ def _core(
     sampler: int,
     blocks: int,
     max_model_len: int,
+    *,
+    ahead: bool,
 ) -> EngineCore:
     from engine.channel import PlanHub
     from engine.core import EngineCore
@@ -235,7 +238,7 @@ def _core(
         engine.prefix_cache,
         engine.max_prefill_tokens,
         _CPU_WEIGHT_TOKENS if engine.device == "cpu" else _GPU_WEIGHT_TOKENS,
-        _plans_ahead(engine),
+        ahead,
     )
     assert hub is None or isinstance(hub, PlanHub)
     grammars = Grammars(engine.model, config.vocab_size, config.eos_token_ids)

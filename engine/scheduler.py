@@ -40,6 +40,7 @@ class _Draft:
     copies: list[tuple[int, int]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
+    ahead: bool = False  # of results: a plan is in flight
     planned: list[Sequence] = field(default_factory=list)
 
 
@@ -131,7 +132,7 @@ class Scheduler:
         ahead = len(self._in_flight) >= self._depth
         if ahead and not self._may_plan_ahead():
             return None
-        draft = _Draft()
+        draft = _Draft(ahead=ahead)
         self._displace()
         decodes, prompts, share = self._survey(ahead=ahead)
         left = self._go_on(draft, decodes, share.tokens - share.prompt_tokens)
@@ -302,6 +303,8 @@ class Scheduler:
             sequence = self._waiting.first
             if before is not None and sequence.order > before.order:
                 break
+            if draft.ahead and self._limits.ahead and not sequence.plain:
+                break  # its rules would have the step wait for the host
             sibling, held = self._sibling(sequence)
             if held:
                 self._waiting.remove(sequence)

@@ -85,7 +85,7 @@ def test_ranks_feed_themselves_what_they_draw(model_dir: Path, monkeypatch: pyte
     requests = some_requests(rules=True)
     with engine_of_threads(model_dir, 2, 1) as core:
         expected = outputs(core, requests)
-    monkeypatch.setattr(engine.rank, "_plans_ahead", lambda engine: True)
+    monkeypatch.setattr(engine.rank, "_device_works_alone", lambda *_: True)
     blind = 0
 
     def read(self: Batcher, plan: StepPlan) -> Layout:
