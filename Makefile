@@ -70,8 +70,9 @@ gpu-check: setup ## On a GPU: its kernels, every model in every layout, and the 
 	$(BIN)/python -m bench.gpu
 
 profile: setup ## Take steps apart: a timeline and GB/s of each kernel in .phalanx/profile (PROFILE="--batch 1 ...")
-	$(if $(shell command -v nsys),nsys profile --force-overwrite=true -t cuda$(comma)nvtx -o .phalanx/profile) \
-		$(BIN)/python -m bench.profile $(PROFILE)
+	$(BIN)/python -m bench.profile $(PROFILE)
+	$(if $(shell command -v nsys),nsys profile --force-overwrite=true -t cuda$(comma)nvtx -o .phalanx/profile/nsight \
+		$(BIN)/python -m bench.profile --ranges-only $(PROFILE))
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) .phalanx phalanx/v1 engine/kernels/*.so

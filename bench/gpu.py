@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -43,7 +44,8 @@ GPU_SHAPES = {
 POINTS = ((1, 512), (32, 1024), (128, 1024), (256, 1024))  # sequences and their lengths
 BESIDE_POINTS = ((1, 512), (32, 1024))  # with transformers
 PEERS = ("transformers", "transformers-static", "transformers-batching")
-NEW_TOKENS = 64
+NEW_TOKENS = 192
+CHUNK = 4096  # tokens of prompts in a step, where all sequences are to decode together
 BUSY_S, CLIENTS, THINK_S = 60.0, 64, 0.05
 LONG = 2048
 BESIDE = 16
@@ -124,12 +126,13 @@ class Bench:
             self._engine.step()
 
     def decode_step_s(self, count: int, length: int) -> float:
-        """The median step while `count` sequences of about `length` tokens decode."""
-        names = self.submit(count, length - STEPS // 2, 4 * STEPS)
+        """The median step while `count` sequences of about `length` tokens decode, all of them in each."""
+        names = self.submit(count, length - STEPS, 4 * STEPS)
         begun: set[str] = set()
         while len(begun) < count:
             begun |= {delta.id for delta in self._engine.step()}
-        median = self._step_s()
+        self._engine.step()  # launched before the last one had begun, perhaps
+        median = self._step_s(count)
         for name in names:
             self._engine.cancel(name)
         self.drain()
@@ -187,13 +190,15 @@ class Bench:
         self.drain()
         return statistics.mean(samples), tokens / took
 
-    def _step_s(self) -> float:
-        """The median of the next steps."""
+    def _step_s(self, tokens: int = 0) -> float:
+        """The median of the next steps; each must bring so many tokens, if any are asked for."""
         times = []
         for _ in range(STEPS):
             began = time.perf_counter()
-            self._engine.step()
+            deltas = self._engine.step()
             times.append(time.perf_counter() - began)
+            if tokens and len(deltas) != tokens:
+                raise RuntimeError(f"a step brought {len(deltas)} tokens, not {tokens}: nothing was measured")
         return statistics.median(times)
 
 
@@ -201,7 +206,6 @@ def measure(shape: Shape, limits: Limits, quantization: str) -> Result:
     """All figures of one shape."""
     import torch
 
-    weight_bytes = shape.step_parameters * (1 if quantization else 2)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_json(shape)))
         free, _ = torch.cuda.mem_get_info()
@@ -209,29 +213,13 @@ def measure(shape: Shape, limits: Limits, quantization: str) -> Result:
         options: dict[str, Any] = {"dtype": "bfloat16", "load_format": "dummy", "kv_bytes": kv_bytes}
         options |= {"quantization": quantization, "max_model_len": 4096, "max_running": 256}
         began = time.perf_counter()
-        with Engine(folder, device="cuda", **options) as engine:
+        # Prompts in large pieces, whoever decodes: all sequences are to be there before the first has ended.
+        chunks = {"max_batch_tokens": CHUNK + 256, "max_prefill_tokens": CHUNK}
+        with Engine(folder, device="cuda", **options, **chunks) as engine:
             result = Result(shape.name, quantization, time.perf_counter() - began)
-            bench = Bench(engine, shape)
-            bench.submit(1, 16, SETTLED)
-            bench.drain()
-            for count, length in POINTS:
-                if count * (length + 4 * STEPS) * shape.kv_bytes_per_token > kv_bytes:
-                    result.skipped.append(f"{count} x {length}: its keys and values do not fit")
-                    continue
-                step = bench.decode_step_s(count, length)
-                read = weight_bytes + count * length * shape.kv_bytes_per_token
-                least = read / limits.copy + shape.decode_flops([length] * count) / limits.gemm
-                result.decode.append(
-                    {
-                        "sequences": count,
-                        "length": length,
-                        "tokens_per_s": count / step,
-                        "of_copy": read / step / limits.copy,
-                        "of_both_limits": least / step,
-                    }
-                )
-                rate = f"{count / step:.0f} tokens/s, {least / step:.0%} of both limits"
-                print(f"  {count} x {length}: {rate}", flush=True)
+            _measure_decode(result, _settled(engine, shape), shape, limits, kv_bytes)
+        with Engine(folder, device="cuda", **options) as engine:
+            bench = _settled(engine, shape)
             result.first_token_s = bench.first_token_s()
             result.first_token_of_gemm = shape.prefill_flops([LONG]) / result.first_token_s / limits.gemm
             result.gap_over_median_step = bench.longest_gap()
@@ -245,13 +233,52 @@ def measure(shape: Shape, limits: Limits, quantization: str) -> Result:
     return result
 
 
+def _settled(engine: Engine, shape: Shape) -> Bench:
+    """With every size of batch recorded."""
+    bench = Bench(engine, shape)
+    bench.submit(1, 16, SETTLED)
+    bench.drain()
+    return bench
+
+
+def _measure_decode(result: Result, bench: Bench, shape: Shape, limits: Limits, kv_bytes: int) -> None:
+    weight_bytes = shape.step_parameters * (1 if result.quantization else 2)
+    for count, length in POINTS:
+        if count * (length + 4 * STEPS) * shape.kv_bytes_per_token > kv_bytes:
+            result.skipped.append(f"{count} x {length}: its keys and values do not fit")
+            continue
+        step = bench.decode_step_s(count, length)
+        read = weight_bytes + count * length * shape.kv_bytes_per_token
+        least = read / limits.copy + shape.decode_flops([length] * count) / limits.gemm
+        result.decode.append(
+            {
+                "sequences": count,
+                "length": length,
+                "tokens_per_s": count / step,
+                "of_copy": read / step / limits.copy,
+                "of_both_limits": least / step,
+            }
+        )
+        print(
+            f"  {count} x {length}: {count / step:.0f} tokens/s, {least / step:.0%} of both limits",
+            flush=True,
+        )
+
+
 def driver_utilisation() -> Callable[[], float]:
-    """What the driver says of this GPU: the share of its last sampling period in which a kernel ran."""
+    """What the driver says of this GPU: the share of its last sampling period in which a kernel ran.
+
+    NaN where it cannot be asked.
+    """
     import pynvml
     import torch
 
-    pynvml.nvmlInit()
-    device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    try:
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    except pynvml.NVMLError as error:
+        print(f"  NVML: {error}")
+        return lambda: math.nan
     return lambda: pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
 
 
@@ -266,8 +293,9 @@ def peers(
     """How fast others decode, each in a process of its own, one after another; or why one could not."""
     found: list[dict[str, float | str]] = []
     for name in names:
+        most = max(count for count, _ in points)
         setup = Setup(
-            folder, device=device, random_weights=True, max_running=max(count for count, _ in points)
+            folder, device=device, random_weights=True, max_running=most, max_batch_tokens=CHUNK + most
         )
         try:
             with contest([Entry(name)], setup, "", logs, PEER_TIMEOUT_S) as (peer,):
@@ -306,6 +334,14 @@ def main() -> None:
         share = f"{last.first_token_of_gemm:.0%} of the GEMM limit"
         print(f"  first token of {LONG}: {last.first_token_s * 1e3:.0f} ms, {share}")
         print(f"  longest gap beside it: {last.gap_over_median_step:.1f} median steps")
+        print(f"  busy under mixed arrivals: {last.busy:.0%}, {last.busy_tokens_per_s:.0f} tokens/s")
+        write(options.report, limits, results)  # what there is, in case that the next shape fails
+
+
+def write(path: Path, limits: Limits, results: Sequence[Result]) -> None:
+    """Everything measured so far, and its plot."""
+    import torch
+
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -313,9 +349,9 @@ def main() -> None:
         "limits": asdict(limits),
         "results": [asdict(result) for result in results],
     }
-    options.report.parent.mkdir(parents=True, exist_ok=True)
-    options.report.write_text(json.dumps(report, indent=1) + "\n")
-    gpu_plot.draw(report["results"], options.report.with_suffix(".svg"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    gpu_plot.draw(report["results"], path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Runs decode steps of one batch, or of a long prompt with --prefill, under torch's profiler. Bytes are those
 that a stage must move at least: weights, activations in and out, keys and values of all its sequences.
 The timeline (trace.json) opens in ui.perfetto.dev or chrome://tracing. Under Nsight Systems the stages are
-NVTX ranges: nsys profile -t cuda,nvtx python -m bench.profile
+NVTX ranges: nsys profile -t cuda,nvtx python -m bench.profile --ranges-only (one profiler at a time).
 Example: python -m bench.profile --shape llama-2-7b --batch 32 --length 1024
 """
 
@@ -15,6 +15,7 @@ import tempfile
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,21 @@ class Line:
     rate: float = 0.0
 
 
-def lines(events: Iterable[Mapping[str, Any]], moved: Mapping[str, int]) -> list[Line]:
+def lines(
+    events: Iterable[Mapping[str, Any]], moved: Mapping[str, int], *, on_device: bool = False
+) -> list[Line]:
     """The longest first, of a trace in Chrome's format.
 
-    A kernel belongs to the stage within whose range it was launched. Where nothing ran on a device, a stage's
-    time is that of its range.
+    A kernel belongs to the stage within whose range it was launched. On a CPU a stage's time is that of its
+    range.
 
     Args:
         events: with cat, name, ts and dur in microseconds, tid, and args with correlation.
         moved: bytes by stage.
+        on_device: whether kernels ran on a GPU.
+
+    Raises:
+        ValueError: the trace has no kernels, though they ran on a GPU.
     """
     events = [event for event in events if "dur" in event]
     ranges: defaultdict[Any, list[tuple[float, float, str]]] = defaultdict(list)
@@ -80,7 +87,9 @@ def lines(events: Iterable[Mapping[str, Any]], moved: Mapping[str, int]) -> list
     for event in events:
         if event.get("cat") in _ON_DEVICE:
             times[stage_of(event), event["name"]].append(event["dur"] / 1e6)
-    if not times:
+    if on_device and not times:
+        raise ValueError("the trace has no kernels: does another profiler have the GPU?")
+    if not on_device:
         for of_thread in ranges.values():
             for began, ended, stage in of_thread:
                 times[stage, ""].append((ended - began) / 1e6)
@@ -131,7 +140,7 @@ def profile(options: argparse.Namespace) -> list[Line]:
         length, batch = options.length, 1 if options.prefill else options.batch
         settings: dict[str, Any] = {"dtype": options.dtype, "load_format": "dummy", "max_running": batch}
         settings |= {"quantization": options.quantization, "max_model_len": length + 8 * options.steps}
-        settings["max_batch_tokens"] = max(512, batch, length if options.prefill else 0)
+        settings["max_batch_tokens"] = max(512, batch * length)  # all prompts in one step
         settings["kv_bytes"] = (batch + 1) * (settings["max_model_len"] + 64) * 2 * shape.kv_bytes_per_token
         with Engine(folder, device=options.device, progress=False, **settings) as engine:
             (kernels,) = made
@@ -155,16 +164,22 @@ def profile(options: argparse.Namespace) -> list[Line]:
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
                 torch.cuda.synchronize()
             kernels.counting = True
-            with torch.profiler.profile(activities=activities) as profiler:
+            profiler = None if options.ranges_only else torch.profiler.profile(activities=activities)
+            with profiler or nullcontext():
                 for _ in range(steps):
-                    engine.step()
+                    deltas = engine.step()
+                    if len(deltas) != batch:
+                        raise RuntimeError(f"a step brought {len(deltas)} tokens, not {batch}")
                 if on_gpu:
                     torch.cuda.synchronize()
             kernels.counting = False
+            if profiler is None:
+                return []
             options.report.mkdir(parents=True, exist_ok=True)
             trace = options.report / "trace.json"
             profiler.export_chrome_trace(str(trace))
-            return lines(json.loads(trace.read_text())["traceEvents"], kernels.bytes_by_stage())
+            events = json.loads(trace.read_text())["traceEvents"]
+            return lines(events, kernels.bytes_by_stage(), on_device=on_gpu)
 
 
 def main() -> None:
@@ -183,9 +198,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024 if gpu else 128, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prefill", action="store_true", help="one prompt's step, not decode steps")
+    parser.add_argument(
+        "--ranges-only", action="store_true", help="for Nsight Systems: without torch's profiler"
+    )
     parser.add_argument("--report", type=Path, default=Path(".phalanx/profile"))
     options = parser.parse_args()
     found = profile(options)
+    if options.ranges_only:
+        return
     text = table(found)
     print(text)
     (options.report / "table.txt").write_text(text + "\n")

@@ -17,6 +17,7 @@ OURS = "phalanx"
 _NAMES = {
     "phalanx": "Phalanx",
     "transformers": "transformers `generate`",
+    "transformers-static": "transformers `generate`, static cache",
     "transformers-batching": "transformers continuous batching",
     "vllm": "vLLM, compiled",
     "vllm-eager": "vLLM, eager",

@@ -130,7 +130,7 @@ async def soak(scene: Scene, load: Load, every_s: float, faults: list[str]) -> l
         fault, at = scene.chance.choice(faults), time.monotonic()
         try:
             injury = FAULTS[fault](scene)
-        except (IndexError, KeyError, ProcessLookupError, StopIteration):
+        except (IndexError, KeyError, FileNotFoundError, ProcessLookupError, StopIteration):
             continue  # whom it would have hit has not come back yet
         done.append(Repetition(fault, injury.what, at))
         if injury.wake:

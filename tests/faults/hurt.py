@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import socket
 from pathlib import Path
@@ -19,20 +20,30 @@ def cut_connections(pid: int) -> int:
     process, cut = os.pidfd_open(pid), 0
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):  # closed meanwhile, no connection, or one that nobody took yet
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 if not os.readlink(entry).startswith("socket:"):
                     continue
                 fd = libc.syscall(_PIDFD_GETFD, process, int(entry.name), 0)
-                if fd < 0:
-                    raise OSError(ctypes.get_errno(), "pidfd_getfd")
-                with socket.socket(fileno=fd) as theirs:
-                    if theirs.family in (socket.AF_INET, socket.AF_INET6):
-                        theirs.getpeername()
-                        theirs.shutdown(socket.SHUT_RDWR)
-                        cut += 1
+                if fd < 0 and ctypes.get_errno() != errno.EBADF:
+                    raise OSError(ctypes.get_errno(), "pidfd_getfd: may this user trace that process?")
+                if fd >= 0:
+                    cut += _shut(fd)
     finally:
         os.close(process)
     return cut
+
+
+def _shut(fd: int) -> bool:
+    """Shut down a socket if it is a TCP connection; closes our copy of it."""
+    with socket.socket(fileno=fd) as theirs:
+        if theirs.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        try:
+            theirs.getpeername()
+            theirs.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it listens, or has been closed
+            return False
+        return True
 
 
 def _memory_groups() -> tuple[Path, str] | None:
@@ -68,7 +79,7 @@ def limit_memory(pid: int) -> None:
         raise OSError("there are no groups with a memory limit here, or only for another user")
     folder, limit = found
     group = folder / f"phalanx-chaos-{pid}"
-    group.mkdir()
+    group.mkdir(exist_ok=True)
     (group / limit).write_text(str(_LIMIT_BYTES))
     (group / "cgroup.procs").write_text(str(pid))
 

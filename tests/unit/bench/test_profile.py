@@ -26,13 +26,18 @@ def test_a_kernel_belongs_to_the_stage_that_launched_it_whenever_it_runs() -> No
         event("kernel", "fill", 120, 2, tid=7, correlation=3),
         {"cat": "user_annotation", "name": "an instant", "ts": 3},
     ]
-    found = profile.lines(events, {"linear": 8000, "attention": 1000})
+    found = profile.lines(events, {"linear": 8000, "attention": 1000}, on_device=True)
     assert [(line.stage, line.kernel, line.share) for line in found] == [
         ("linear", "gemv", 0.5),
         ("attention", "decode", 0.25),
         (profile.OTHERS, "fill", 0.25),
     ]
     assert [round(line.rate) for line in found] == [2_000_000_000, 500_000_000, 0]
+
+
+def test_a_trace_of_a_gpu_without_kernels_is_no_profile() -> None:
+    with pytest.raises(ValueError, match="no kernels"):
+        profile.lines([event("user_annotation", PREFIX + "linear", 0, 10)], {}, on_device=True)
 
 
 def test_the_stages_of_a_small_engine_are_timed(
