@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -93,6 +94,7 @@ def _run(link: Link, at_end: ExitStack) -> None:
         progress=lambda fraction: link.send(Loading(fraction)),
     )
     at_end.callback(member.parallel.leave)
+    gc.freeze()  # what is there now stays: a collection under load need not look at it
     config, identity = member.config, engine_identity(engine, member.config)
     step_s = 0.0 if member.core is None else _timed_canary(member.core)
     link.send(EngineReady(identity, member.max_model_len, config.vocab_size, config.eos_token_ids, step_s))
