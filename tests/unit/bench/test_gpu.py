@@ -1,4 +1,4 @@
-"""What `bench.gpu` asks of an engine and of its peers, on a CPU: figures mean nothing, the way is the same."""
+"""What `bench.gpu` asks of an engine and of its peers, on a CPU: the figures mean nothing there."""
 
 from __future__ import annotations
 
