@@ -303,7 +303,7 @@ class Scheduler:
             sequence = self._waiting.first
             if before is not None and sequence.order > before.order:
                 break
-            if draft.ahead and self._limits.ahead and not sequence.plain:
+            if draft.ahead and not sequence.plain:
                 break  # its rules would have the step wait for the host
             sibling, held = self._sibling(sequence)
             if held:
