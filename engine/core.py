@@ -62,7 +62,7 @@ class EngineCore:
     def collect(self, now: float) -> tuple[int, tuple[Delta, ...]]:
         """Wait for the oldest step in flight: its number and its new tokens."""
         if self._drawn_here:
-            sampled = self._drawn_here.popleft().result()
+            sampled = self._drawn_here.popleft()()
         else:
             assert self._hub is not None
             sampled = self._hub.receive(self._sampler)

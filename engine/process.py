@@ -183,7 +183,7 @@ def _follow(member: Member, link: Link) -> None:
             continue
         drawn = member.runner.run(plan)
         if drawn is not None:
-            member.plans.send(drawn.result())
+            member.plans.send(drawn())
 
 
 def _last_word(link: Link, error: Exception) -> None:

@@ -16,6 +16,8 @@ from engine.request import PositionLogprobs, TokenLogprob
 from engine.rules import Rules
 from engine.transfer import from_device
 
+Drawn = Callable[[], Sampled]
+"""What a step draws, perhaps still on its way from the device: the call waits for it."""
 DrawTokens = Callable[[torch.Tensor, Sequence[Draw]], torch.Tensor]  # logits [S, V] to ids [S]
 
 _ROWS_AT_ONCE = 64
@@ -32,25 +34,6 @@ class PromptRows:
     first: int
     targets: tuple[int, ...]
     logprobs: int
-
-
-class Drawn:
-    """What a step draws, perhaps still on its way from the device."""
-
-    def __init__(self, result: Callable[[], Sampled]) -> None:
-        self.result = result
-        """Wait for it."""
-
-    @staticmethod
-    def now(sampled: Sampled) -> Drawn:
-        """What has arrived."""
-        return Drawn(lambda: sampled)
-
-    @staticmethod
-    def later(step: int, ids_S: torch.Tensor) -> Drawn:
-        """Tokens where they lie now, for which nobody waits yet."""
-        wait = from_device(ids_S)
-        return Drawn(lambda: Sampled(step, tuple(wait()), (None,) * len(ids_S)))
 
 
 class Sampler:
@@ -80,10 +63,11 @@ class Sampler:
         `ids_S` are the tokens that the logits draw as they are, where that is known already.
         """
         if logits_SV is None:
-            return Drawn.now(Sampled(plan.step, (), (), prompt_logprobs))
+            return _at_hand(Sampled(plan.step, (), (), prompt_logprobs))
         if plan.feeds:  # nobody in it has rules
             assert ids_S is not None
-            return Drawn.later(plan.step, ids_S)
+            count, wait = len(ids_S), from_device(ids_S)
+            return lambda: Sampled(plan.step, tuple(wait()), (None,) * count)
         rows = [(draw.handle, draw.position) for draw in draws]
         ruled_SV = self._rules.apply(logits_SV, rows, plan.masks)
         if ids_S is None or ruled_SV is not logits_SV:
@@ -92,7 +76,12 @@ class Sampler:
         for draw, token in zip(draws, token_ids, strict=True):
             self._rules.drawn(draw.handle, token)
         logprobs = log_probabilities(logits_SV, ids_S, [draw.logprobs for draw in draws])
-        return Drawn.now(Sampled(plan.step, token_ids, logprobs, prompt_logprobs))
+        return _at_hand(Sampled(plan.step, token_ids, logprobs, prompt_logprobs))
+
+
+def _at_hand(sampled: Sampled) -> Drawn:
+    """What nobody has to wait for."""
+    return lambda: sampled
 
 
 def score_prompts(

@@ -139,7 +139,7 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
             rows = [logits_after([*r.prompt_ids, *out]) for r, out in zip(asked, outputs, strict=True)]
             sampler.follow(plan)
             for output, token in zip(
-                outputs, sampler.sample(plan, torch.stack(rows), draws).result().token_ids, strict=True
+                outputs, sampler.sample(plan, torch.stack(rows), draws)().token_ids, strict=True
             ):
                 output.append(token)
         return outputs

@@ -30,7 +30,7 @@ def runner(model_dir: Path) -> Runner:
     join = Join(0, 3, 0, SamplingParams(temperature=0))
     drawn = runner.run(StepPlan(4, 1, (), (join,), (Row(0, 0, (1, 2, 3), (0,), sample=True),)))
     assert drawn is not None
-    assert len(drawn.result().token_ids) == 1
+    assert len(drawn().token_ids) == 1
     return runner
 
 
@@ -46,4 +46,4 @@ def test_a_refused_plan_leaves_the_rank_as_it_was(runner: Runner) -> None:
         runner.run(StepPlan(4, 9, (0,)))
     drawn = runner.run(StepPlan(4, 2, (), (), (Row(0, 3, (4,)),)))
     assert drawn is not None
-    assert drawn.result() == Sampled(2, (), ())
+    assert drawn() == Sampled(2, (), ())

@@ -158,7 +158,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     rows = logits(2)
     hot = SamplingParams(temperature=5.0, top_k=40, seed=3)
     draws = [Draw(hot, 0, 0, logprobs=3), Draw(hot, 0, 1, logprobs=None)]
-    sampled = Sampler(draw_tokens).sample(StepPlan(1, 7), rows, draws).result()
+    sampled = Sampler(draw_tokens).sample(StepPlan(1, 7), rows, draws)()
     entry, nothing = sampled.logprobs
     assert nothing is None
     assert entry is not None
@@ -172,7 +172,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 
 def test_logprobs_without_alternatives_have_the_chosen_token_alone() -> None:
     draws = [Draw(SamplingParams(), 0, 0, logprobs=0)]
-    (entry,) = Sampler(draw_tokens).sample(StepPlan(1, 1), logits(1), draws).result().logprobs
+    (entry,) = Sampler(draw_tokens).sample(StepPlan(1, 1), logits(1), draws)().logprobs
     assert entry is not None
     assert entry.top == ()
 

@@ -89,7 +89,7 @@ class Rank:
         self.steps += 1
         drawn = self.runner.run(StepPlan(1, self.steps, (), tuple(joins), tuple(rows)))
         assert drawn is not None
-        return drawn.result().token_ids
+        return drawn().token_ids
 
 
 def test_recorded_steps_draw_what_others_draw(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def follow(member: Member, plans: PlanLink) -> None:
     while plan := plans.receive():
         drawn = member.runner.run(plan)
         if drawn is not None:
-            plans.send(drawn.result())
+            plans.send(drawn())
 
 
 def finish(core: EngineCore, requests: int, tokens: int = 8, **options: Any) -> None:

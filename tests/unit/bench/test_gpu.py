@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -60,4 +59,3 @@ def test_a_peer_is_measured_and_one_that_fails_says_why(folder: Path, tmp_path: 
     point = {"sequences": 2, "length": 16, "tokens_per_s": 5.0, "of_both_limits": 0.5}
     drawn = gpu_plot.draw([{"shape": "tiny", "decode": [point], "peers": found}], tmp_path / "plot.svg")
     assert drawn == (tmp_path / "plot.svg").exists()
-    assert not math.isnan(point["tokens_per_s"])
