@@ -243,10 +243,11 @@ class Journal:
             self.cached_tokens = delta.cached_tokens
         choice.token_ids += delta.token_ids[known:]
         choice.pieces += delta.pieces[known:]
-        choice.logprobs += delta.logprobs[known:]
+        if delta.logprobs:
+            choice.logprobs += delta.logprobs[known:]
         choice.finish = delta.finish_reason
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
-        if self.finished:
+        if choice.finish != UNFINISHED and self.finished:
             self.attempt = None
         return True
 

@@ -103,7 +103,7 @@ class _Attempt:
     submit: shard_pb2.Submit
     deadline: float | None
     live: set[int]  # choices that have not ended, as the gateway knows
-    outputs: list[shard_pb2.Delta]  # one per choice: all that it has generated, over all attempts
+    outputs: list[shard_pb2.Delta]  # one per choice: all that has been generated, if it can be asked for
     keep_until: float | None = None  # set while nobody has it, and when it has finished
     prompt_ids: tuple[int, ...] | None = None  # None while it is tokenised
     ended_by_engine: set[int] = field(default_factory=set)
@@ -201,7 +201,8 @@ class RequestBook:
     def attach(self, stream: int, attach: shard_pb2.Attach, now: float) -> list[Instruction]:
         """A gateway asks for a request that another had begun."""
         attempt, frame = self._held.get(attach.resume_key), self._frame()
-        if attempt is None or not (attempt.prompt_ids or attempt.submit.token_ids.ids):
+        tokenised = attempt is not None and (attempt.prompt_ids or attempt.submit.token_ids.ids)
+        if attempt is None or not tokenised or not attempt.submit.resume_key:
             message = "this replica does not hold the request"
             frame.failed.append(convert.to_failed("", attach.attempt, "UNKNOWN_REQUEST", message))
             return [ToGateway(stream, frame)]
@@ -301,7 +302,8 @@ class RequestBook:
             attempt = self._attempts.get(delta.id)
             if attempt is not None and delta.choice in attempt.live:
                 news = convert.to_delta(*attempt.key, delta)
-                convert.extend(attempt.outputs[delta.choice], news)
+                if attempt.submit.resume_key:  # otherwise nobody can ask for it
+                    convert.extend(attempt.outputs[delta.choice], news)
                 if frame := self._frame_of(frames, attempt):
                     frame.deltas.append(news)
                 todo += self._advance(attempt, delta, now)
@@ -369,7 +371,7 @@ class RequestBook:
         replay.stopping.max_tokens = replay.stopping.max_tokens or self._model.max_model_len - len(ids)
         replay.model_hash = self._model.hash
         del replay.prior[:]
-        replay.prior.extend(attempt.outputs)
+        replay.prior.extend(convert.to_prior(output) for output in attempt.outputs)
         replay.deadline_ms = 0 if attempt.deadline is None else max(1, int((attempt.deadline - now) * 1000))
         return replay
 
