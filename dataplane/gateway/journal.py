@@ -230,23 +230,27 @@ class Journal:
         Returns False, having journalled nothing, when the delta leaves a gap or is not well formed:
         the attempt cannot be trusted further.
         """
-        if delta.choice >= len(self.choices) or len(delta.pieces) != len(delta.token_ids):
+        # Each field is asked for once: every token passes here, and asking takes longer than appending.
+        token_ids, pieces, logprobs = delta.token_ids, delta.pieces, delta.logprobs
+        if delta.choice >= len(self.choices) or len(pieces) != len(token_ids):
             return False
         choice = self.choices[delta.choice]
         known = len(choice.token_ids) - delta.index
-        if known < 0 or (delta.logprobs and len(delta.logprobs) != len(delta.token_ids)):
+        if known < 0 or (logprobs and len(logprobs) != len(token_ids)):
             return False
-        self.duplicates += min(known, len(delta.token_ids))
+        if known:
+            self.duplicates += min(known, len(token_ids))
         if choice.finish != UNFINISHED:
             return True
-        if self.cached_tokens is None and delta.token_ids:
+        if self.cached_tokens is None and token_ids:
             self.cached_tokens = delta.cached_tokens
-        choice.token_ids += delta.token_ids[known:]
-        choice.pieces += delta.pieces[known:]
-        if delta.logprobs:
-            choice.logprobs += delta.logprobs[known:]
+        choice.token_ids += token_ids[known:]
+        choice.pieces += pieces[known:]
+        if logprobs:
+            choice.logprobs += logprobs[known:]
+        if not self.prompt_logprobs:
+            self.prompt_logprobs = delta.prompt_logprobs
         choice.finish = delta.finish_reason
-        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         if choice.finish != UNFINISHED and self.finished:
             self.attempt = None
         return True
