@@ -148,6 +148,7 @@ class CudaRecorder:
             work()  # what is done only once: kernels are compiled, workspaces taken
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may call CUDA meanwhile, as NCCL's do.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = work()
         return graph.replay, results

@@ -2,8 +2,9 @@
 
 Groups are the rows of the rank grid, which are a stage's tensor parallel ranks, and the hops from a rank to
 that of the same column in the next stage. Each group is of one of three kinds: NCCL where every rank of the
-replica has its own GPU; shared memory where its ranks are on one host; gloo otherwise. The global default
-group of torch.distributed is not used, so several engines fit in one process.
+replica has its own GPU, with small sums of a row in one kernel where that can be; shared memory where its ranks
+are on one host; gloo otherwise. The global default group of torch.distributed is not used, so several engines
+fit in one process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined] # re-exported silently
 
 from engine.grid import Grid as Grid
+from engine.one_shot import SymmetricMemory, one_shot
 from engine.shm import share_hop, share_row
 
 TIMEOUT = timedelta(minutes=10)  # the slowest rank may still be loading; a dead one is noticed at once
@@ -227,7 +229,12 @@ def connect(grid: Grid, store: Store | None, host: str, device: torch.device, hi
     def row() -> Row:
         name, rank, ranks = f"row{grid.pp_rank}", grid.tp_rank, grid.tp
         shared = None if nccl else share_row(store, name, rank, ranks, TIMEOUT)
-        return shared or GroupRow(_group(store, name, rank, ranks, host, nccl), ranks, where)
+        over_group = shared or GroupRow(_group(store, name, rank, ranks, host, nccl), ranks, where)
+        if not nccl:
+            return over_group
+        peers = devices[grid.rank - rank : grid.rank - rank + ranks]
+        memory = SymmetricMemory(store, name, rank, ranks, device)
+        return one_shot(over_group, memory, store, name, rank, peers)
 
     def hop(sender: int) -> Hop:
         name, rank = f"hop{sender}", int(grid.rank != sender)

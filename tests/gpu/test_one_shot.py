@@ -1,0 +1,52 @@
+"""Sums over two real GPUs in one kernel; `tests/parallel/test_one_shot.py` has all that needs none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed import Store
+
+from engine.graphs import CudaRecorder
+from engine.grid import Grid
+from engine.one_shot import OneShotRow
+from engine.parallel import connect
+from tests.parallel.processes import run
+
+RANKS = 2
+REPEATS = 200
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
+
+
+def parts(size: int, number: int, device: torch.device) -> list[torch.Tensor]:
+    """Every rank's numbers."""
+    draw = torch.Generator().manual_seed(number)
+    return [torch.randn(size, 64, generator=draw).bfloat16().to(device) for _ in range(RANKS)]
+
+
+def add(rank: int, ranks: int, store: Store) -> str:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    parallel = connect(Grid(ranks, 1, rank), store, "127.0.0.1", device, 1 << 20)
+    assert parallel.on_device
+    for number, size in enumerate((1, 7, 256, 8192, 8193)):
+        each = parts(size, number, device)
+        assert torch.equal(parallel.all_reduce(each[rank]), each[0] + each[1])
+
+    x = torch.zeros(16, 64, dtype=torch.bfloat16, device=device)
+
+    def work() -> tuple[torch.Tensor, torch.Tensor]:
+        total = parallel.all_reduce(x)
+        return total, parallel.all_reduce(total * 2)
+
+    repeat, (once, twice) = CudaRecorder()(work)
+    for number in range(REPEATS):
+        each = parts(16, number, device)
+        x.copy_(each[rank])
+        repeat()
+        assert torch.equal(once, each[0] + each[1]), number
+        assert torch.equal(twice, 4 * once), number
+    return type(parallel._row).__name__
+
+
+def test_sums_are_exact_at_once_and_recorded_as_often_as_they_are_repeated() -> None:
+    assert run(add, RANKS) in ([name] * RANKS for name in (OneShotRow.__name__, "GroupRow"))
