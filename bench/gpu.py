@@ -1,12 +1,14 @@
 """the engine on one GPU against that GPU's own limits, and beside transformers
 
-Decode, first tokens, gaps beside a long prompt, and how busy the driver calls the GPU under mixed arrivals.
+Three parts, each with an engine or processes of its own, so that each can be run alone: `decode` (tokens per
+second of batches), `serve` (first tokens, gaps beside a long prompt, how busy the driver calls the GPU under
+mixed arrivals) and `peers` (transformers in three ways). What a part finds is written as soon as it is found,
+beside what the report has already of the same GPU.
 
 Random weights from a config alone, bf16. Limits are measured in the same run: the rate of a copy on the
-device, and of its best bf16 GEMM. A decode step reads its weights once and the keys and values of all its
-sequences; the time that this takes at the rate of a copy, plus its products at the rate of a GEMM, is what it
-is held against.
-Example: python -m bench.gpu --shapes llama-2-7b mistral-7b
+device, bytes read and written, and of its best bf16 GEMM. A decode step is held against the longer of reading
+its weights and multiplying by them, plus reading the keys and values of all its sequences.
+Example: python -m bench.gpu --shapes llama-2-7b --only decode serve
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import gpu_plot
 from bench.contest import ContestantError, Entry, contest
-from bench.measures import decode_rate, prompts
+from bench.measures import median_decode_rate, prompts
 from bench.protocol import Setup, Work
 from bench.results import Stamp
 from bench.shapes import Shape, config_json
@@ -41,18 +44,23 @@ GPU_SHAPES = {
         Shape("llama-2-13b", 5120, 40, 40, 40, 13824, 32000, tied=False),
     )
 }
-POINTS = ((1, 512), (32, 1024), (128, 1024), (256, 1024))  # sequences and their lengths
+POINTS = ((1, 512), (32, 1024), (128, 1024), (256, 1024))  # sequences and their lengths in the middle
 BESIDE_POINTS = ((1, 512), (32, 1024))  # with transformers
 PEERS = ("transformers", "transformers-static", "transformers-batching")
-NEW_TOKENS = 192
+PARTS = ("decode", "serve", "peers")
+NEW_TOKENS = 192  # of a peer's sequence
 CHUNK = 4096  # tokens of prompts in a step, where all sequences are to decode together
 BUSY_S, CLIENTS, THINK_S = 60.0, 64, 0.05
 LONG = 2048
 BESIDE = 16
-STEPS = 64
+STEPS = 32  # of which a median is taken
+FILLING_STEPS = 96  # a sequence decodes meanwhile, until the last one's prompt has been computed
 SETTLED = 700  # decode steps until every size of batch has been recorded
-KV_SHARE = 0.85
+KV_SHARE = 0.93  # of the memory, with the weights
 PEER_TIMEOUT_S = 300.0
+
+Fields = dict[str, Any]
+"""What a part finds of a shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,44 +71,42 @@ class Limits:
     gemm: float
 
 
-@dataclass(slots=True)
-class Result:
-    """One shape's figures; times in seconds."""
-
-    shape: str
-    quantization: str
-    loaded_s: float
-    decode: list[dict[str, float]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    first_token_s: float = 0.0
-    first_token_of_gemm: float = 0.0
-    gap_over_median_step: float = 0.0
-    busy: float = 0.0
-    busy_tokens_per_s: float = 0.0
-    peers: list[dict[str, float | str]] = field(default_factory=list)
-
-
 def measure_limits() -> Limits:
     """What this GPU can do."""
     import torch
 
-    flat = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    limits = Limits(_copy_rate(), _gemm_rate())
+    torch.cuda.empty_cache()
+    return limits
+
+
+def _copy_rate() -> float:
+    import torch
+
+    flat = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(flat)
+    return 2 * flat.nbytes / _best(lambda: other.copy_(flat))
+
+
+def _gemm_rate() -> float:
+    import torch
+
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    copied = _best(lambda: other.copy_(flat))
-    return Limits(2 * flat.nbytes / copied, 2 * 8192**3 / _best(lambda: a @ b))
+    return float(2 * 8192**3 / _best(lambda: a @ b))
 
 
 def _best(work: Callable[[], object]) -> float:
+    """The device's own time for it, at its best."""
     import torch
 
     seconds = []
     for _ in range(10):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
         work()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        ended.record()
+        ended.synchronize()
+        seconds.append(began.elapsed_time(ended) / 1e3)
     return min(seconds)
 
 
@@ -110,15 +116,20 @@ class Bench:
     def __init__(self, engine: Engine, shape: Shape) -> None:
         self._engine, self._shape, self._count = engine, shape, 0
 
-    def submit(self, count: int, length: int, tokens: int) -> list[str]:
-        """Queue random prompts."""
-        names = []
+    def requests(self, count: int, length: int, tokens: int) -> list[Request]:
+        """Random prompts."""
+        greedy, made = SamplingParams(temperature=0), []
         for ids in prompts(count, length, self._shape.vocab, self._count):
             self._count += 1
-            names.append(str(self._count))
-            request = Request(names[-1], tuple(ids), SamplingParams(temperature=0), tokens, ignore_eos=True)
+            made.append(Request(str(self._count), tuple(ids), greedy, tokens, ignore_eos=True))
+        return made
+
+    def submit(self, count: int, length: int, tokens: int) -> list[str]:
+        """Queue random prompts."""
+        made = self.requests(count, length, tokens)
+        for request in made:
             self._engine.submit(request)
-        return names
+        return [request.id for request in made]
 
     def drain(self) -> None:
         """Run until nothing is left."""
@@ -127,7 +138,7 @@ class Bench:
 
     def decode_step_s(self, count: int, length: int) -> float:
         """The median step while `count` sequences of about `length` tokens decode, all of them in each."""
-        names = self.submit(count, length - STEPS, 4 * STEPS)
+        names = self.submit(count, length - STEPS, FILLING_STEPS + 2 * STEPS)
         begun: set[str] = set()
         while len(begun) < count:
             begun |= {delta.id for delta in self._engine.step()}
@@ -141,9 +152,9 @@ class Bench:
     def first_token_s(self) -> float:
         """The median time to the first token of a long prompt."""
         times = []
-        for _ in range(5):
+        for request in self.requests(5, LONG, 1):
             began = time.perf_counter()
-            self.submit(1, LONG, 1)
+            self._engine.submit(request)
             self.drain()
             times.append(time.perf_counter() - began)
         return statistics.median(times)
@@ -151,7 +162,7 @@ class Bench:
     def longest_gap(self) -> float:
         """Beside BESIDE decodes a long prompt comes: their longest gap, in median steps without it."""
         names = self.submit(BESIDE, 128, 2000)
-        for _ in range(2 * STEPS):
+        for _ in range(4 * STEPS):
             self._engine.step()
         alone = self._step_s()
         late = self.submit(1, LONG, 32)[0]
@@ -202,67 +213,92 @@ class Bench:
         return statistics.median(times)
 
 
-def measure(shape: Shape, limits: Limits, quantization: str) -> Result:
-    """All figures of one shape."""
+@contextmanager
+def engine_of(shape: Shape, quantization: str, **options: Any) -> Iterator[tuple[Bench, int]]:
+    """An engine that has recorded every size of batch, and the bytes of its KV cache."""
     import torch
 
+    _, memory = torch.cuda.mem_get_info()
+    kv_bytes = int(memory * KV_SHARE) - shape.parameters * (1 if quantization else 2)
+    options |= {"dtype": "bfloat16", "load_format": "dummy", "kv_bytes": kv_bytes}
+    options |= {"quantization": quantization, "max_model_len": 4096, "max_running": 256}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_json(shape)))
-        free, _ = torch.cuda.mem_get_info()
-        kv_bytes = int(free * KV_SHARE) - shape.parameters * (1 if quantization else 2)
-        options: dict[str, Any] = {"dtype": "bfloat16", "load_format": "dummy", "kv_bytes": kv_bytes}
-        options |= {"quantization": quantization, "max_model_len": 4096, "max_running": 256}
         began = time.perf_counter()
-        # Prompts in large pieces, whoever decodes: all sequences are to be there before the first has ended.
-        chunks = {"max_batch_tokens": CHUNK + 256, "max_prefill_tokens": CHUNK}
-        with Engine(folder, device="cuda", **options, **chunks) as engine:
-            result = Result(shape.name, quantization, time.perf_counter() - began)
-            _measure_decode(result, _settled(engine, shape), shape, limits, kv_bytes)
         with Engine(folder, device="cuda", **options) as engine:
-            bench = _settled(engine, shape)
-            result.first_token_s = bench.first_token_s()
-            result.first_token_of_gemm = shape.prefill_flops([LONG]) / result.first_token_s / limits.gemm
-            result.gap_over_median_step = bench.longest_gap()
-            result.busy, result.busy_tokens_per_s = bench.busy(BUSY_S, driver_utilisation())
-        gc.collect()
-        torch.cuda.empty_cache()
-        if not quantization:
-            result.peers = peers(shape, folder, PEERS, BESIDE_POINTS, "cuda", Path(folder) / "logs")
-            for peer in result.peers:
-                print("  " + ", ".join(f"{key} {value}" for key, value in peer.items()), flush=True)
-    return result
+            print(f"  loaded in {time.perf_counter() - began:.0f} s", flush=True)
+            bench = Bench(engine, shape)
+            bench.submit(1, 16, SETTLED)
+            bench.drain()
+            gc.collect()
+            gc.freeze()  # as an engine's process does, or a collection would be taken for a gap
+            yield bench, kv_bytes
+            gc.unfreeze()
+    del engine, bench
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def _settled(engine: Engine, shape: Shape) -> Bench:
-    """With every size of batch recorded."""
-    bench = Bench(engine, shape)
-    bench.submit(1, 16, SETTLED)
-    bench.drain()
-    return bench
+def decode(shape: Shape, limits: Limits, quantization: str) -> Iterator[Fields]:
+    """Tokens per second of batches whose keys and values fit, and what the limits allow."""
+    points: list[Fields] = []
+    skipped: list[str] = []
+    yield {"decode": points, "skipped": skipped}
+    # Prompts in large pieces, whoever decodes: all sequences are to be there before the first has ended.
+    chunks = {"max_batch_tokens": CHUNK + 256, "max_prefill_tokens": CHUNK}
+    with engine_of(shape, quantization, **chunks) as (bench, kv_bytes):
+        for count, length in POINTS:
+            if count * (length + STEPS) * shape.kv_bytes_per_token > kv_bytes:
+                skipped.append(f"{count} x {length}: its keys and values do not fit")
+            else:
+                step_s = bench.decode_step_s(count, length)
+                points.append(held_against(shape, limits, quantization, count, length, step_s))
+                print("  " + _said(points[-1]), flush=True)
+            yield {"decode": points, "skipped": skipped}
 
 
-def _measure_decode(result: Result, bench: Bench, shape: Shape, limits: Limits, kv_bytes: int) -> None:
-    weight_bytes = shape.step_parameters * (1 if result.quantization else 2)
-    for count, length in POINTS:
-        if count * (length + 4 * STEPS) * shape.kv_bytes_per_token > kv_bytes:
-            result.skipped.append(f"{count} x {length}: its keys and values do not fit")
-            continue
-        step = bench.decode_step_s(count, length)
-        read = weight_bytes + count * length * shape.kv_bytes_per_token
-        least = read / limits.copy + shape.decode_flops([length] * count) / limits.gemm
-        result.decode.append(
-            {
-                "sequences": count,
-                "length": length,
-                "tokens_per_s": count / step,
-                "of_copy": read / step / limits.copy,
-                "of_both_limits": least / step,
-            }
-        )
-        print(
-            f"  {count} x {length}: {count / step:.0f} tokens/s, {least / step:.0%} of both limits",
-            flush=True,
-        )
+def held_against(
+    shape: Shape, limits: Limits, quantization: str, count: int, length: int, step_s: float
+) -> Fields:
+    """What a decode step took, beside what it had to read and compute, and the time that this takes."""
+    weight_bytes = shape.step_parameters * (1 if quantization else 2)
+    kv_bytes = count * length * shape.kv_bytes_per_token
+    flops = 2 * shape.step_parameters * count
+    least_s = max(weight_bytes / limits.copy, flops / limits.gemm) + kv_bytes / limits.copy
+    return {
+        "sequences": count,
+        "length": length,
+        "tokens_per_s": count / step_s,
+        "step_s": step_s,
+        "weight_bytes": weight_bytes,
+        "kv_bytes": kv_bytes,
+        "product_flops": flops,
+        "of_copy": (weight_bytes + kv_bytes) / step_s / limits.copy,
+        "of_both_limits": least_s / step_s,
+    }
+
+
+def serve(shape: Shape, limits: Limits, quantization: str) -> Iterator[Fields]:
+    """First tokens, gaps, and a minute of mixed arrivals, with an engine as it is by itself."""
+    utilisation = driver_utilisation()
+    with engine_of(shape, quantization) as (bench, _):
+        first_s = bench.first_token_s()
+        of_gemm = shape.prefill_flops([LONG]) / first_s / limits.gemm
+        print(f"  first token of {LONG}: {first_s * 1e3:.0f} ms, {of_gemm:.0%} of the GEMM limit", flush=True)
+        yield {"first_token_s": first_s, "first_token_of_gemm": of_gemm}
+        gap = bench.longest_gap()
+        print(f"  longest gap beside it: {gap:.1f} median steps", flush=True)
+        yield {"gap_over_median_step": gap}
+        busy, rate = bench.busy(BUSY_S, utilisation)
+        print(f"  busy under mixed arrivals: {busy:.0%}, {rate:.0f} tokens/s", flush=True)
+        yield {"busy": busy, "busy_tokens_per_s": rate}
+
+
+def _said(fields: Fields) -> str:
+    def text(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name} {text(value)}" for name, value in fields.items())
 
 
 def driver_utilisation() -> Callable[[], float]:
@@ -270,9 +306,13 @@ def driver_utilisation() -> Callable[[], float]:
 
     NaN where it cannot be asked.
     """
-    import pynvml
     import torch
 
+    try:
+        import pynvml
+    except ModuleNotFoundError as error:
+        print(f"  NVML: {error}")
+        return lambda: math.nan
     try:
         pynvml.nvmlInit()
         device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
@@ -283,31 +323,77 @@ def driver_utilisation() -> Callable[[], float]:
 
 
 def peers(
-    shape: Shape,
-    folder: str,
-    names: Sequence[str],
-    points: Sequence[tuple[int, int]],
-    device: str,
-    logs: Path,
-) -> list[dict[str, float | str]]:
-    """How fast others decode, each in a process of its own, one after another; or why one could not."""
-    found: list[dict[str, float | str]] = []
-    for name in names:
-        most = max(count for count, _ in points)
-        setup = Setup(
-            folder, device=device, random_weights=True, max_running=most, max_batch_tokens=CHUNK + most
-        )
-        try:
-            with contest([Entry(name)], setup, "", logs, PEER_TIMEOUT_S) as (peer,):
-                for count, length in points:
-                    work = Work(prompts(count, length, shape.vocab, "peers"), [NEW_TOKENS] * count)
-                    peer.run(work, PEER_TIMEOUT_S)  # compiles
-                    rate = decode_rate(peer.run(work, PEER_TIMEOUT_S))
-                    point = {"name": name, "sequences": count, "length": length, "tokens_per_s": rate}
-                    found.append(point)
-        except ContestantError as error:
-            found.append({"name": name, "failed": str(error)})
-    return found
+    shape: Shape, names: Sequence[str], points: Sequence[tuple[int, int]], device: str, logs: Path
+) -> Iterator[Fields]:
+    """How fast others decode, each point in a process of its own; or why one could not.
+
+    Sequences are as long in the middle of their new tokens as ours are in the middle of the steps measured.
+    """
+    found: list[Fields] = []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config_json(shape)))
+        for name in names:
+            for count, length in points:
+                point: Fields = {"name": name, "sequences": count, "length": length}
+                setup = Setup(
+                    folder,
+                    device=device,
+                    random_weights=True,
+                    max_running=count,
+                    max_batch_tokens=CHUNK + count,
+                )
+                begin = max(1, length - NEW_TOKENS // 2)
+                work = Work(prompts(count, begin, shape.vocab, "peers"), [NEW_TOKENS] * count)
+                try:
+                    with contest([Entry(name)], setup, "", logs, PEER_TIMEOUT_S) as (peer,):
+                        peer.run(work, PEER_TIMEOUT_S)  # compiles
+                        point["tokens_per_s"] = median_decode_rate(peer.run(work, PEER_TIMEOUT_S))
+                        point["what"] = peer.ready.details
+                except ContestantError as error:
+                    point["failed"] = str(error)
+                found.append(point)
+                print("  " + _said(point), flush=True)
+                yield {"peers": found}
+
+
+def times_of_peers(result: Fields) -> Fields:
+    """Our tokens per second over each peer's, where both have the point."""
+    ours = {(p["sequences"], p["length"]): p["tokens_per_s"] for p in result.get("decode", ())}
+    return {
+        f"{peer['name']}, {peer['sequences']} x {peer['length']}": ours[at] / peer["tokens_per_s"]
+        for peer in result.get("peers", ())
+        if (at := (peer["sequences"], peer["length"])) in ours and "tokens_per_s" in peer
+    }
+
+
+class Report:
+    """A JSON file and a plot, as of the last thing found. What another GPU found is not kept."""
+
+    def __init__(self, path: Path, gpu: str, limits: Limits) -> None:
+        old: Fields = json.loads(path.read_text()) if path.exists() else {}
+        self._path = path
+        self._content: Fields = {
+            "gpu": gpu,
+            "results": old.get("results", []) if old.get("gpu") == gpu else [],
+        }
+        self._limits = asdict(limits)
+
+    def add(self, shape: str, quantization: str, fields: Fields) -> Fields:
+        """Put something found beside the rest; returns all that is known of the shape."""
+        results: list[Fields] = self._content["results"]
+        key = {"shape": shape, "quantization": quantization}
+        result = next((one for one in results if key.items() <= one.items()), None)
+        if result is None:
+            results.append(result := key)
+        result |= fields
+        result["times_of_peers"] = times_of_peers(result)
+        # Limits go with what was held against them.
+        for name in fields:
+            result.setdefault("measured", {})[name] = asdict(Stamp.now()) | {"limits": self._limits}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self._content, indent=1) + "\n")
+        gpu_plot.draw(results, self._path.with_suffix(".svg"))
+        return result
 
 
 def main() -> None:
@@ -316,6 +402,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", choices=GPU_SHAPES, default=list(GPU_SHAPES))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--quantization", default="", choices=("", "int8", "fp8"))
     parser.add_argument("--report", type=Path, default=Path("docs/bench/gpu.json"))
     options = parser.parse_args()
@@ -323,35 +411,24 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: nothing was measured")
+    driver_utilisation()  # says now if it cannot be asked
     limits = measure_limits()
+    name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     rates = f"copy {limits.copy / 1e12:.2f} TB/s, GEMM {limits.gemm / 1e12:.0f} TFLOP/s"
-    print(f"{torch.cuda.get_device_name()}: {rates}")
-    results = []
-    for name in options.shapes:
-        print(name, flush=True)
-        results.append(measure(GPU_SHAPES[name], limits, options.quantization))
-        last = results[-1]
-        share = f"{last.first_token_of_gemm:.0%} of the GEMM limit"
-        print(f"  first token of {LONG}: {last.first_token_s * 1e3:.0f} ms, {share}")
-        print(f"  longest gap beside it: {last.gap_over_median_step:.1f} median steps")
-        print(f"  busy under mixed arrivals: {last.busy:.0%}, {last.busy_tokens_per_s:.0f} tokens/s")
-        write(options.report, limits, results)  # what there is, in case that the next shape fails
-
-
-def write(path: Path, limits: Limits, results: Sequence[Result]) -> None:
-    """Everything measured so far, and its plot."""
-    import torch
-
-    report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "stamp": asdict(Stamp.now()),
-        "limits": asdict(limits),
-        "results": [asdict(result) for result in results],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    gpu_plot.draw(report["results"], path.with_suffix(".svg"))
+    print(f"{name}: {rates}", flush=True)
+    report = Report(options.report, name, limits)
+    for shape in (GPU_SHAPES[name] for name in options.shapes):
+        for part in options.only:
+            print(f"{shape.name}, {part}", flush=True)
+            if part == "peers":
+                logs = options.report.parent / "logs"
+                found = peers(shape, options.peers, BESIDE_POINTS, "cuda", logs)
+            else:
+                found = {"decode": decode, "serve": serve}[part](shape, limits, options.quantization)
+            known: Fields = {}
+            for fields in found:
+                known = report.add(shape.name, options.quantization, fields)
+            print(f"  times of peers: {_said(known['times_of_peers'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> bool:
     from matplotlib import pyplot
 
     mpl.rcParams["svg.hashsalt"] = "phalanx"  # the same figures give the same file
+    results = [result for result in results if result.get("decode")]
     columns = max((len(result["decode"]) for result in results), default=0)
     if not columns:
         return False
@@ -28,13 +29,14 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> bool:
         for panel in line[len(result["decode"]) :]:
             panel.axis("off")
         for panel, point in zip(line, result["decode"], strict=False):
-            bars = {"Phalanx": point["tokens_per_s"]} | _peers_at(result["peers"], point)
+            bars = {"Phalanx": point["tokens_per_s"]} | _peers_at(result.get("peers", ()), point)
             drawn = panel.bar(list(bars), list(bars.values()), color=[_OURS, *[_OTHERS] * (len(bars) - 1)])
             panel.bar_label(drawn, [f"{value:,.0f}" for value in bars.values()], fontsize=7)
             limit = point["tokens_per_s"] / point["of_both_limits"]
             panel.axhline(limit, color=_LIMIT, linestyle="--", linewidth=1)
             panel.set_ylim(0, 1.15 * max(limit, *bars.values()))
-            panel.set_title(f"{result['shape']}, {point['sequences']} x {point['length']}", fontsize=9)
+            name = f"{result['shape']} {result.get('quantization', '')}".strip()
+            panel.set_title(f"{name}, {point['sequences']} x {point['length']}", fontsize=9)
             panel.tick_params(labelsize=6)
             panel.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("decode tokens/s", fontsize=8)
@@ -50,5 +52,6 @@ def _peers_at(peers: Sequence[Mapping[str, Any]], point: Mapping[str, Any]) -> d
     return {
         peer["name"].replace("transformers", "tf").replace("-", "\n"): peer["tokens_per_s"]
         for peer in peers
-        if (peer.get("sequences"), peer.get("length")) == (point["sequences"], point["length"])
+        if (peer["sequences"], peer["length"]) == (point["sequences"], point["length"])
+        and "tokens_per_s" in peer
     }

@@ -76,6 +76,14 @@ def decode_rate(trace: Trace) -> float:
     return count / (end - start)
 
 
+def median_decode_rate(trace: Trace) -> float:
+    """Tokens per second of all together by the median gap while all decode: hiccups do not count."""
+    firsts = [at + wait for at, wait in zip(trace.submitted, first_token_s(trace), strict=True)]
+    lasts = {index: at for at, indices in trace.events for index in indices}
+    together = gaps_s(trace, range(len(firsts)), max(firsts), min(lasts.values()))
+    return len(firsts) / statistics.median(together)
+
+
 def total_rate(trace: Trace) -> float:
     """New tokens per second from the arrival of the first prompt on."""
     return sum(map(len, trace.token_ids)) / trace.events[-1][0]

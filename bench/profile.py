@@ -159,6 +159,8 @@ def profile(options: argparse.Namespace) -> list[Line]:
                 waiting -= {delta.id for delta in engine.step()}
             if options.prefill:
                 submit(1)
+            else:
+                engine.step()  # the first of decodes alone compiles what only these use
             activities = [torch.profiler.ProfilerActivity.CPU]
             if on_gpu:
                 activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -71,7 +71,10 @@ class Stamp:
         """Now, of the commit checked out; `+` marks changes on top of it."""
 
         def git(*arguments: str) -> str:
-            done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+            try:
+                done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+            except OSError:  # there is no git here
+                return ""
             return done.stdout.strip()
 
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "engine", "bench")

@@ -93,7 +93,7 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str = ""
     max_model_len: int = 0
-    max_batch_tokens: int = 512  # tokens per step, over all sequences
+    max_batch_tokens: int = 0  # tokens per step, over all sequences
     max_running: int = 64  # sequences that hold KV blocks at once
     max_prefill_tokens: int = 0  # prompt tokens in a step beside decodes; 0: as `engine.budget` has it
     prefix_cache: bool = True  # whether prompts start from what is left of others with the same beginning
@@ -104,6 +104,11 @@ class EngineConfig:
     quantization: str = ""  # of weights: "", "int8", "fp8" (a scale per row), "int4" (per row and 64)
     load_format: str = "auto"  # or "dummy": random weights from config.json alone
     check_weights: bool = False  # refuse weights that are NaN or infinite
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per step, chosen by the device where they are not given: more of them per weight read."""
+        return self.max_batch_tokens or (512 if self.device == "cpu" else 2048)
 
     @property
     def dtype_name(self) -> str:

@@ -82,6 +82,20 @@ class EngineCore:
             self.launch(now)
             self.collect(now)
 
+    def rehearse(self, now: float, most: int) -> None:
+        """Run prompts and decodes in batches of many sizes, up to `most`. Not while busy.
+
+        What a device compiles for a size is compiled then, and no request waits for it.
+        """
+        assert not self.busy, "its tokens would be mixed with those of others"
+        for size in (1 << power for power in range(most.bit_length())):
+            for number in range(size):
+                name, sampling = f"rehearsal {size} {number}", SamplingParams(1.0, seed=number)
+                self.submit(Request(name, (0, 0), sampling, max_tokens=2, ignore_eos=True), now)
+            while self.busy:
+                self.launch(now)
+                self.collect(now)
+
     def wait(self, beside: HasFileno) -> None:
         """Sleep until `beside` can be read. Raises EngineError when another rank goes meanwhile."""
         if self._hub is not None:

@@ -75,6 +75,8 @@ class DecodeGraphs:
         self._buckets = buckets_up_to(most)
         self._recordings = Recordings(self._buckets)
         self._recorded: dict[int, _Recording] = {}
+        self._most = most
+        self._kept_SV: torch.Tensor | None = None  # logits of the last step, whichever recording had it
 
     def run(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """A step's logits [S, V] and the tokens [S] that they draw; nothing where it is not recorded.
@@ -107,7 +109,9 @@ class DecodeGraphs:
             logits_nV = self._logits(batch)
             ids_n = draw(logits_nV, how)
             batch.keep(ids_n, self._known)
-            return logits_nV, ids_n
+            if self._kept_SV is None:  # the first time nothing is recorded yet
+                self._kept_SV = logits_nV.new_empty(self._most, logits_nV.shape[1])
+            return self._kept_SV[:bucket].copy_(logits_nV), ids_n
 
         repeat, (logits_nV, ids_n) = self._record(work)
         return _Recording(numbers, repeat, logits_nV, ids_n)
@@ -139,16 +143,17 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: cuBLAS keeps a workspace for every stream that it has seen.
+        self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Work) -> tuple[Callable[[], None], tuple[torch.Tensor, torch.Tensor]]:
         """See `Record`."""
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        self._beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._beside):
             work()  # what is done only once: kernels are compiled, workspaces taken
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(self._beside)
         graph = torch.cuda.CUDAGraph()
         # Other threads may call CUDA meanwhile, as NCCL's do.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._beside, capture_error_mode="thread_local"):
             results = work()
         return graph.replay, results

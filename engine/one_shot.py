@@ -40,8 +40,12 @@ class Memory(Protocol):
         """Whether this rank could read the memory of all others. Waits for nobody."""
         ...
 
-    def share(self, size: int) -> torch.Tensor:
-        """`size` bytes; every rank of the row calls this. Raises RuntimeError."""
+    def allocate(self, size: int) -> torch.Tensor:
+        """`size` bytes. Waits for nobody."""
+        ...
+
+    def meet(self, shared: torch.Tensor) -> None:
+        """See the memory of the others, when all have allocated; all ranks call this."""
         ...
 
     def sum(self, shared: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -82,26 +86,36 @@ def one_shot(row: Row, memory: Memory, store: Store, name: str, rank: int, peers
         rank: in the row.
         peers: of the row.
     """
+    made: list[OneShotRow] = []
 
-    def all_say(step: str, able: bool) -> bool:
-        store.set(f"{name}/{step}/{rank}", "yes" if able else "no")
-        return all(store.get(f"{name}/{step}/{other}") == b"yes" for other in range(len(peers)))
+    def reach() -> bool:
+        wanted = os.environ.get(_SWITCH, "1") != "0" and len(peers) in _MOST_BYTES
+        return wanted and memory.reach(peers)
 
-    wanted = os.environ.get(_SWITCH, "1") != "0" and len(peers) in _MOST_BYTES
-    if not all_say("reach", wanted and memory.reach(peers)):
-        return row
-    quick: OneShotRow | None = None
-    try:
-        quick = OneShotRow(row, memory, memory.share(_MOST_BYTES[len(peers)]))
-    except (RuntimeError, AttributeError) as error:
-        _log.warning("%s: sums go through NCCL, since GPUs do not share memory: %s", name, error)
-    if not all_say("shared", quick is not None) or quick is None:
-        return row
-    if not all_say("equal", _equal(quick, row, rank)):
-        _log.warning("%s: sums go through NCCL, since those in one kernel differ", name)
-        return row
+    def allocate() -> bool:
+        made.append(OneShotRow(row, memory, memory.allocate(_MOST_BYTES[len(peers)])))
+        return True
+
+    def meet() -> bool:
+        memory.meet(made[0].shared)
+        return True
+
+    def equal() -> bool:
+        return _equal(made[0], row, rank)
+
+    # No rank goes on, and waits for others, before all have come as far.
+    for step in (reach, allocate, meet, equal):
+        try:
+            able = step()
+        except Exception as error:  # nobody says what torch may raise here
+            _log.warning("%s: sums go through NCCL: %s: %r", name, step.__name__, error)
+            able = False
+        store.set(f"{name}/{step.__name__}/{rank}", "yes" if able else "no")
+        said = [store.get(f"{name}/{step.__name__}/{other}") for other in range(len(peers))]
+        if said != [b"yes"] * len(peers):
+            return row
     _log.info("%s: small sums are done in one kernel", name)
-    return quick
+    return made[0]
 
 
 def _equal(quick: OneShotRow, row: Row, rank: int) -> bool:
@@ -139,8 +153,8 @@ class SymmetricMemory:
             if peer != peers[self._rank]
         )
 
-    def share(self, size: int) -> torch.Tensor:
-        """`size` bytes that all ranks map."""
+    def allocate(self, size: int) -> torch.Tensor:
+        """`size` bytes that all ranks can map."""
         from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 
         # The ranks find each other by a group that is known by its name; it needs no connections of its own.
@@ -148,9 +162,13 @@ class SymmetricMemory:
         group._set_group_name(dist.distributed_c10d.GroupName(self._name))
         _register_process_group(dist.distributed_c10d.GroupName(self._name), group)
         _SymmetricMemory.set_group_info(self._name, self._rank, self._ranks, self._store)
-        shared = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self._device, self._name)
+        return _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self._device, self._name)
+
+    def meet(self, shared: torch.Tensor) -> None:
+        """Map the memory of the others."""
+        from torch._C._distributed_c10d import _SymmetricMemory
+
         _SymmetricMemory.rendezvous(shared, self._name)
-        return shared
 
     def sum(self, shared: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """One kernel: copy, wait for all, add, wait for all."""

@@ -2,9 +2,9 @@
 
 Groups are the rows of the rank grid, which are a stage's tensor parallel ranks, and the hops from a rank to
 that of the same column in the next stage. Each group is of one of three kinds: NCCL where every rank of the
-replica has its own GPU, with small sums of a row in one kernel where that can be; shared memory where its ranks
-are on one host; gloo otherwise. The global default group of torch.distributed is not used, so several engines
-fit in one process.
+replica has its own GPU, with small sums of a row in one kernel where that can be; shared memory where its
+ranks are on one host; gloo otherwise. The global default group of torch.distributed is not used, so several
+engines fit in one process.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def join(
             link = PlanLink(store.get("plans").decode(), engine.epoch, grid.rank)
         if hub is not None:
             hub.gather(check)  # before any collective, which would wait for a dead rank
-        hidden_bytes = engine.max_batch_tokens * config.hidden_size * kernels.activation_dtype.itemsize
+        hidden_bytes = engine.batch_tokens * config.hidden_size * kernels.activation_dtype.itemsize
         parallel = connect(grid, store, engine.host, device, hidden_bytes)
         layers = max(
             len(stage_layers(config, Grid(engine.tp, engine.pp, rank))) for rank in range(grid.world)
@@ -142,7 +142,7 @@ def join(
             engine,
             config,
             parallel.agree_on_least(_kv_bytes(engine, parallel.sharers) // block_bytes),
-            in_flight=engine.max_batch_tokens * (2 if alone else 1),
+            in_flight=engine.batch_tokens * (2 if alone else 1),
         )
         blocks = parallel.agree_on_least(blocks)  # plans name blocks: no rank may have fewer than rank 0
         cache = kernels.cache(len(weights.layers), kv_heads, config.head_dim, blocks)
@@ -153,6 +153,8 @@ def join(
             return Member(config, max_model_len, runner, None, link, parallel)
         core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len, ahead=alone)
         core.canary(time.time())  # communicators are built now, not under the first request
+        if kernels.device.type == "cuda":
+            core.rehearse(time.time(), engine.max_running)  # kernels compiled
         undo.pop_all()
         return Member(config, max_model_len, runner, core, None, parallel)
 
@@ -232,7 +234,7 @@ def _core(
         config.eos_token_ids,
         blocks,
         BLOCK_SIZE,
-        engine.max_batch_tokens,
+        engine.batch_tokens,
         engine.max_running,
         config.kv_window,
         engine.prefix_cache,

@@ -5,6 +5,7 @@ Owns: the order of plans on this rank, the model, the cache. Does not own: what 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,8 +52,10 @@ class Runner:
         if record is not None:
             from engine.graphs import DecodeGraphs  # imports Triton
 
-            most = min(engine.max_running, engine.max_batch_tokens)
-            self._graphs = DecodeGraphs(self._decode_logits, self._batcher.known, most, record)
+            most = min(engine.max_running, engine.batch_tokens)
+            # Not a method of this: a cycle would keep weights and cache until they are collected.
+            logits = partial(_decode_logits, self._model)
+            self._graphs = DecodeGraphs(logits, self._batcher.known, most, record)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Drawn | None:
@@ -96,6 +99,7 @@ class Runner:
         self._sampler.follow(plan)
         return self._sampler.sample(plan, logits_SV, batch.draws, ids_S, prompt_logprobs)
 
-    def _decode_logits(self, batch: Batch) -> torch.Tensor:
-        """Of a model that has one stage."""
-        return self._model.logits(batch.sample_rows_S, self._model.forward(batch))
+
+def _decode_logits(model: Decoder, batch: Batch) -> torch.Tensor:
+    """Of a model that has one stage."""
+    return model.logits(batch.sample_rows_S, model.forward(batch))

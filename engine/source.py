@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ _ELEMENTS_PER_READ = 2 << 20
 def pieces(part: Slice) -> Iterator[Slice]:
     """A slice's rows, cut so that reading none of them needs more than a buffer of bounded size."""
     step = max(1, _ELEMENTS_PER_READ // max(1, math.prod(part.whole[1:])))
+    if step > _ROWS_PER_SEED:
+        step -= step % _ROWS_PER_SEED  # or some would be drawn twice
     for start in range(0, len(part.rows), step):
         yield replace(part, rows=part.rows[start : start + step])
 
@@ -121,6 +124,9 @@ class DummySource:
     Matrices are uniform with variance 1 / columns, norms 1, biases 0.
     """
 
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor()  # NumPy draws without the interpreter's lock
+
     def describe(self, name: str) -> str:
         """No file."""
         return "random numbers"
@@ -137,7 +143,9 @@ class DummySource:
         first = part.rows.start // _ROWS_PER_SEED
         last = -(-part.rows.stop // _ROWS_PER_SEED)
         scale = math.sqrt(3 / columns) / (1 << 15)
-        groups = [self._group(part.name, group, columns) for group in range(first, last)]
+        groups = list(
+            self._pool.map(lambda group: self._group(part.name, group, columns), range(first, last))
+        )
         values = torch.from_numpy(numpy.concatenate(groups)).float().mul_(scale)
         start = part.rows.start - first * _ROWS_PER_SEED
         values = values[start : start + len(part.rows)]

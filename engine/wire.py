@@ -44,7 +44,7 @@ class StartEngine:
     device: str = "cpu"
     dtype: str = ""
     max_model_len: int = 0
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 0
     max_running: int = 64
     max_prefill_tokens: int = 0
     prefix_cache: bool = True

@@ -16,7 +16,7 @@ from bench.protocol import Recorder, Setup, Trace, Work, serve
 
 
 class Generate:
-    """A model in `torch.inference_mode`; a batch is one call."""
+    """A model without gradients; a batch is one call."""
 
     name = "transformers generate"
 
@@ -33,7 +33,8 @@ class Generate:
         """All prompts at once: they must be equally long, so that there is nothing to pad."""
         (new_tokens,) = set(work.new_tokens)
         recorder = Recorder(work)
-        with torch.inference_mode():
+        # What is compiled cannot always take the tensors of inference mode.
+        with torch.no_grad() if self._options else torch.inference_mode():
             ids = torch.tensor(work.prompts, device=self._model.device)
             self._model.generate(
                 ids,

@@ -25,13 +25,15 @@ LONGEST = 64
 
 
 class Watched(Runner):
-    """Counts the plans that came before the tokens of the one before had been read."""
+    """Counts the plans that came before the tokens of the one before had been read, and keeps their sizes."""
 
     blind = 0
+    sizes: tuple[int, ...] = ()
 
     def run(self, plan: StepPlan) -> Drawn | None:
         """As every runner, with a look at the plan."""
         self.blind += any(DRAWN in row.token_ids for row in plan.rows)
+        self.sizes += (len(plan.rows),)
         return super().run(plan)
 
 
@@ -94,3 +96,18 @@ def test_steps_planned_ahead_draw_the_same(model_dir: Path) -> None:
         requests = some_requests(rules=rules)
         assert outputs(ahead, requests) == outputs(plain, requests)
         assert runner.blind > 5
+
+
+def test_a_rehearsal_has_batches_of_every_size_and_leaves_nothing_behind(model_dir: Path) -> None:
+    kernels = choose(torch.device("cpu"), torch.float32)
+    requests = [
+        Request(str(number), (1, 2, 3 + number), SamplingParams(seed=number), 6) for number in range(4)
+    ]
+    plain, _ = core_of(model_dir, kernels, ahead=True)
+    rehearsed, runner = core_of(model_dir, kernels, ahead=True)
+    empty = rehearsed.load
+    rehearsed.rehearse(0.0, 4)
+    assert {1, 2, 4} <= set(runner.sizes)
+    assert not rehearsed.busy
+    assert rehearsed.load.kv_blocks_free == empty.kv_blocks_free
+    assert outputs(rehearsed, requests) == outputs(plain, requests)

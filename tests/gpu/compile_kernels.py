@@ -20,10 +20,27 @@ HEADS = {"H": 32, "K": 8, "E": 128}
 
 
 def check(kernel: Any, arguments: list[str], options: dict[str, int] | None = None, **constants: Any) -> None:
-    """Compile one, for arguments of these types in their order."""
+    """Compile one, for arguments of these types in their order, and with every number that may be 1 being 1.
+
+    An argument that is 1 is a constant to Triton, of another type than others.
+    """
     names = [name for name in kernel.arg_names if name not in constants]
     assert len(names) == len(arguments), (kernel.__name__, names)
-    signature = dict.fromkeys(constants, "constexpr") | dict(zip(names, arguments, strict=True))
+    ones = {
+        name: 1
+        for name, kind in zip(names, arguments, strict=True)
+        if kind == WHOLE and name not in kernel.do_not_specialize
+    }
+    _compile(kernel, dict(zip(names, arguments, strict=True)), options, constants)
+    if ones:
+        left = {name: kind for name, kind in zip(names, arguments, strict=True) if name not in ones}
+        _compile(kernel, left, options, constants | ones)
+
+
+def _compile(
+    kernel: Any, arguments: dict[str, str], options: dict[str, int] | None, constants: dict[str, int]
+) -> None:
+    signature = dict.fromkeys(constants, "constexpr") | arguments
     source = ASTSource(
         fn=kernel,
         signature={name: signature[name] for name in kernel.arg_names},
@@ -52,8 +69,16 @@ def main() -> None:
         product[1] = stored
         cut = {"ROWS": 8 if m == 1 else 64, "COLUMNS": 512 if m == 1 else 128}
         check(gemv._gemv, product, BIAS=True, SCALE=stored != BF16, **cut, M_PAD=m)
+    for stored in ("*i8", "*fp8e4nv"):
+        check(rows._widen, [stored, F32, BF16, WHOLE], TILE=4096)
     check(gemv._add_parts, [F32, BF16, BF16, WHOLE, WHOLE], BIAS=True, SPLITS=4, TILE=1024)
-    check(draw._draw, [F32, I32, "*i64", WHOLE, WHOLE], {"num_warps": 4}, ROW=draw.ROW, TILE=1 << 12)
+    check(
+        draw._draw,
+        [F32, I32, "*i64", WHOLE, WHOLE],
+        {"num_warps": draw.MOST_TILE // draw.TILE_OF_WARP},
+        ROW=draw.ROW,
+        TILE=draw.MOST_TILE,
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_rows_draw_what_the_definition_draws(shape: str, sampling: SamplingParam
 
 
 def test_a_vocabulary_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.kernels.gpu.draw._MOST_TILE", 64)
+    monkeypatch.setattr("engine.kernels.gpu.draw.MOST_TILE", 64)
     logits = (numbers(6, 300, seed=3) * 3).round()
     draws = [Draw(replace(sampling, seed=row), 0, row) for row, sampling in enumerate(SAMPLINGS[:6])]
     assert drawn(logits, draws) == draw_tokens(logits, draws).tolist()

@@ -9,6 +9,7 @@ from engine.kernels import HeadNorms
 from engine.kernels.gpu import attention, rows
 from engine.kernels.gpu.gemv import CANDIDATES, Tiles, gemv
 from engine.kernels.gpu.kernels import GpuCache, GpuKernels
+from engine.kernels.gpu.matrices import QuantisedMatrix
 from engine.kernels.reference import ReferenceKernels
 from tests.conftest import GPU
 from tests.engine.heads import Heads, numbers
@@ -170,3 +171,11 @@ def test_small_batches_split_their_keys_over_all_processors(
     sequences: int, kv_heads: int, splits: int
 ) -> None:
     assert attention.splits_for(sequences, kv_heads, 132) == splits
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_matrix_is_widened_as_its_rows_are(kind: str, dtype: torch.dtype) -> None:
+    matrix = QuantisedMatrix(9, 70, kind, DEVICE)
+    matrix.write(0, values(9, 70))
+    assert torch.equal(matrix.widened(dtype), matrix.rows(torch.arange(9, device=DEVICE), dtype))

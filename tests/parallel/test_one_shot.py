@@ -29,10 +29,14 @@ class Memory:
     def reach(self, peers: Peers) -> bool:
         return self._fault != "reach"
 
-    def share(self, size: int) -> torch.Tensor:
-        if self._fault == "share":
-            raise RuntimeError("CUDA driver error: peer access is not supported")
+    def allocate(self, size: int) -> torch.Tensor:
+        if self._fault == "allocate":
+            raise TypeError("empty_strided_p2p(): incompatible function arguments")
         return torch.zeros(size, dtype=torch.uint8)
+
+    def meet(self, shared: torch.Tensor) -> None:
+        if self._fault == "meet":
+            raise RuntimeError("CUDA driver error: peer access is not supported")
 
     def sum(self, shared: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert shared.shape == x.shape
@@ -84,7 +88,7 @@ def with_a_fault(rank: int, ranks: int, store: Store, fault: str, faulty: int) -
     return chosen is row
 
 
-@pytest.mark.parametrize("fault", ["reach", "share", "sum"])
+@pytest.mark.parametrize("fault", ["reach", "allocate", "meet", "sum"])
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_if_one_rank_is_not_able_none_takes_it(fault: str, faulty: int) -> None:
     assert run(with_a_fault, 2, fault, faulty) == [True, True]

@@ -25,6 +25,9 @@ _DECODE_TILE = 64  # keys at a time
 _PREFILL_QUERIES, _PREFILL_KEYS = 64, 64
 _MOST_SPLITS = 32
 _LOG2_E = math.log2(math.e)
+# What follows from a step's size is not compiled for: each step would have a kernel of its own.
+_ANY_SIZE = ["T", "B"]
+_ANY_PLACE = ["positions", "handles", "sequences"]  # parts of one tensor, one after another
 
 
 def enter(
@@ -52,7 +55,7 @@ def enter(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_PLACE)
 def _enter(
     qkv, keys, values, cos, sin, q_norm, k_norm, positions, handles, tables, table_width, eps, T,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
@@ -149,7 +152,7 @@ def _read(
     return k, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_PLACE)
 def _decode(
     qkv, keys, values, parts, sums, sequences, tables, table_width, scale, B,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, E_PAD: tl.constexpr,
@@ -195,7 +198,7 @@ def _decode(
     tl.store(sums + B.to(tl.int64) * H * SPLITS + at, total, mask=group < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_PLACE)
 def _add_up(
     parts, sums, out, sequences, B,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, E_PAD: tl.constexpr,
@@ -234,7 +237,7 @@ def prefill(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_ANY_PLACE)
 def _prefill(
     qkv, keys, values, out, sequences, tables, table_width, scale,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, WINDOW: tl.constexpr,

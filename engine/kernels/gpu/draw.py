@@ -21,7 +21,7 @@ from engine.draw import GREEDY_BELOW, Draw, noise_key
 ROW = 6  # numbers of 32 bits that say how a row is drawn
 _PACK = struct.Struct("<fffiII")
 _INTS = struct.Struct("<6i")
-_MOST_TILE = 1 << 15
+MOST_TILE, TILE_OF_WARP = 1 << 13, 512  # more tokens at a time spill registers, and take long to compile
 _BELOW_ALL = tl.constexpr(-0x7F800001)  # the place of a number below minus infinity
 
 
@@ -40,10 +40,9 @@ def draw(logits_SV: torch.Tensor, rows_S6: torch.Tensor) -> torch.Tensor:
     """The token ids [S] that rows of float32 logits draw; `rows_S6` is what `pack` made, in int32."""
     S, V = logits_SV.shape
     ids_S = torch.empty(S, dtype=torch.int64, device=logits_SV.device)
-    tile = min(_MOST_TILE, triton.next_power_of_2(V))
-    _draw[(S,)](
-        logits_SV, rows_S6, ids_S, V, logits_SV.stride(0), ROW=ROW, TILE=tile, num_warps=max(4, tile // 2048)
-    )
+    tile = min(MOST_TILE, triton.next_power_of_2(V))
+    warps = max(4, tile // TILE_OF_WARP)
+    _draw[(S,)](logits_SV, rows_S6, ids_S, V, logits_SV.stride(0), ROW=ROW, TILE=tile, num_warps=warps)
     return ids_S
 
 
@@ -78,14 +77,14 @@ def _largest(row, V, TILE: tl.constexpr):
 @triton.jit
 def _above(row, V, temperature, floor, base, order, TILE: tl.constexpr):
     """Of scaled logits of at least `floor` that come at `order` or later: how many, and their powers' sum."""
-    count, total = 0, 0.0
+    counts, totals = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.float32)
     for start in range(0, V, TILE):
         ids = start + tl.arange(0, TILE)
         x = tl.load(row + ids, mask=ids < V, other=float("-inf")) / temperature
         seen = (ids < V) & (x >= floor) & (_order(x) >= order)
-        count += tl.sum(seen.to(tl.int32))
-        total += tl.sum(tl.where(seen, tl.exp(x - base), 0.0))
-    return count, total
+        counts += seen.to(tl.int32)
+        totals += tl.where(seen, tl.exp(x - base), 0.0)
+    return tl.sum(counts), tl.sum(totals)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def gemv(
     return out_MN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gemv(
     x, weight, bias, scale, out, M, N, K, steps,
     BIAS: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M_PAD: tl.constexpr,
@@ -101,7 +101,7 @@ def _gemv(
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _add_parts(parts, bias, out, M, N, BIAS: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 import triton
+from triton.runtime.errors import TritonError
 
 from engine.config import BLOCK_SIZE
 from engine.draw import Draw
@@ -150,7 +152,10 @@ class GpuKernels:
 
         def seconds(tiles: Tiles | None) -> float:
             x = torch.zeros(m, K, dtype=x_MK.dtype, device=self.device)
-            return _seconds(lambda: _product(x, matrix, None, tiles))
+            try:
+                return _seconds(lambda: _product(x, matrix, None, tiles))
+            except TritonError:  # more shared memory or registers than this GPU has
+                return math.inf
 
         return self._tuner.choose(Shape(m, N, K, kind), seconds)
 
@@ -161,7 +166,7 @@ def _product(
     """The product x W^T + b: in tiles, or by cuBLAS, for which a quantised matrix is widened first."""
     if isinstance(matrix, QuantisedMatrix):
         if tiles is None:
-            return F.linear(x_MK, matrix.rows(slice(None), x_MK.dtype), bias_N)
+            return F.linear(x_MK, matrix.widened(x_MK.dtype), bias_N)
         return gemv(x_MK, matrix.weight, bias_N, tiles, matrix.scale_N)
     return (
         F.linear(x_MK, matrix.weight, bias_N) if tiles is None else gemv(x_MK, matrix.weight, bias_N, tiles)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from engine.kernels.gpu.rows import widen
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # number that each can hold
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -31,7 +33,11 @@ class QuantisedMatrix:
         rows = slice(row, row + values.shape[0])
         self.weight[rows], self.scale_N[rows] = scaled.to(self.weight.dtype), scale
 
-    def rows(self, ids: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
-        """What rows hold, widened."""
+    def widened(self, dtype: torch.dtype) -> torch.Tensor:
+        """All that it holds, for a product with so many rows that arithmetic takes longer than this."""
+        return widen(self.weight, self.scale_N, dtype)
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What some rows hold, widened."""
         wide = self.weight.view(torch.uint8)[ids].view(self.weight.dtype).float()
         return (wide * self.scale_N[ids, None]).to(dtype)

@@ -1,7 +1,7 @@
-"""Row by row: residual and norm, the gate of an MLP, and softmax as the plainest kernel of all.
+"""Row by row: residual and norm, an MLP's gate, 8-bit weights widened, and softmax as the plainest kernel.
 
-Shapes: T rows, D hidden, F MLP, L columns. Everything is computed in float32 and rounded where the reference
-rounds.
+Shapes: T rows, D hidden, F MLP, L columns; N rows and K columns of a matrix. All is computed in float32 and
+rounded where the reference rounds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-_GATE_TILE = 1024
+_GATE_TILE, _WIDEN_TILE = 1024, 4096
 
 
 def add_rms_norm(
@@ -61,6 +61,21 @@ def _silu_mul(gate_up, out, F, TILE: tl.constexpr):
     wide = gate.to(tl.float32)
     gated = (wide / (1 + tl.exp(-wide))).to(gate.dtype)  # rounded, as a function of its own would
     tl.store(out + row * F + columns, (gated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+
+
+def widen(weight_NK: torch.Tensor, scale_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """8-bit rows times their scales, in a wider type: what a product reads that arithmetic bounds."""
+    (N, K), out_NK = weight_NK.shape, torch.empty_like(weight_NK, dtype=dtype)
+    _widen[(N, triton.cdiv(K, _WIDEN_TILE))](weight_NK, scale_N, out_NK, K, TILE=_WIDEN_TILE)
+    return out_NK
+
+
+@triton.jit
+def _widen(weight, scale, out, K, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    values = tl.load(weight + row * K + k, mask=k < K, other=0.0).to(tl.float32) * tl.load(scale + row)
+    tl.store(out + row * K + k, values.to(out.dtype.element_ty), mask=k < K)
 
 
 def masked_softmax(scores_TL: torch.Tensor, visible_T: torch.Tensor, scale: float) -> torch.Tensor:
