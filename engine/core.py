@@ -78,23 +78,20 @@ class EngineCore:
         """Run a small request to its end: every communicator works and every rank answers. Not while busy."""
         assert not self.busy, "its tokens would be mixed with those of others"
         self.submit(Request("canary", (0,), SamplingParams(0.0), max_tokens=1, ignore_eos=True), now)
-        while self.busy:
-            self.launch(now)
-            self.collect(now)
+        self._finish(now)
 
-    def rehearse(self, now: float, most: int) -> None:
-        """Run prompts and decodes in batches of many sizes, up to `most`. Not while busy.
+    def rehearse(self, now: float, most: int, longest: int) -> None:
+        """Run batches of many sizes up to `most`, and a prompt of `longest` tokens. Not while busy.
 
         What a device compiles for a size is compiled then, and no request waits for it.
         """
-        assert not self.busy, "its tokens would be mixed with those of others"
-        for size in (1 << power for power in range(most.bit_length())):
+        batches = {1: longest} | {1 << power: 2 for power in range(1, most.bit_length())} | {most: 2}
+        for size, length in batches.items():
+            prompt, sampling = (0,) * length, SamplingParams(1.0, seed=0)
             for number in range(size):
-                name, sampling = f"rehearsal {size} {number}", SamplingParams(1.0, seed=number)
-                self.submit(Request(name, (0, 0), sampling, max_tokens=2, ignore_eos=True), now)
-            while self.busy:
-                self.launch(now)
-                self.collect(now)
+                name = f"rehearsal {size} {number}"
+                self.submit(Request(name, prompt, sampling, max_tokens=2, ignore_eos=True), now)
+            self._finish(now)
 
     def wait(self, beside: HasFileno) -> None:
         """Sleep until `beside` can be read. Raises EngineError when another rank goes meanwhile."""
@@ -108,3 +105,8 @@ class EngineCore:
         self.grammars.close()
         if self._hub is not None:
             self._hub.close()
+
+    def _finish(self, now: float) -> None:
+        while self.busy:
+            self.launch(now)
+            self.collect(now)

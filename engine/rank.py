@@ -154,7 +154,8 @@ def join(
         core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len, ahead=alone)
         core.canary(time.time())  # communicators are built now, not under the first request
         if kernels.device.type == "cuda":
-            core.rehearse(time.time(), engine.max_running)  # kernels compiled
+            longest = min(engine.batch_tokens, max_model_len - 2)
+            core.rehearse(time.time(), engine.max_running, longest)  # and kernels compiled
         undo.pop_all()
         return Member(config, max_model_len, runner, core, None, parallel)
 

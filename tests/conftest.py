@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,14 +8,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import device  # noqa: F401  # before anything imports Triton
 from tests.cluster import PHALANX
 
 ROOT = Path(__file__).parents[1]
-GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 SECONDS = 20
 
-# Without a GPU its kernels run in Triton's interpreter, which whoever imports Triton first decides.
-os.environ.setdefault("TRITON_INTERPRET", "0" if GPU else "1")
 # No test fails for its time: machines stall.
 hypothesis.settings.register_profile("phalanx", deadline=None)
 hypothesis.settings.load_profile("phalanx")

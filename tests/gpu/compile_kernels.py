@@ -1,83 +1,149 @@
-"""Compiles every GPU kernel to machine code for a GPU that need not be here; prints each one's name.
+"""Compiles what an engine's steps launch, as they launch it, for a GPU that need not be here.
 
-The interpreter lets pass what the compiler does not: values that change their type, branches that disagree.
-Run as a process of its own, since Triton decides at its import whether it interprets.
+The interpreter lets pass what the compiler does not: values that change their type, branches that disagree,
+arguments that are constants because they are 1. So a model runs on the CPU, and where it would launch a
+kernel, that is compiled for exactly those arguments, and not run: the numbers are nonsense. Run as a process
+of its own, since Triton decides at its import whether it interprets; prints what a test wants to know.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
-import triton
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
+from bench.shapes import Shape, config_json
+from engine.config import EngineConfig, ModelConfig
+from engine.core import EngineCore
+from engine.grammar import Grammars
+from engine.grid import Grid
 from engine.kernels.gpu import attention, draw, gemv, rows
+from engine.kernels.gpu.kernels import GpuKernels
+from engine.parallel import Parallel
+from engine.request import Request, SamplingParams
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+from engine.validation import Limits
+from engine.weights import load_weights
 
-HOPPER = GPUTarget("cuda", 90, 32)
-BF16, F32, I32, WHOLE = "*bf16", "*fp32", "*i32", "i32"
-HEADS = {"H": 32, "K": 8, "E": 128}
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+PROCESSORS = 4  # few: sequences are split among them, in as many ways
+MOST_SHARED = 227 << 10  # bytes of a program on an H200
+RUNNING, LONGEST, BLOCKS = 11, 512, 400
+SHAPES = {
+    "llama": (Shape("llama", 1024, 2, 8, 8, 2816, 32000, tied=False), {}),
+    "mistral": (
+        Shape("mistral", 1024, 2, 8, 2, 2816, 32000, tied=False),
+        {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
+    ),
+    "qwen3": (
+        Shape("qwen3", 1024, 2, 8, 2, 2816, 32000, tied=False),
+        {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    ),
+}
 
 
-def check(kernel: Any, arguments: list[str], options: dict[str, int] | None = None, **constants: Any) -> None:
-    """Compile one, for arguments of these types in their order, and with every number that may be 1 being 1.
+class Hopper:
+    """Stands in for CUDA's driver, and keeps what is compiled."""
 
-    An argument that is 1 is a constant to Triton, of another type than others.
-    """
-    names = [name for name in kernel.arg_names if name not in constants]
-    assert len(names) == len(arguments), (kernel.__name__, names)
-    ones = {
-        name: 1
-        for name, kind in zip(names, arguments, strict=True)
-        if kind == WHOLE and name not in kernel.do_not_specialize
-    }
-    _compile(kernel, dict(zip(names, arguments, strict=True)), options, constants)
-    if ones:
-        left = {name: kind for name, kind in zip(names, arguments, strict=True) if name not in ones}
-        _compile(kernel, left, options, constants | ones)
+    def __init__(self) -> None:
+        self.compiled: dict[str, Any] = {}
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def keep(self, name: str, kernel: Any) -> None:
+        """Take note of a launch."""
+        assert kernel.metadata.shared <= MOST_SHARED, (name, kernel.metadata.shared)
+        self.compiled[kernel.hash] = name
 
 
-def _compile(
-    kernel: Any, arguments: dict[str, str], options: dict[str, int] | None, constants: dict[str, int]
-) -> None:
-    signature = dict.fromkeys(constants, "constexpr") | arguments
-    source = ASTSource(
-        fn=kernel,
-        signature={name: signature[name] for name in kernel.arg_names},
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-    )
-    compiled = triton.compile(source, target=HOPPER, options=options or {})
-    print(kernel.__name__, len(compiled.asm["cubin"]))
+def compile_only() -> Hopper:
+    """From now on no kernel is run."""
+    hopper, real = Hopper(), JITFunction.run
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        assert all(0 < size <= (1 << 31 if axis == 0 else 65535) for axis, size in enumerate(grid)), grid
+        hopper.keep(self.__name__, real(self, *arguments, grid=grid, warmup=True, **named))
+        if self is draw._draw:
+            arguments[2].zero_()  # tokens are to be tokens
+
+    driver.set_active(hopper)
+    JITFunction.run = run
+    return hopper
+
+
+def core_of(shape: Shape, changes: dict[str, object], quantisation: str) -> EngineCore:
+    """An engine of one rank that would run on a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config_json(shape) | changes))
+        config, grid = ModelConfig.load(folder), Grid(1, 1, 0)
+        kernels = GpuKernels(CPU, BF16, quantisation)
+        kernels._processors = PROCESSORS
+        weights = load_weights(folder, config, grid, kernels, load_format="dummy")
+        cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, BLOCKS)
+        engine = EngineConfig(folder, max_running=RUNNING)
+        runner = Runner(engine, config, weights, Parallel(grid), kernels, cache, LONGEST)
+        limits = Limits(
+            config.vocab_size, LONGEST, (), BLOCKS, max_running=RUNNING, window=config.kv_window, ahead=True
+        )
+        return EngineCore(Scheduler(limits), runner, None, 0, Grammars(folder, config.vocab_size, ()))
+
+
+def run(core: EngineCore, sequences: int, length: int, tokens: int = 3) -> None:
+    """Some requests from their beginning to their end."""
+    for number in range(sequences):
+        prompt = tuple(range(1 + number, 1 + number + length))
+        core.submit(Request(str(number), prompt, SamplingParams(), tokens, ignore_eos=True), 0.0)
+    while core.busy:
+        core.launch(0.0)
+        core.collect(0.0)
 
 
 def main() -> None:
-    """Compile all."""
-    row = [BF16, BF16, BF16, BF16, WHOLE, "fp32"]
-    check(rows._add_rms_norm, row, ADD=True, BLOCK=4096)
-    check(rows._silu_mul, [BF16, BF16, WHOLE], TILE=1024)
-    check(rows._masked_softmax, [F32, I32, F32, WHOLE, "fp32"], BLOCK=1024)
-    enter = [BF16, BF16, BF16, F32, F32, BF16, BF16, I32, I32, I32, WHOLE, "fp32", WHOLE]
-    check(attention._enter, enter, **HEADS, P=16, HALF=64, NORM=True, ROWS=8)
-    for window in (0, 4096):
-        decode = [BF16, BF16, BF16, F32, F32, I32, I32, WHOLE, "fp32", WHOLE]
-        check(attention._decode, decode, **HEADS, SPLITS=4, E_PAD=128, WINDOW=window, P=16, TILE=64, G_PAD=16)
-        prefill = [BF16, BF16, BF16, BF16, I32, I32, WHOLE, "fp32"]
-        check(attention._prefill, prefill, **HEADS, E_PAD=128, WINDOW=window, P=16, QUERIES=64, TILE=64)
-    check(attention._add_up, [F32, F32, BF16, I32, WHOLE], **HEADS, SPLITS=4, E_PAD=128)
-    product = [BF16, BF16, BF16, F32, BF16, WHOLE, WHOLE, WHOLE, WHOLE]
-    for m, stored in ((1, BF16), (16, BF16), (1, "*i8"), (64, "*i8"), (16, "*fp8e4nv")):
-        product[1] = stored
-        cut = {"ROWS": 8 if m == 1 else 64, "COLUMNS": 512 if m == 1 else 128}
-        check(gemv._gemv, product, BIAS=True, SCALE=stored != BF16, **cut, M_PAD=m)
-    for stored in ("*i8", "*fp8e4nv"):
-        check(rows._widen, [stored, F32, BF16, WHOLE], TILE=4096)
-    check(gemv._add_parts, [F32, BF16, BF16, WHOLE, WHOLE], BIAS=True, SPLITS=4, TILE=1024)
-    check(
-        draw._draw,
-        [F32, I32, "*i64", WHOLE, WHOLE],
-        {"num_warps": draw.MOST_TILE // draw.TILE_OF_WARP},
-        ROW=draw.ROW,
-        TILE=draw.MOST_TILE,
+    """Compile all that is launched; print how much of it, by the kernels' names, and what came late."""
+    hopper, late = compile_only(), list[str]()
+    for name, (shape, changes) in SHAPES.items():
+        for quantisation in ("", "int8", "fp8") if name == "llama" else ("",):
+            core = core_of(shape, changes, quantisation)
+            core.canary(0.0)
+            core.rehearse(0.0, RUNNING, LONGEST - 2)
+            rehearsed = set(hopper.compiled)
+            for sequences, length in ((1, 100), (3, 16), (7, 33), (11, 40), (10, 5)):
+                run(core, sequences, length)
+            late += [f"{name}: {hopper.compiled[one]}" for one in hopper.compiled.keys() - rehearsed]
+    for tiles in gemv.CANDIDATES:
+        for rows_of_x in (1, 16) if tiles.splits == 1 or tiles.rows == 64 else ():
+            x, weight = torch.zeros(rows_of_x, 4096, dtype=BF16), torch.zeros(512, 4096, dtype=BF16)
+            gemv.gemv(x, weight, weight[0], tiles)
+    rows.masked_softmax(torch.zeros(3, 100), torch.ones(3, dtype=torch.int32), 1.0)
+    names = list(hopper.compiled.values())
+    every = {
+        one.__name__
+        for module in (attention, draw, gemv, rows)
+        for one in vars(module).values()
+        if isinstance(one, JITFunction)
+    }
+    print(
+        json.dumps(
+            {
+                "compiled": {name: names.count(name) for name in sorted(set(names))},
+                "late": late,
+                "not_launched": sorted(every - set(names)),
+            }
+        )
     )
 
 

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.kernels.gpu import attention
-from tests.conftest import GPU
+from tests.device import GPU
 from tests.engine.conftest import make_model, model_dir
 
 __all__ = ["make_model", "model_dir"]
@@ -12,5 +11,7 @@ __all__ = ["make_model", "model_dir"]
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a program of many rows as for one of few."""
+    from engine.kernels.gpu import attention  # after `tests.device`
+
     if not GPU:
         monkeypatch.setattr(attention, "_ENTER_ROWS", 512)

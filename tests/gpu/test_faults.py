@@ -13,7 +13,7 @@ from dataplane.shard.supervisor import Supervisor
 from engine.link import LinkClosedError
 from engine.request import Request, SamplingParams
 from engine.wire import EngineFailed, EngineReady, Message, StartEngine, SubmitRequest
-from tests.conftest import GPU
+from tests.device import GPU
 from tests.engine.child import DEADLINE_S, Child, child
 from tests.gpu.faulty_engine import IN_A_KERNEL, LOST, NO_MEMORY
 

@@ -11,7 +11,7 @@ from engine.kernels.gpu.gemv import CANDIDATES, Tiles, gemv
 from engine.kernels.gpu.kernels import GpuCache, GpuKernels
 from engine.kernels.gpu.matrices import QuantisedMatrix
 from engine.kernels.reference import ReferenceKernels
-from tests.conftest import GPU
+from tests.device import GPU
 from tests.engine.heads import Heads, numbers
 
 DEVICE = torch.device("cuda" if GPU else "cpu")

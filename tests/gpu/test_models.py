@@ -21,7 +21,7 @@ from engine.plan import Join, Row, StepPlan
 from engine.request import Request, SamplingParams
 from engine.runner import Runner
 from engine.weights import load_weights
-from tests.conftest import GPU
+from tests.device import GPU
 from tests.engine.conftest import MakeModel
 from tests.engine.harness import Harness
 from tests.engine.test_ahead import core_of, outputs

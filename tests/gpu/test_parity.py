@@ -9,7 +9,7 @@ import pytest
 
 from engine import Engine
 from engine.request import SamplingParams
-from tests.conftest import GPU
+from tests.device import GPU
 from tests.engine.conftest import MakeModel
 from tests.parallel.test_matrix import FAMILIES, LAYOUTS, PROMPTS, expected_logprobs, model_of
 
