@@ -32,7 +32,7 @@ from bench.contest import ContestantError, Entry, contest
 from bench.measures import median_decode_rate, prompts
 from bench.protocol import Setup, Work
 from bench.results import Stamp
-from bench.shapes import Shape, config_json
+from bench.shapes import CACHE, Shape, config_json
 from engine import Engine
 from engine.request import Request, SamplingParams
 
@@ -232,8 +232,10 @@ def engine_of(shape: Shape, quantization: str, **options: Any) -> Iterator[tuple
             bench.drain()
             gc.collect()
             gc.freeze()  # as an engine's process does, or a collection would be taken for a gap
-            yield bench, kv_bytes
-            gc.unfreeze()
+            try:
+                yield bench, kv_bytes
+            finally:
+                gc.unfreeze()
     del engine, bench
     gc.collect()
     torch.cuda.empty_cache()
@@ -243,7 +245,6 @@ def decode(shape: Shape, limits: Limits, quantization: str) -> Iterator[Fields]:
     """Tokens per second of batches whose keys and values fit, and what the limits allow."""
     points: list[Fields] = []
     skipped: list[str] = []
-    yield {"decode": points, "skipped": skipped}
     # Prompts in large pieces, whoever decodes: all sequences are to be there before the first has ended.
     chunks = {"max_batch_tokens": CHUNK + 256, "max_prefill_tokens": CHUNK}
     with engine_of(shape, quantization, **chunks) as (bench, kv_bytes):
@@ -329,7 +330,6 @@ def peers(
 
     Sequences are as long in the middle of their new tokens as ours are in the middle of the steps measured.
     """
-    found: list[Fields] = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_json(shape)))
         for name in names:
@@ -351,9 +351,8 @@ def peers(
                         point["what"] = peer.ready.details
                 except ContestantError as error:
                     point["failed"] = str(error)
-                found.append(point)
                 print("  " + _said(point), flush=True)
-                yield {"peers": found}
+                yield {"peers": [point]}
 
 
 def times_of_peers(result: Fields) -> Fields:
@@ -385,7 +384,10 @@ class Report:
         result = next((one for one in results if key.items() <= one.items()), None)
         if result is None:
             results.append(result := key)
-        result |= fields
+        # Peers come one by one, and each in place of what was known of it.
+        peers = {(peer["name"], peer["sequences"], peer["length"]): peer for peer in result.get("peers", ())}
+        peers |= {(peer["name"], peer["sequences"], peer["length"]): peer for peer in fields.get("peers", ())}
+        result |= fields | ({"peers": list(peers.values())} if peers else {})
         result["times_of_peers"] = times_of_peers(result)
         # Limits go with what was held against them.
         for name in fields:
@@ -419,9 +421,11 @@ def main() -> None:
     report = Report(options.report, name, limits)
     for shape in (GPU_SHAPES[name] for name in options.shapes):
         for part in options.only:
+            if part == "peers" and options.quantization:
+                continue  # they are measured as they are
             print(f"{shape.name}, {part}", flush=True)
             if part == "peers":
-                logs = options.report.parent / "logs"
+                logs = CACHE / "logs"
                 found = peers(shape, options.peers, BESIDE_POINTS, "cuda", logs)
             else:
                 found = {"decode": decode, "serve": serve}[part](shape, limits, options.quantization)

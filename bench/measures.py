@@ -77,10 +77,12 @@ def decode_rate(trace: Trace) -> float:
 
 
 def median_decode_rate(trace: Trace) -> float:
-    """Tokens per second of all together by the median gap while all decode: hiccups do not count."""
+    """As `decode_rate`, but by the median gap while all decode, so that hiccups do not count."""
     firsts = [at + wait for at, wait in zip(trace.submitted, first_token_s(trace), strict=True)]
     lasts = {index: at for at, indices in trace.events for index in indices}
     together = gaps_s(trace, range(len(firsts)), max(firsts), min(lasts.values()))
+    if not together:
+        return decode_rate(trace)
     return len(firsts) / statistics.median(together)
 
 

@@ -146,11 +146,27 @@ def main() -> None:
 
 
 def change(ratios: Sequence[float]) -> str:
-    """The median of ratios as a change, with where it lies in 19 of 20 such runs, by order statistics."""
-    ordered, half = sorted((ratio - 1) * 100 for ratio in ratios), 0.98 * math.sqrt(len(ratios))
-    low = ordered[max(0, math.floor(len(ordered) / 2 - half))]
-    high = ordered[min(len(ordered) - 1, math.ceil(len(ordered) / 2 + half) - 1)]
-    return f"{statistics.median(ordered):+.2f} % (95 %: {low:+.2f} to {high:+.2f} %)"
+    """The median of ratios as a change, with its confidence interval of 95 % by order statistics."""
+    ordered = sorted((ratio - 1) * 100 for ratio in ratios)
+    text = f"{statistics.median(ordered):+.2f} %"
+    outside = interval_rank(len(ordered))
+    if outside is None:
+        return f"{text} (of too few rounds for an interval)"
+    return f"{text} (95 % confidence: {ordered[outside]:+.2f} to {ordered[-1 - outside]:+.2f} %)"
+
+
+def interval_rank(count: int) -> int | None:
+    """How many of so many values lie outside the interval on each side; None where it would need more values.
+
+    A median has fewer than k values below it with the probability that a fair coin shows fewer than k heads.
+    """
+    below, outside = 0.0, None
+    for heads in range(count // 2):
+        below += math.comb(count, heads) / 2**count
+        if below > 0.025:
+            break
+        outside = heads
+    return outside
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def profile(options: argparse.Namespace) -> list[Line]:
         length, batch = options.length, 1 if options.prefill else options.batch
         settings: dict[str, Any] = {"dtype": options.dtype, "load_format": "dummy", "max_running": batch}
         settings |= {"quantization": options.quantization, "max_model_len": length + 8 * options.steps}
-        settings["max_batch_tokens"] = max(512, batch * length)  # all prompts in one step
+        settings["max_batch_tokens"] = batch * length  # all prompts in one step
         settings["kv_bytes"] = (batch + 1) * (settings["max_model_len"] + 64) * 2 * shape.kv_bytes_per_token
         with Engine(folder, device=options.device, progress=False, **settings) as engine:
             (kernels,) = made

@@ -80,18 +80,24 @@ class EngineCore:
         self.submit(Request("canary", (0,), SamplingParams(0.0), max_tokens=1, ignore_eos=True), now)
         self._finish(now)
 
-    def rehearse(self, now: float, most: int, longest: int) -> None:
-        """Run batches of many sizes up to `most`, and a prompt of `longest` tokens. Not while busy.
+    def rehearse(self, now: float, most: int, longest: int, step: int) -> None:
+        """Run what a device may compile for, so that no request waits for its compiler. Not while busy.
 
-        What a device compiles for a size is compiled then, and no request waits for it.
+        Prompts of up to `longest` tokens, batches of up to `most` sequences, and a step of `step` tokens.
         """
-        batches = {1: longest} | {1 << power: 2 for power in range(1, most.bit_length())} | {most: 2}
-        for size, length in batches.items():
-            prompt, sampling = (0,) * length, SamplingParams(1.0, seed=0)
+        assert not self.busy, "its tokens would be mixed with those of others"
+        lengths = sorted({1 << power for power in range(longest.bit_length())} | {longest})
+        sizes = sorted({1 << power for power in range(most.bit_length())} | {most})
+        batches = [*((1, length) for length in lengths), *((size, 1) for size in sizes)]
+        batches.append((min(most, -(-step // longest)), longest))
+        for batch, (size, length) in enumerate(batches):
             for number in range(size):
-                name = f"rehearsal {size} {number}"
+                # Long prompts begin differently, or they would be found in the prefix cache.
+                prompt = (batch + number if length > 1 else 0, *[0] * (length - 1))
+                name, sampling = f"rehearsal {batch} {number}", SamplingParams(1.0, seed=0)
                 self.submit(Request(name, prompt, sampling, max_tokens=2, ignore_eos=True), now)
             self._finish(now)
+        self._scheduler.forget_lookups()
 
     def wait(self, beside: HasFileno) -> None:
         """Sleep until `beside` can be read. Raises EngineError when another rank goes meanwhile."""

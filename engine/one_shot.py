@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined] # re-exported silently
 
+from engine.errors import EngineError
+
 if TYPE_CHECKING:
     from engine.parallel import Row
 
@@ -85,6 +87,9 @@ def one_shot(row: Row, memory: Memory, store: Store, name: str, rank: int, peers
         name: of the row, in the store.
         rank: in the row.
         peers: of the row.
+
+    Raises:
+        EngineError: this rank failed where others wait for it.
     """
     made: list[OneShotRow] = []
 
@@ -96,17 +101,20 @@ def one_shot(row: Row, memory: Memory, store: Store, name: str, rank: int, peers
         made.append(OneShotRow(row, memory, memory.allocate(_MOST_BYTES[len(peers)])))
         return True
 
-    def meet() -> bool:
-        memory.meet(made[0].shared)
-        return True
-
     def equal() -> bool:
+        try:
+            memory.meet(made[0].shared)
+        except Exception as error:  # the others wait in it, and only this rank's end wakes them
+            message = f"GPUs cannot share memory: {error!r}; {_SWITCH}=0 leaves sums to NCCL"
+            raise EngineError("INTERNAL", message) from error
         return _equal(made[0], row, rank)
 
-    # No rank goes on, and waits for others, before all have come as far.
-    for step in (reach, allocate, meet, equal):
+    # No rank waits for others before all are able to.
+    for step in (reach, allocate, equal):
         try:
             able = step()
+        except EngineError:
+            raise
         except Exception as error:  # nobody says what torch may raise here
             _log.warning("%s: sums go through NCCL: %s: %r", name, step.__name__, error)
             able = False
@@ -123,13 +131,18 @@ def _equal(quick: OneShotRow, row: Row, rank: int) -> bool:
     equal = True
     for dtype in _DTYPES:
         for size in (8, 4096, quick.shared.nbytes // dtype.itemsize):
-            x = (torch.arange(size, device=quick.shared.device) * (rank + 1) % 7).to(dtype)
+            x = (torch.arange(size, device=quick.shared.device) * (rank + 1) % 11).to(dtype)
             equal &= torch.equal(quick.all_reduce(x), row.all_reduce(x.clone()))
     return equal
 
 
 class SymmetricMemory:
-    """Torch's: memory of GPUs that reach each other. Every rank of a row makes one."""
+    """Torch's: memory of GPUs that reach each other. Every rank of a row makes one.
+
+    Once in a process: torch counts its meetings there, and ranks whose counts differ wait in vain.
+    """
+
+    _used = False
 
     def __init__(self, store: Store, name: str, rank: int, ranks: int, device: torch.device) -> None:
         self._store = PrefixStore(f"{name}/symmetric", store)
@@ -140,7 +153,7 @@ class SymmetricMemory:
 
     def reach(self, peers: Peers) -> bool:
         """Whether this rank sees the GPUs of all, and they each other."""
-        if not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy"):
+        if SymmetricMemory._used or not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy"):
             return False
         visible = {
             str(torch.cuda.get_device_properties(index).uuid): index
@@ -166,6 +179,7 @@ class SymmetricMemory:
 
     def meet(self, shared: torch.Tensor) -> None:
         """Map the memory of the others."""
+        SymmetricMemory._used = True
         from torch._C._distributed_c10d import _SymmetricMemory
 
         _SymmetricMemory.rendezvous(shared, self._name)

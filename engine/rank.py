@@ -154,8 +154,9 @@ def join(
         core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len, ahead=alone)
         core.canary(time.time())  # communicators are built now, not under the first request
         if kernels.device.type == "cuda":
-            longest = min(engine.batch_tokens, max_model_len - 2)
-            core.rehearse(time.time(), engine.max_running, longest)  # and kernels compiled
+            longest = min(engine.batch_tokens, max_model_len - 2)  # two tokens are drawn
+            if longest > 0:
+                core.rehearse(time.time(), engine.max_running, longest, engine.batch_tokens)
         undo.pop_all()
         return Member(config, max_model_len, runner, core, None, parallel)
 

@@ -121,6 +121,10 @@ class Scheduler:
             self._count += 1
         return tuple(deltas)
 
+    def forget_lookups(self) -> None:
+        """Count lookups in the prefix cache from here on: those before were nobody's."""
+        self._prefix_tokens = self._prefix_hits = 0
+
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Forget a request or one choice of it; unknown ones are ignored."""
         for sequence in list(self._live.get(request_id, ())):

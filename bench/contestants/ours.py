@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from bench.protocol import Recorder, Setup, Trace, Work, serve
@@ -17,9 +15,6 @@ class Ours:
     name = "Phalanx"
 
     def __init__(self, setup: Setup) -> None:
-        options: dict[str, Any] = (
-            {"max_batch_tokens": setup.max_batch_tokens} if setup.max_batch_tokens else {}
-        )
         self._engine = Engine(
             setup.model,
             dtype=setup.dtype,
@@ -28,7 +23,7 @@ class Ours:
             max_model_len=setup.max_model_len,
             kv_bytes=setup.kv_bytes,
             max_running=setup.max_running,
-            **options,
+            max_batch_tokens=setup.max_batch_tokens,
         )
         if setup.quantization:
             self.name = f"Phalanx {setup.quantization}"

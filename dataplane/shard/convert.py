@@ -93,7 +93,7 @@ def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.De
 def extend(output: shard_pb2.Delta, news: shard_pb2.Delta) -> None:
     """Add a choice's next tokens to all that it has generated, which `to_prior` makes presentable."""
     cached_tokens = output.cached_tokens
-    output.MergeFrom(news)  # every token passes here, and field by field takes eight times as long
+    output.MergeFrom(news)  # every token passes here, and field by field takes five times as long
     if cached_tokens:
         output.cached_tokens = cached_tokens
 

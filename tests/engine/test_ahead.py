@@ -106,8 +106,9 @@ def test_a_rehearsal_has_batches_of_every_size_and_leaves_nothing_behind(model_d
     plain, _ = core_of(model_dir, kernels, ahead=True)
     rehearsed, runner = core_of(model_dir, kernels, ahead=True)
     empty = rehearsed.load
-    rehearsed.rehearse(0.0, 3, 20)
+    rehearsed.rehearse(0.0, 3, 20, 16)
     assert {1, 2, 3} <= set(runner.sizes)
+    assert rehearsed.load.prefix_tokens == 0
     assert not rehearsed.busy
     assert rehearsed.load.kv_blocks_free == empty.kv_blocks_free
     assert outputs(rehearsed, requests) == outputs(plain, requests)

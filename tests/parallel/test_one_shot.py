@@ -9,6 +9,7 @@ import torch
 from torch.distributed import Store
 
 from engine import shm
+from engine.errors import EngineError
 from engine.one_shot import OneShotRow, Peers, SymmetricMemory, one_shot
 from engine.parallel import Row
 from tests.parallel.processes import run
@@ -88,10 +89,20 @@ def with_a_fault(rank: int, ranks: int, store: Store, fault: str, faulty: int) -
     return chosen is row
 
 
-@pytest.mark.parametrize("fault", ["reach", "allocate", "meet", "sum"])
+@pytest.mark.parametrize("fault", ["reach", "allocate", "sum"])
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_if_one_rank_is_not_able_none_takes_it(fault: str, faulty: int) -> None:
     assert run(with_a_fault, 2, fault, faulty) == [True, True]
+
+
+def failing_to_meet(rank: int, ranks: int, store: Store) -> str:
+    with pytest.raises(EngineError, match="PHALANX_ONE_SHOT=0") as failed:
+        rows(store, rank, ranks, "meet")
+    return failed.value.reason
+
+
+def test_a_rank_that_fails_where_others_wait_for_it_ends_and_says_what_to_do() -> None:
+    assert run(failing_to_meet, 2) == ["INTERNAL"] * 2
 
 
 def as_many_ranks(rank: int, ranks: int, store: Store) -> bool:

@@ -85,6 +85,10 @@ def test_a_report_keeps_what_the_same_gpu_had_and_compares(tmp_path: Path) -> No
     known = gpu.Report(path, "one", LIMITS).add("tiny", "", {"peers": peers})
     assert known["decode"] == [point]
     assert known["times_of_peers"] == {"a, 2 x 16": 3.0}
+    again = {"name": "a", "sequences": 2, "length": 16, "tokens_per_s": 3.0}
+    known = gpu.Report(path, "one", LIMITS).add("tiny", "", {"peers": [again]})
+    assert known["peers"] == [again, *peers[1:]]
+    assert known["times_of_peers"] == {"a, 2 x 16": 2.0}
     gpu.Report(path, "one", LIMITS).add("tiny", "int8", {"busy": 0.5})
     assert [one["quantization"] for one in json.loads(path.read_text())["results"]] == ["", "int8"]
     gpu.Report(path, "another", LIMITS).add("tiny", "", {"busy": 0.5})

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from dataplane.shard.convert import to_delta, to_request
+from dataplane.shard.convert import extend, to_delta, to_prior, to_request
 from engine.request import Delta, Grammar, PositionLogprobs, SamplingParams, TokenLogprob
 from phalanx.v1 import shard_pb2, types_pb2
 
@@ -69,3 +70,25 @@ def test_log_probabilities_of_the_prompt_come_with_their_delta() -> None:
     got = to_delta("r", 2, Delta("x", 0, 0, (7,), ("g",), prompt_logprobs=(entry,)))
     (position,) = got.prompt_logprobs
     assert (position.chosen.token_id, position.chosen.text, position.top[0].logprob) == (4, "d", -0.5)
+
+
+def test_what_a_choice_has_generated_adds_up_to_the_prior_output_of_the_next_attempt() -> None:
+    prompt = types_pb2.PositionLogprobs(chosen=types_pb2.TokenLogprob(token_id=1))
+    position = types_pb2.PositionLogprobs(chosen=types_pb2.TokenLogprob(token_id=2))
+    output = shard_pb2.Delta(choice=1)
+    for news in (
+        {"token_ids": [5], "pieces": ["a"], "prompt_logprobs": [prompt], "cached_tokens": 16},
+        {"index": 1, "token_ids": [6, 7], "pieces": ["b", ""], "logprobs": [position] * 2},
+        {"index": 3, "token_ids": [8], "pieces": ["c"], "cached_tokens": 3, "finish_reason": 1},
+    ):
+        more: dict[str, Any] = {"request_id": "r", "attempt": 2, "choice": 1, **news}
+        extend(output, shard_pb2.Delta(**more))
+    assert to_prior(output) == shard_pb2.Delta(
+        choice=1,
+        token_ids=[5, 6, 7, 8],
+        pieces=["a", "b", "", "c"],
+        logprobs=[position] * 2,
+        prompt_logprobs=[prompt],
+        cached_tokens=16,
+        finish_reason=types_pb2.FINISH_REASON_STOP,
+    )

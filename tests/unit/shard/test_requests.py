@@ -244,6 +244,7 @@ def test_an_orphan_goes_on_and_another_gateway_gets_all_of_it() -> None:
     (got,) = attached(requests.attach(2, attach(), 2.0))
     assert got.attempt == got.request.attempt == 5
     assert [list(prior.token_ids) for prior in got.request.prior] == [[9, 8], [7]]
+    assert [(prior.request_id, prior.attempt, prior.index) for prior in got.request.prior] == [("", 0, 0)] * 2
     assert [list(prior.pieces) for prior in got.request.prior] == [["x", "y"], ["z"]]
     assert [prior.finish_reason for prior in got.request.prior] == [0, types_pb2.FINISH_REASON_LENGTH]
     assert list(got.request.token_ids.ids) == [1, 2]
@@ -251,6 +252,14 @@ def test_an_orphan_goes_on_and_another_gateway_gets_all_of_it() -> None:
     assert got.request.deadline_ms == 7000
     (frame,) = frames(requests.stepped(step(3, deltas=(Delta(id, 0, 2, (6,), ("w",)),)), 2.0))
     assert [(delta.attempt, delta.index) for delta in frame.deltas] == [(5, 2)]
+
+
+def test_what_has_no_resume_key_can_be_asked_for_by_nobody() -> None:
+    requests = book(1, 2)
+    id = started(requests)
+    requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("x",)),)), 0.0)
+    asked = shard_pb2.Attach(resume_key=id, attempt=5)
+    assert reasons(requests.attach(2, asked, 1.0)) == ["UNKNOWN_REQUEST"]
 
 
 def test_what_has_finished_is_retained_until_its_client_has_it() -> None:

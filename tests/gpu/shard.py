@@ -1,0 +1,51 @@
+"""What a worker makes of what its engine says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from controlplane.state import ShardRecord, ShardState
+from dataplane.shard.events import Abandoned, Assigned, Event, Exited, Kill, Publish, Received, SpawnEngine
+from dataplane.shard.supervisor import Supervisor
+from engine.wire import Message, StartEngine
+
+
+class Shard:
+    """A worker's decisions about its engine, which is a real process."""
+
+    def __init__(self, directory: Path, device: str) -> None:
+        self._core = Supervisor("worker-0", "boot", "127.0.0.1", device)
+        self.starts: list[StartEngine] = []
+        self.killed: list[int] = []
+        self._record: ShardRecord | None = None
+        self._child = 0
+        self._told(Assigned("d-0", 0, 1, str(directory), tp=1, pp=1))
+
+    def _told(self, event: Event) -> None:
+        for instruction in self._core.handle(event):
+            match instruction:
+                case SpawnEngine(child, start):
+                    self._child = child
+                    self.starts.append(start)
+                case Publish(record):
+                    self._record = record
+                case Kill(child):
+                    self.killed.append(child)
+        self._core.check_integrity()
+
+    def engine_said(self, message: Message) -> None:
+        self._told(Received(self._child, message))
+
+    def engine_ended(self) -> None:
+        self._told(Exited(self._child, "has ended"))
+
+    def abandoned(self, life: int) -> None:
+        self._told(Abandoned(1, life))
+
+    @property
+    def failure(self) -> str:
+        """Why the shard has failed, not for good."""
+        assert self._record is not None
+        assert self._record.state is ShardState.FAILED
+        assert not self._record.permanent
+        return self._record.reason
