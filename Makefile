@@ -67,7 +67,8 @@ bench-engine: setup ## Measure the engine beside transformers and vLLM (VLLM_PYT
 
 # GPU_PYTHON=python3 takes the torch and pytest of a host that nothing can be installed on.
 GPU_RUN := $(or $(GPU_PYTHON),$(BIN)/python)
-GPU_TESTS := $(if $(GPU_PYTHON),-c /dev/null --rootdir=. --confcutdir=tests/gpu --import-mode=importlib) tests/gpu
+GPU_TESTS := $(if $(GPU_PYTHON),-c /dev/null --rootdir=. --confcutdir=tests/gpu --import-mode=importlib) \
+	-o timeout=300 $(or $(TESTS),tests/gpu)
 
 gpu-check: $(if $(GPU_PYTHON),,setup) ## On a GPU: kernels, models in every layout, speed against its limits (GPU="--only decode ...")
 	failed=0; $(GPU_RUN) -m pytest $(GPU_TESTS) || failed=1; $(GPU_RUN) -m bench.gpu $(GPU) && exit $$failed

@@ -20,7 +20,7 @@ from engine.batch import Batch, Handles, Layout
 from engine.kernels.gpu.draw import ROW, draw, pack
 from engine.transfer import to_device
 
-_FIRST_AFTER = 32  # decode steps: recording is not to keep the first requests waiting
+_FIRST_AFTER = 64  # decode steps, half of them rehearsed: recording is not to keep the first requests waiting
 _EVERY = 16
 _GREEDY = (0,) * ROW
 

@@ -18,6 +18,7 @@ from engine.model import Decoder
 from engine.parallel import Parallel
 from engine.plan import StepPlan
 from engine.sampler import Drawn, Sampler, score_prompts
+from engine.transfer import once_done
 from engine.weights import StageWeights
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ class Runner:
         if grid.rank != grid.sampler:
             return None
         self._sampler.follow(plan)
-        return self._sampler.sample(plan, logits_SV, batch.draws, ids_S, prompt_logprobs)
+        drawn = self._sampler.sample(plan, logits_SV, batch.draws, ids_S, prompt_logprobs)
+        # A step that draws nothing takes its time, too: the host must not run on, nor a watchdog learn from it.
+        return drawn if logits_SV is not None else once_done(self._device, drawn)
 
 
 def _decode_logits(model: Decoder, batch: Batch) -> torch.Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -28,5 +31,19 @@ def from_device(numbers_N: torch.Tensor) -> Callable[[], list[int]]:
     def wait() -> list[int]:
         arrived.synchronize()
         return here_N.tolist()
+
+    return wait
+
+
+def once_done(device: torch.device, result: Callable[[], T]) -> Callable[[], T]:
+    """A result that is there when a device has done what it does at present."""
+    if device.type != "cuda":
+        return result
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def wait() -> T:
+        done.synchronize()
+        return result()
 
     return wait

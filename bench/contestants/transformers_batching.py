@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -11,6 +13,10 @@ from bench.contestants.transformers_generate import load
 from bench.protocol import Recorder, Setup, Trace, Work, serve
 
 PAGE_TOKENS = 32
+# As later versions of 5 call it.
+_PAGE = (
+    "page_size" if "page_size" in {field.name for field in fields(ContinuousBatchingConfig)} else "block_size"
+)
 DEFAULT_BATCH_TOKENS = 512
 
 
@@ -45,7 +51,7 @@ class ContinuousBatching:
         lengths = [len(prompt) + new for prompt, new in zip(work.prompts, work.new_tokens, strict=True)]
         pages = sum(sorted(-(-length // PAGE_TOKENS) + 1 for length in lengths)[-self._running :])
         options = ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS,
+            **{_PAGE: PAGE_TOKENS},
             num_blocks=pages,
             max_batch_tokens=self._batch_tokens,
             max_requests_per_batch=self._running,

@@ -17,6 +17,7 @@ from engine.request import Delta, Request
 from engine.wire import EngineReady, Message, StartEngine, Step, SubmitRequest
 
 DEADLINE_S = 60.0
+PATIENCE_S = 240.0  # for kernels that have never been compiled
 M = TypeVar("M", bound=Message)
 
 
@@ -42,11 +43,13 @@ class Child:
         return self._arrived.pop(0)
 
     def expect(self, kind: type[M], where: Callable[[M], object] = lambda message: True) -> M:
-        """The next message of a kind; what comes before it is dropped."""
-        while True:
+        """The next message of a kind; what comes before it is dropped. Raises TimeoutError."""
+        end = time.monotonic() + PATIENCE_S  # a child that lives says so all the while
+        while time.monotonic() < end:
             message = self.next()
             if isinstance(message, kind) and where(message):
                 return message
+        raise TimeoutError(f"no {kind.__name__} from the child")
 
     def run(self, request: Request) -> list[Delta]:
         """Submit a request and take its deltas until every choice has finished."""

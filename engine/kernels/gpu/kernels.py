@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,6 +26,7 @@ from engine.transfer import to_device
 _MEASURED_ROWS = (1, 2, 4, 8, TILE_ROWS)
 _PLAIN = Tiles(64, 128, 1)  # where nothing was measured
 _TIMED = 20  # runs of a product that is measured
+_WARM_S = 0.03  # of work before a product is timed
 _L2_BYTES = 256 << 20  # more than any has
 
 
@@ -175,8 +177,12 @@ def _product(
 
 def _seconds(work: Callable[[], object]) -> float:
     """Time of some work on the GPU, the median of several runs, each with a cold L2 cache."""
-    work()
     flush = torch.empty(_L2_BYTES, dtype=torch.uint8, device="cuda")
+    end = time.monotonic() + _WARM_S
+    while time.monotonic() < end:  # a GPU that waited for a compiler has slowed down
+        flush.zero_()
+        work()
+        torch.cuda.synchronize()
     times: list[float] = []
     for _ in range(_TIMED):
         flush.zero_()
