@@ -99,7 +99,7 @@ class Runner:
             return None
         self._sampler.follow(plan)
         drawn = self._sampler.sample(plan, logits_SV, batch.draws, ids_S, prompt_logprobs)
-        # A step that draws nothing takes its time, too: the host must not run on, nor a watchdog learn from it.
+        # A step that draws nothing takes its time, too: or the host ran on, and a watchdog learnt from it.
         return drawn if logits_SV is not None else once_done(self._device, drawn)
 
 

@@ -13,10 +13,8 @@ from bench.contestants.transformers_generate import load
 from bench.protocol import Recorder, Setup, Trace, Work, serve
 
 PAGE_TOKENS = 32
-# As later versions of 5 call it.
-_PAGE = (
-    "page_size" if "page_size" in {field.name for field in fields(ContinuousBatchingConfig)} else "block_size"
-)
+_NAMES = {field.name for field in fields(ContinuousBatchingConfig)}
+_PAGE = "page_size" if "page_size" in _NAMES else "block_size"  # as transformers 5.17 calls it
 DEFAULT_BATCH_TOKENS = 512
 
 
