@@ -19,11 +19,14 @@ import json
 import math
 import random
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from bench.protocol import Setup, Work
 from bench.results import Stamp
 from bench.shapes import CACHE, Shape, config_json
 from engine import Engine
+from engine.errors import EngineError
 from engine.request import Request, SamplingParams
 
 GPU_SHAPES = {
@@ -419,20 +423,33 @@ def main() -> None:
     rates = f"copy {limits.copy / 1e12:.2f} TB/s, GEMM {limits.gemm / 1e12:.0f} TFLOP/s"
     print(f"{name}: {rates}", flush=True)
     report = Report(options.report, name, limits)
-    for shape in (GPU_SHAPES[name] for name in options.shapes):
-        for part in options.only:
-            if part == "peers" and options.quantization:
-                continue  # they are measured as they are
-            print(f"{shape.name}, {part}", flush=True)
-            if part == "peers":
-                logs = CACHE / "logs"
-                found = peers(shape, options.peers, BESIDE_POINTS, "cuda", logs)
-            else:
-                found = {"decode": decode, "serve": serve}[part](shape, limits, options.quantization)
-            known: Fields = {}
-            for fields in found:
-                known = report.add(shape.name, options.quantization, fields)
-            print(f"  times of peers: {_said(known['times_of_peers'])}", flush=True)
+    failed = False
+    for shape, part in product((GPU_SHAPES[name] for name in options.shapes), options.only):
+        print(f"{shape.name}, {part}", flush=True)
+        try:
+            known = run(part, shape, limits, report, options)
+        except (RuntimeError, EngineError):  # the other parts are worth having
+            traceback.print_exc()
+            failed = True
+        else:
+            print(f"  times of peers: {_said(known.get('times_of_peers', {}))}", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    sys.exit(failed)
+
+
+def run(part: str, shape: Shape, limits: Limits, report: Report, options: argparse.Namespace) -> Fields:
+    """One part of one shape; all that is known of the shape then."""
+    known: Fields = {}
+    if part != "peers":
+        found = {"decode": decode, "serve": serve}[part](shape, limits, options.quantization)
+    elif options.quantization:
+        return known  # peers are measured as they are
+    else:
+        found = peers(shape, options.peers, BESIDE_POINTS, "cuda", CACHE / "logs")
+    for fields in found:
+        known = report.add(shape.name, options.quantization, fields)
+    return known
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_what_users_see_is_told_piece_by_piece() -> None:
     assert all(value > 0 for piece in pieces for value in piece.values())
     assert pieces[-1]["busy"] == 0.5
     assert len(pieces) == 3
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_a_part_is_written_as_soon_as_it_is_found(tmp_path: Path) -> None:
+    report = gpu.Report(tmp_path / "gpu.json", "one", LIMITS)
+    options = Namespace(quantization="int8", peers=["transformers"])
+    known = gpu.run("serve", SHAPE, LIMITS, report, options)
+    assert json.loads((tmp_path / "gpu.json").read_text())["results"] == [known]
+    assert gpu.run("peers", SHAPE, LIMITS, report, options) == {}
 
 
 def test_a_step_reads_or_multiplies_its_weights_whichever_takes_longer_and_then_reads_the_cache() -> None:
