@@ -240,9 +240,6 @@ def engine_of(shape: Shape, quantization: str, **options: Any) -> Iterator[tuple
                 yield bench, kv_bytes
             finally:
                 gc.unfreeze()
-    del engine, bench
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def decode(shape: Shape, limits: Limits, quantization: str) -> Iterator[Fields]:
@@ -394,8 +391,8 @@ class Report:
         result |= fields | ({"peers": list(peers.values())} if peers else {})
         result["times_of_peers"] = times_of_peers(result)
         # Limits go with what was held against them.
-        for name in fields:
-            result.setdefault("measured", {})[name] = asdict(Stamp.now()) | {"limits": self._limits}
+        measured = asdict(Stamp.now()) | {"limits": self._limits}
+        result.setdefault("measured", {}).update(dict.fromkeys(fields, measured))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(self._content, indent=1) + "\n")
         gpu_plot.draw(results, self._path.with_suffix(".svg"))
@@ -433,7 +430,7 @@ def main() -> None:
             failed = True
         else:
             print(f"  times of peers: {_said(known.get('times_of_peers', {}))}", flush=True)
-        gc.collect()
+        gc.collect()  # of the engine that the part had
         torch.cuda.empty_cache()
     sys.exit(failed)
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from engine.errors import EngineError
 if TYPE_CHECKING:
     from engine.parallel import Row
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _MOST_BYTES = {2: 1 << 20, 4: 512 << 10, 8: 256 << 10}
@@ -91,39 +92,37 @@ def one_shot(row: Row, memory: Memory, store: Store, name: str, rank: int, peers
     Raises:
         EngineError: this rank failed where others wait for it.
     """
-    made: list[OneShotRow] = []
 
-    def reach() -> bool:
-        wanted = os.environ.get(_SWITCH, "1") != "0" and len(peers) in _MOST_BYTES
-        return wanted and memory.reach(peers)
+    def agreed(step: str, able: bool) -> bool:
+        store.set(f"{name}/{step}/{rank}", "yes" if able else "no")
+        return all(store.get(f"{name}/{step}/{other}") == b"yes" for other in range(len(peers)))
 
-    def allocate() -> bool:
-        made.append(OneShotRow(row, memory, memory.allocate(_MOST_BYTES[len(peers)])))
-        return True
-
-    def equal() -> bool:
+    def tried(step: Callable[[], T]) -> T | None:
         try:
-            memory.meet(made[0].shared)
-        except Exception as error:  # the others wait in it, and only this rank's end wakes them
-            message = f"GPUs cannot share memory: {error!r}; {_SWITCH}=0 leaves sums to NCCL"
-            raise EngineError("INTERNAL", message) from error
-        return _equal(made[0], row, rank)
+            return step()
+        except Exception as error:  # nobody says what torch may raise here, and NCCL does without
+            _log.warning("%s: sums go through NCCL: %r", name, error)
+            return None
 
-    # No rank waits for others before all are able to.
-    for step in (reach, allocate, equal):
-        try:
-            able = step()
-        except EngineError:
-            raise
-        except Exception as error:  # nobody says what torch may raise here
-            _log.warning("%s: sums go through NCCL: %s: %r", name, step.__name__, error)
-            able = False
-        store.set(f"{name}/{step.__name__}/{rank}", "yes" if able else "no")
-        said = [store.get(f"{name}/{step.__name__}/{other}") for other in range(len(peers))]
-        if said != [b"yes"] * len(peers):
-            return row
+    # No rank waits for others in what follows before all are able to.
+    wanted = os.environ.get(_SWITCH, "1") != "0" and len(peers) in _MOST_BYTES
+    if not agreed("reach", wanted and bool(tried(lambda: memory.reach(peers)))):
+        return row
+    shared = tried(lambda: memory.allocate(_MOST_BYTES[len(peers)]))
+    if not agreed("allocate", shared is not None) or shared is None:
+        return row
+    quick = OneShotRow(row, memory, shared)
+    try:
+        memory.meet(shared)
+        equal = _equal(quick, row, rank)
+    except Exception as error:  # the others wait for this rank, and only its end wakes them
+        message = f"GPUs cannot share memory: {error!r}; {_SWITCH}=0 leaves sums to NCCL"
+        raise EngineError("INTERNAL", message) from error
+    if not agreed("equal", equal):
+        _log.warning("%s: sums go through NCCL, since those in one kernel differ", name)
+        return row
     _log.info("%s: small sums are done in one kernel", name)
-    return made[0]
+    return quick
 
 
 def _equal(quick: OneShotRow, row: Row, rank: int) -> bool:
