@@ -48,7 +48,7 @@ fmt: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generated: $(ENV) ## Make phalanx/v1 from protos/ and the libraries of engine/kernels
+generated: $(ENV) ## Make phalanx/v1 and phalanx/internal/v1 from protos/ and the libraries of engine/kernels
 	$(BIN)/python hatch_build.py
 
 bench: setup ## List the measurements and how to run them
@@ -79,7 +79,7 @@ profile: $(if $(GPU_PYTHON),,setup) ## Take steps apart: a timeline and GB/s of 
 		$(GPU_RUN) -m bench.profile --ranges-only $(PROFILE))
 
 clean: ## Remove what the targets above made
-	rm -rf $(VENV) .phalanx phalanx/v1 engine/kernels/*.so
+	rm -rf $(VENV) .phalanx phalanx/v1 phalanx/internal/v1 engine/kernels/*.so
 
 $(ENV): pyproject.toml hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -91,7 +91,7 @@ $(ENV): pyproject.toml hatch_build.py
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@ $(STUBS)
 
-$(STUBS): $(ENV) $(wildcard protos/phalanx/v1/*.proto engine/kernels/*.cpp engine/kernels/*.h)
+$(STUBS): $(ENV) $(wildcard protos/phalanx/*/*.proto protos/phalanx/*/*/*.proto engine/kernels/*.cpp engine/kernels/*.h)
 	$(BIN)/python hatch_build.py > /dev/null
 
 $(MODEL): | $(ENV) $(STUBS)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 KERNELS = "engine/kernels"
+GENERATED = ("phalanx/v1", "phalanx/internal/v1")
 SOURCES = ("linear.cpp", "attention.cpp", "weights.cpp", "draw.cpp")
 # Instruction sets that engine/kernels/native.py chooses from, as the compiler names them.
 CPUS = {"avx512_bf16": "x86_64_v4+avx512bf16", "avx512": "x86_64_v4", "avx2": "x86_64_v3"}
@@ -25,7 +26,7 @@ FLAGS = [
 
 
 def generate_protos(root: Path) -> list[str]:
-    """Write `phalanx/v1/*_pb2*.py[i]` below `root`; returns the generated paths, relative to it."""
+    """Write `*_pb2*.py[i]` into the packages of `GENERATED`; returns their paths, relative to `root`."""
     from grpc_tools import protoc  # only there in the build environment
 
     sources = sorted(str(path.relative_to(root / "protos")) for path in (root / "protos").rglob("*.proto"))
@@ -36,8 +37,11 @@ def generate_protos(root: Path) -> list[str]:
     code = protoc.main(["protoc", f"-I{root / 'protos'}", f"-I{well_known}", *outputs, *sources])
     if code != 0:
         raise SystemExit(f"protoc failed with exit code {code}")
-    (root / "phalanx/v1/__init__.py").write_text('"""Generated from protos/phalanx/v1."""\n')
-    return sorted(str(path.relative_to(root)) for path in (root / "phalanx/v1").glob("*.py*"))
+    for package in GENERATED:
+        (root / package / "__init__.py").write_text(f'"""Generated from protos/{package}."""\n')
+    return sorted(
+        str(path.relative_to(root)) for package in GENERATED for path in (root / package).glob("*.py*")
+    )
 
 
 def build_kernels(root: Path) -> list[str]:

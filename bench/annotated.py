@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from engine.draw import Draw
 from engine.kernels import AttentionInput, HeadNorms, Kernels, KVCache, Matrix, Rope
+from engine.kernels.draw import Draw
 
 PREFIX = "phalanx: "
 

@@ -1,6 +1,6 @@
 """what the ranks of an engine do and when, recorded by wrapping the engine's methods
 
-Run as a module it is a rank: `python -m bench.pipeline_spans SPANS --fd N` (see `engine.process`).
+Run as a module it is a rank: `python -m bench.pipeline_spans SPANS --fd N` (see `engine.processes.rank`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 from socket import socket
 from typing import Any
 
-from engine import Engine, process
-from engine.parallel import Parallel
-from engine.runner import Runner
+from engine import Engine
+from engine.distributed.parallel import Parallel
+from engine.execution.runner import Runner
+from engine.processes import rank as process
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from controlplane.reconcile import Action, Forget, Form, MarkReady, Prune, Remove
-from controlplane.state import Keys, encode
-from controlplane.store import Condition, Created, Delete, Modified, Operation, Put
+from phalanx.store.interface import Condition, Created, Delete, Modified, Operation, Put
+from phalanx.store.records import Keys, encode
 
 MAX_ACTIONS = 50  # of at most two operations and one condition each; etcd takes 128 of either
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from controlplane.actions import Leadership
-from controlplane.store import Created, LeaseLostError, Put, Store, StoreUnavailableError, back_off
+from phalanx.store.interface import Created, LeaseLostError, Put, Store, StoreUnavailableError, back_off
 
 log = logging.getLogger(__name__)
 

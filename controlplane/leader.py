@@ -11,9 +11,9 @@ from collections.abc import Callable
 from controlplane.actions import Leadership, guarded, transactions
 from controlplane.election import lead
 from controlplane.reconcile import Action, Form, Memory, Remove, reconcile
-from controlplane.state import Keys, LeaderRecord, encode
-from controlplane.store import LeaseLostError, Listing, Store, StoreUnavailableError, back_off
 from controlplane.view import View
+from phalanx.store.interface import LeaseLostError, Listing, Store, StoreUnavailableError, back_off
+from phalanx.store.records import Keys, LeaderRecord, encode
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from controlplane.state import AssignmentRecord, Snapshot
+from phalanx.store.records import AssignmentRecord, Snapshot
 
 AT_ONCE_S = 1.5  # leases are renewed every second, so that is how far apart they end
 

@@ -9,11 +9,11 @@ import signal
 import click
 
 from controlplane import leader
-from controlplane.etcd import EtcdStore
 from controlplane.server import SERVICE, ControlService
-from controlplane.state import Keys, LeaderRecord
 from controlplane.view import View
 from phalanx.runtime import logs, ready, rpc, telemetry
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.records import Keys, LeaderRecord
 from phalanx.v1 import control_pb2_grpc
 
 log = logging.getLogger(__name__)

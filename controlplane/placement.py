@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from controlplane.state import DeploymentRecord, MemberRecord, WorkerRecord
+from phalanx.store.records import DeploymentRecord, MemberRecord, WorkerRecord
 
 
 @dataclass(frozen=True, slots=True)

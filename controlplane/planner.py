@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from controlplane.state import DeploymentRecord, LayoutRecord, WorkerRecord
 from engine.config import EngineConfig
+from phalanx.store.records import DeploymentRecord, LayoutRecord, WorkerRecord
 
 RANK_BYTES = 3 << 29  # beside its weights: runtime, activations, and the 1 GiB of KV cache of a CPU's rank
 USABLE = 0.9  # of a device's memory

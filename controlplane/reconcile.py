@@ -46,7 +46,7 @@ from controlplane.replicas import (
     wanted,
     was_ready,
 )
-from controlplane.state import (
+from phalanx.store.records import (
     AssignmentRecord,
     DeploymentRecord,
     MemberRecord,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 
-from controlplane.state import AssignmentRecord, DeploymentRecord, ShardState, Snapshot
+from phalanx.store.records import AssignmentRecord, DeploymentRecord, ShardState, Snapshot
 
 
 class ReplicaState(enum.Enum):

@@ -12,13 +12,13 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from controlplane.state import DeploymentRecord, Keys, LayoutRecord, decode, encode
 from controlplane.status import Views, views
-from controlplane.store import Delete, Entry, Listing, Modified, Put, Store, StoreUnavailableError
 from controlplane.validation import check_model, check_spec
 from controlplane.view import View
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
+from phalanx.store.interface import Delete, Entry, Listing, Modified, Put, Store, StoreUnavailableError
+from phalanx.store.records import DeploymentRecord, Keys, LayoutRecord, decode, encode
 from phalanx.v1 import control_pb2, control_pb2_grpc
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name

@@ -13,7 +13,7 @@ from controlplane.replicas import (
     replica_name,
     same_shape,
 )
-from controlplane.state import AssignmentRecord, DeploymentRecord, ShardRecord, ShardState, Snapshot
+from phalanx.store.records import AssignmentRecord, DeploymentRecord, ShardRecord, ShardState, Snapshot
 from phalanx.v1 import control_pb2
 
 _SHARD_STATES = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from controlplane.state import SHAPE_LIMIT, LayoutRecord
 from engine.config import LOAD_FORMATS, QUANTIZATIONS
 from engine.errors import ModelError
 from phalanx.runtime.errors import PhalanxError
+from phalanx.store.records import SHAPE_LIMIT, LayoutRecord
 from phalanx.v1 import control_pb2
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
@@ -46,9 +46,9 @@ def check_model(model: str, tp: int, pp: int, load_format: str = "") -> tuple[La
 
     A directory that this host cannot see is left to the workers. Reads files: keep it off the loop.
     """
-    from engine.config import ModelConfig, check_layout
-    from engine.layouts import smaller_layouts, smaller_sizes
-    from engine.locate import check_weights
+    from engine.weights.layouts import smaller_layouts, smaller_sizes
+    from engine.weights.locate import check_weights
+    from engine.weights.model_config import ModelConfig, check_layout
 
     path = Path(model)
     if not path.is_dir():

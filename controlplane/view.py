@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from controlplane.state import Keys, Snapshot
-from controlplane.store import Listing, Store
+from phalanx.store.interface import Listing, Store
+from phalanx.store.records import Keys, Snapshot
 
 
 class View:

@@ -1,6 +1,6 @@
 """The engine as a library: `with Engine(model) as engine: engine.generate(["Once upon"])`.
 
-Rank 0 lives in the caller's process; the others are `python -m engine.process` children.
+Rank 0 lives in the caller's process; the others are `python -m engine.processes.rank` children.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from engine.config import EngineConfig, ModelConfig, check_layout
-from engine.core import EngineCore
-from engine.detokenizer import ChoiceText, Detokenizer
+from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError
-from engine.link import Link, LinkClosedError
+from engine.ipc.link import Link, LinkClosedError
+from engine.ipc.wire import EngineFailed, Rendezvous, StartEngine
+from engine.processes.core import EngineCore
+from engine.processes.startup import join
 from engine.progress import loading_bar, progress_bar
-from engine.rank import join
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, SamplingParams
-from engine.text import Tokenizer
-from engine.wire import EngineFailed, Rendezvous, StartEngine
+from engine.text.detokenizer import ChoiceText, Detokenizer
+from engine.text.process import Tokenizer
+from engine.weights.model_config import ModelConfig, check_layout
 
 Prompt = str | Sequence[int]
 
@@ -217,7 +218,14 @@ class Engine:
 
     def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         """A rank's process, which inherits its end of the socket."""
-        command = [sys.executable, "-m", "engine.process", "--survive-thread", "--fd", str(theirs.fileno())]
+        command = [
+            sys.executable,
+            "-m",
+            "engine.processes.rank",
+            "--survive-thread",
+            "--fd",
+            str(theirs.fileno()),
+        ]
         return subprocess.Popen(command, pass_fds=[theirs.fileno()])
 
     def _announce(self, address: str) -> None:

@@ -58,7 +58,7 @@ def test_a_plane_loads_no_torch_and_no_rust(module: str) -> None:
     assert [path.name for path in extensions if is_rust(path)] == []
 
 
-@pytest.mark.parametrize("module", ["engine.process", "engine.text", "engine.core"])
+@pytest.mark.parametrize("module", ["engine.processes.rank", "engine.text.process", "engine.processes.core"])
 def test_the_engine_loads_no_network_code(module: str) -> None:
     names, _ = loaded_by(module)
     assert not names & (NETWORK | {"controlplane", "dataplane", "phalanx"})
@@ -66,7 +66,7 @@ def test_the_engine_loads_no_network_code(module: str) -> None:
 
 def test_the_engines_ranks_load_no_transformers() -> None:
     """Its import costs more than a restart may."""
-    names, _ = loaded_by("engine.core")
+    names, _ = loaded_by("engine.processes.core")
     assert "torch" in names
     assert not names & {"transformers", "tokenizers"}
 

@@ -19,8 +19,10 @@ from itertools import accumulate
 
 from google.protobuf.message import DecodeError
 
-from controlplane.state import Keys
-from controlplane.store import (
+from dataplane.gateway.journal import Journal
+from dataplane.gateway.resume import Cursor
+from phalanx.internal.v1 import state_pb2
+from phalanx.store.interface import (
     Delete,
     LeaseLostError,
     Operation,
@@ -29,9 +31,7 @@ from controlplane.store import (
     StoreError,
     StoreUnavailableError,
 )
-from dataplane.gateway.journal import Journal
-from dataplane.gateway.resume import Cursor
-from phalanx.v1 import state_pb2
+from phalanx.store.records import Keys
 
 AFTER_S = 1.0
 EVERY_S = 2.0

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 from dataplane.gateway.journal import Journal
 from dataplane.gateway.router import Router, Target
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 from phalanx.runtime.rpc import from_message
-from phalanx.v1 import shard_pb2
 
 MAX_FRUITLESS_ATTEMPTS = 4
 PATIENCE_S = 120.0

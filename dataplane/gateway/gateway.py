@@ -16,8 +16,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from controlplane.state import Keys, Snapshot
-from controlplane.store import Store, StoreUnavailableError
 from dataplane.gateway import dispatcher as instructions
 from dataplane.gateway.checkpoints import Candidate, Checkpoints, Restored
 from dataplane.gateway.dispatcher import Dispatcher, Instruction
@@ -26,9 +24,11 @@ from dataplane.gateway.metrics import Metrics
 from dataplane.gateway.replica_stream import ReplicaStream
 from dataplane.gateway.resume import Cursor, Ticket
 from dataplane.gateway.router import Target, draining, targets
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime import telemetry
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2
+from phalanx.store.interface import Store, StoreUnavailableError
+from phalanx.store.records import Keys, Snapshot
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dataplane.gateway.resume import Cursor, Ticket
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.v1 import types_pb2
 
 FRUITFUL_TOKENS = 8
 """An attempt that is lost after fewer may have been ended by the request itself: a poison."""

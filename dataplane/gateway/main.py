@@ -12,13 +12,13 @@ import uuid
 import click
 from aiohttp import web
 
-from controlplane.etcd import EtcdStore
-from controlplane.state import GatewayRecord, Keys
 from dataplane.gateway.gateway import Gateway
 from dataplane.gateway.http import application
 from dataplane.gateway.server import SERVICE, InferenceService
-from dataplane.registration import Registration
 from phalanx.runtime import logs, ready, rpc, telemetry
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.records import GatewayRecord, Keys
+from phalanx.store.registration import Registration
 from phalanx.v1 import inference_pb2_grpc
 
 log = logging.getLogger(__name__)

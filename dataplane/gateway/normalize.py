@@ -6,9 +6,10 @@ import math
 import secrets
 
 from dataplane.gateway.journal import Journal
-from engine.validation import MAX_BAD_WORDS, MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY
+from engine.scheduling.validation import MAX_BAD_WORDS, MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import inference_pb2, shard_pb2, types_pb2
+from phalanx.v1 import inference_pb2, types_pb2
 
 MAX_CHOICES = 16
 MAX_STOPS = 16

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import grpc
 
 from dataplane.gateway.router import Target
+from phalanx.internal.v1 import shard_pb2, shard_pb2_grpc
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2, shard_pb2_grpc
 
 
 class ReplicaStream:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from controlplane.state import ShardState, Snapshot
-from phalanx.v1 import shard_pb2
+from phalanx.internal.v1 import shard_pb2
+from phalanx.store.records import ShardState, Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.background import import_in_background
+from engine.ipc.background import import_in_background
 
 if __name__ == "__main__":
     import_in_background("dataplane.shard.main")

@@ -1,18 +1,18 @@
 """What a Submit must be like before anything is spent on it: pure checks, cheap whatever its size.
 
-The engine checks the values again and more (`engine.validation`); here is what would cost the children
-time or memory, or break a frame to them, before the engine sees it.
+The engine checks the values again and more (`engine.scheduling.validation`); here is what would cost the
+children time or memory, or break a frame to them, before the engine sees it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.prompt_length import too_many_bytes, too_many_tokens
-from engine.validation import MAX_CHOICES
-from engine.wire import MAX_FRAME
+from engine.ipc.wire import MAX_FRAME
+from engine.scheduling.validation import MAX_CHOICES
+from engine.text.prompt_length import too_many_bytes, too_many_tokens
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2
 
 MAX_SUBMIT_BYTES = MAX_FRAME // 8  # a byte of protobuf becomes at most 6 of JSON; the rest is for names
 

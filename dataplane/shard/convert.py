@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable
 
 from engine import request as engine
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.v1 import types_pb2
 
 UNFINISHED = types_pb2.FINISH_REASON_UNSPECIFIED
 _FINISH = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlplane.state import ShardRecord
-from engine.wire import EngineReady, Message, StartEngine, StartText
+from engine.ipc.wire import EngineReady, Message, StartEngine, StartText
+from phalanx.store.records import ShardRecord
 
 # Events
 

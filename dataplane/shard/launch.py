@@ -90,7 +90,7 @@ class _Forked:
 
 
 class ForkServer:
-    """Keeps `engine.forkserver` running. While it is not there, commands are started as fresh processes."""
+    """Keeps `engine.processes.forkserver` running. Without it, commands are started as fresh processes."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command

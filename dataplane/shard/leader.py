@@ -13,9 +13,9 @@ from dataplane.shard.admission import ServedModel
 from dataplane.shard.events import BeginServing
 from dataplane.shard.outbox import Outbox
 from dataplane.shard.requests import Ended, Instruction, RequestBook, ToEngine, ToGateway, ToText
-from engine.wire import Encoded, Message, NotEncoded, Step
+from engine.ipc.wire import Encoded, Message, NotEncoded, Step
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2
 
 BEAT_S = 0.25
 """Between the frames that tell gateways that this process lives."""

@@ -10,9 +10,9 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from controlplane.etcd import EtcdStore
 from dataplane.shard.worker import Commands, Identity, Worker
 from phalanx.runtime import logs, ready, telemetry
+from phalanx.store.etcd import EtcdStore
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ async def serve(options: argparse.Namespace) -> None:
         ready.announce(options.ready_fd, {"grpc": address})
 
     try:
-        commands = Commands(forkserver=(sys.executable, "-m", "engine.forkserver"))
+        commands = Commands(forkserver=(sys.executable, "-m", "engine.processes.forkserver"))
         await Worker(identity, store, commands).run(stop, listening, options.drain_s)
     finally:
         await store.close()

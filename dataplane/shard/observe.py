@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from controlplane.state import ShardState, Snapshot
 from dataplane.shard.events import Assigned, Event, PeerFailed, RendezvousSeen, Unassigned
+from phalanx.store.records import ShardState, Snapshot
 
 
 def observe(snapshot: Snapshot, worker: str, incarnation: str) -> list[Event]:

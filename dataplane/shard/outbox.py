@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2
 
 MAX_FRAMES = 1024
 

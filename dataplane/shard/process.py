@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from dataplane.shard.launch import Launch, Running, spawn
-from engine import wire
+from engine.ipc import wire
 
 _CHUNK = 1 << 16
 

@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 
 from dataplane.shard import admission, convert
 from dataplane.shard.admission import ServedModel
-from engine.request import Delta, Load, Timing
-from engine.wire import (
+from engine.ipc.wire import (
     CancelRequest,
     Encode,
     Encoded,
@@ -34,8 +33,9 @@ from engine.wire import (
     SubmitRequest,
     Track,
 )
+from engine.request import Delta, Load, Timing
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2
 
 LOAD_EVERY_STEPS = 32
 RETENTION_S = 30.0

@@ -16,11 +16,11 @@ import grpc
 
 from dataplane.shard.leader import Leader
 from dataplane.shard.outbox import Outbox
+from phalanx.internal.v1 import shard_pb2, shard_pb2_grpc
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2, shard_pb2_grpc
 
-SERVICE = "phalanx.v1.ShardService"
+SERVICE = "phalanx.internal.v1.ShardService"
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from controlplane.state import ShardRecord, ShardState
 from dataplane.shard.events import (
     Abandoned,
     Assigned,
@@ -40,7 +39,8 @@ from dataplane.shard.events import (
     Unassigned,
     Withdraw,
 )
-from engine.wire import EngineFailed, EngineReady, Message, Rendezvous, StartEngine, StartText, TextReady
+from engine.ipc.wire import EngineFailed, EngineReady, Message, Rendezvous, StartEngine, StartText, TextReady
+from phalanx.store.records import ShardRecord, ShardState
 
 LIFE_BITS = 16  # of the number that an engine knows its epoch and life by
 MAX_REASON = 1000  # characters: it travels in the store and in gRPC trailers

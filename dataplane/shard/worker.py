@@ -22,9 +22,6 @@ from typing import Any
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
-from controlplane.state import Keys, ShardRecord, ShardState, Snapshot, WorkerRecord
-from controlplane.store import Store
-from dataplane.registration import LEASE_TTL_S, Registration
 from dataplane.shard import tracing
 from dataplane.shard.device import index_of, memory_bytes
 from dataplane.shard.events import (
@@ -57,8 +54,8 @@ from dataplane.shard.process import Child
 from dataplane.shard.server import SERVICE, ShardServer
 from dataplane.shard.supervisor import Supervisor
 from dataplane.shard.watchdog import CHECK_S, Probe, Pulse, Silent, Watchdog
-from engine import wire
-from engine.wire import (
+from engine.ipc import wire
+from engine.ipc.wire import (
     Alive,
     Beat,
     Began,
@@ -71,9 +68,12 @@ from engine.wire import (
     Step,
     TextReady,
 )
+from phalanx.internal.v1 import shard_pb2, shard_pb2_grpc
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2, shard_pb2_grpc
+from phalanx.store.interface import Store
+from phalanx.store.records import Keys, ShardRecord, ShardState, Snapshot, WorkerRecord
+from phalanx.store.registration import LEASE_TTL_S, Registration
 
 PATIENCE_S, PATIENCE_CAP_S = 0.5, 30.0
 """How long a controller has to form anew what has failed: it may know of a better place, or that nobody wants
@@ -104,8 +104,8 @@ class Identity:
 class Commands:
     """How children are started; `--fd N` is appended. Engines are forked where there is a `forkserver`."""
 
-    engine: tuple[str, ...] = (sys.executable, "-m", "engine.process")
-    text: tuple[str, ...] = (sys.executable, "-m", "engine.text")
+    engine: tuple[str, ...] = (sys.executable, "-m", "engine.processes.rank")
+    text: tuple[str, ...] = (sys.executable, "-m", "engine.text.process")
     forkserver: tuple[str, ...] = ()
 
 

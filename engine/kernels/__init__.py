@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from engine.draw import Draw
+from engine.kernels.draw import Draw
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class Kernels(Protocol):
         ...
 
     def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """The token ids [S] that rows of float32 logits draw, as `engine.draw.draw_tokens` defines it."""
+        """The token ids [S] that rows of float32 logits draw, as `draw.draw_tokens` defines it."""
         ...
 
 

@@ -1,6 +1,6 @@
 // Draws the next token of each row: temperature, min-p, top-k, top-p, then the Gumbel-max trick.
 //
-// The same choice as `engine.draw` makes in torch, without sorting a vocabulary. Where top-k and top-p cut is
+// The same choice as `engine.kernels.draw` makes in torch, without sorting a vocabulary. Where top-k and top-p cut is
 // found by counting into buckets, of which only the one with the cut is sorted. The noise is computed in
 // float32 for all tokens and again in float64 for those that it leaves close to the best.
 

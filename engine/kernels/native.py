@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from engine.config import BLOCK_SIZE
-from engine.draw import GREEDY_BELOW, Draw, noise_key
 from engine.kernels import AttentionInput, HeadNorms, KVCache, Matrix, Rope
+from engine.kernels.draw import GREEDY_BELOW, Draw, noise_key
 
 _log = logging.getLogger(__name__)
 

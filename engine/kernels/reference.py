@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.config import BLOCK_SIZE
-from engine.draw import Draw, draw_tokens
 from engine.kernels import AttentionInput, HeadNorms, KVCache, Matrix, Rope
+from engine.kernels.draw import Draw, draw_tokens
 
 
 class ReferenceMatrix:

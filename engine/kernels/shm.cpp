@@ -1,5 +1,5 @@
 // What ranks of one host say to each other through memory that all of them map: sums, columns side by side,
-// and messages from one stage to the next. `engine/shm.py` makes the memory and calls this.
+// and messages from one stage to the next. `engine/distributed/shm.py` makes the memory and calls this.
 //
 // A group's memory is a flag for each rank, then slots. In a row every rank has two slots, and operation s
 // uses slot s % 2: a rank raises its flag to s once its part is written, which also says that it has read
@@ -22,7 +22,7 @@
 extern "C" {
 void* memcpy(void*, const void*, size_t);
 
-struct Group {  // one rank's end; `engine/shm.py` declares the same
+struct Group {  // one rank's end; `engine/distributed/shm.py` declares the same
   char* memory;
   const int* lives;  // of the other ranks' processes: descriptors that can be read once they have ended
   long others;

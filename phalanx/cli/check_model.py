@@ -19,8 +19,8 @@ def check_model(model: Path, check_nan: bool) -> None:
     """
     from rich.progress import Progress
 
-    from engine.check_model import check_model as check
     from engine.errors import ModelError
+    from engine.weights.check_model import check_model as check
 
     with Progress(transient=True, disable=not check_nan) as bar:
         task = bar.add_task("reading", total=None)

@@ -28,7 +28,7 @@ def shard_model(source: Path, destination: Path, tp: int, pp: int) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     from engine.errors import ModelError
-    from engine.shard_model import shard_model as write
+    from engine.weights.shard_model import shard_model as write
 
     with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=None)

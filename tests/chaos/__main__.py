@@ -23,7 +23,7 @@ import urllib.request
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from controlplane.etcd import EtcdStore
+from phalanx.store.etcd import EtcdStore
 from tests.chaos import timeline
 from tests.chaos.check import Verdict, check, longest_gap, percentile
 from tests.chaos.faults import FAULTS, Injury, Scene

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from controlplane.etcd import EtcdStore
-from controlplane.state import Keys, ShardRecord, ShardState, Snapshot
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.records import Keys, ShardRecord, ShardState, Snapshot
 
 
 @dataclass(slots=True)

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from controlplane import embedded
-from controlplane.etcd import EtcdStore
-from controlplane.state import DeploymentRecord, Keys, encode
-from controlplane.store import Operation, Put
+from phalanx.cli.local import embedded_etcd as embedded
 from phalanx.cli.local import processes
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.interface import Operation, Put
+from phalanx.store.records import DeploymentRecord, Keys, encode
 from tests.cluster import PHALANX, Cluster
 from tests.until import until_sync
 

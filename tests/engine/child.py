@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from engine.link import Link
+from engine.ipc.link import Link
+from engine.ipc.wire import EngineReady, Message, StartEngine, Step, SubmitRequest
 from engine.request import Delta, Request
-from engine.wire import EngineReady, Message, StartEngine, Step, SubmitRequest
 
 DEADLINE_S = 60.0
 PATIENCE_S = 240.0  # for kernels that have never been compiled
@@ -84,7 +84,7 @@ def child(module: str) -> Iterator[Child]:
 @contextmanager
 def engine(model: Path, epoch: int = 5) -> Iterator[Child]:
     """A ready engine of one rank."""
-    with child("engine.process") as process:
+    with child("engine.processes.rank") as process:
         process.send(StartEngine(str(model), 1, 1, 0, epoch, "127.0.0.1"))
         process.expect(EngineReady)
         yield process

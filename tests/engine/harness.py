@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from engine.batch import Batcher
-from engine.config import BLOCK_SIZE, ModelConfig
+from engine.config import BLOCK_SIZE
+from engine.distributed.parallel import Grid, Parallel
+from engine.execution.batch import Batcher
+from engine.execution.decoder import Decoder
 from engine.kernels import Kernels, choose
-from engine.model import Decoder
-from engine.parallel import Grid, Parallel
 from engine.plan import Join, Row, StepPlan
 from engine.request import SamplingParams
-from engine.weights import load_weights
+from engine.weights.loader import load_weights
+from engine.weights.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 BLOCKS = 160

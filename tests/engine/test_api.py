@@ -12,10 +12,10 @@ import torch
 from engine import Engine
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError
-from engine.rank import _kv_bytes
+from engine.ipc.wire import EngineReady, Rendezvous, StartEngine, Step, SubmitRequest
+from engine.processes.startup import _kv_bytes
 from engine.request import Request, SamplingParams
-from engine.text import Tokenizer
-from engine.wire import EngineReady, Rendezvous, StartEngine, Step, SubmitRequest
+from engine.text.process import Tokenizer
 from tests.engine.child import child
 
 GREEDY = SamplingParams(temperature=0)
@@ -201,7 +201,7 @@ def test_ranks_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch
 
 def test_every_rank_has_the_smallest_pool(model_dir: Path) -> None:
     """A plan of rank 0 may name any of its blocks."""
-    with child("engine.process") as leader, child("engine.process") as other:
+    with child("engine.processes.rank") as leader, child("engine.processes.rank") as other:
         for rank, (process, most) in enumerate([(leader, 8), (other, 3)]):
             process.send(
                 StartEngine(

@@ -17,21 +17,31 @@ def loaded(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["engine", "engine.config", "engine.wire", "engine.process", "engine.scheduler", "engine.text"]
+    "module",
+    [
+        "engine",
+        "engine.config",
+        "engine.ipc.wire",
+        "engine.processes.rank",
+        "engine.scheduling.scheduler",
+        "engine.text.process",
+    ],
 )
 def test_what_others_share_loads_no_torch(module: str) -> None:
     assert not loaded(module) & {"torch", "numpy", "transformers", "safetensors", "grpc", "google"}
 
 
 def test_a_rank_loads_neither_transformers_nor_network_code() -> None:
-    modules = loaded("engine.runner, engine.weights, engine.core, engine.process")
+    modules = loaded(
+        "engine.execution.runner, engine.weights.loader, engine.processes.core, engine.processes.rank"
+    )
     assert "torch" in modules
     assert not modules & {"transformers", "tokenizers", "grpc", "aetcd", "google", "aiohttp", "phalanx"}
 
 
 def test_the_text_process_does_without_torch() -> None:
     modules = loaded(
-        "engine.text as text; text.forgo_torch(); import transformers.models.auto.tokenization_auto"
+        "engine.text.process as text; text.forgo_torch(); import transformers.models.auto.tokenization_auto"
     )
     assert "tokenizers" in modules
     assert not modules & {"torch", "grpc", "aetcd"}

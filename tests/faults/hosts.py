@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from controlplane.embedded import command, free_port
+from phalanx.cli.local.embedded_etcd import command, free_port
 from tests.cluster import PHALANX, Cluster
 
 NEAR, FAR = "198.18.77.1", "198.18.77.2"  # of the range for tests of network devices (RFC 2544)

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from aetcd import rpc
 
-from controlplane.embedded import command, free_port, wait_until_healthy
+from phalanx.cli.local.embedded_etcd import command, free_port, wait_until_healthy
 from tests.cluster import Cluster
 from tests.faults.streams import MODES, VICTIMS, counter, replicas_reached, shards, stream_all
 from tests.until import until_sync

@@ -11,8 +11,14 @@ import grpc
 import pytest
 from aiohttp import web
 
-from controlplane.memory import MemoryStore
-from controlplane.state import (
+from dataplane.gateway.gateway import Gateway
+from dataplane.gateway.http import application
+from dataplane.gateway.server import InferenceService
+from phalanx.client import Client
+from phalanx.runtime import rpc
+from phalanx.store.interface import Put
+from phalanx.store.memory import MemoryStore
+from phalanx.store.records import (
     AssignmentRecord,
     DeploymentRecord,
     Keys,
@@ -21,12 +27,6 @@ from controlplane.state import (
     ShardState,
     encode,
 )
-from controlplane.store import Put
-from dataplane.gateway.gateway import Gateway
-from dataplane.gateway.http import application
-from dataplane.gateway.server import InferenceService
-from phalanx.client import Client
-from phalanx.runtime import rpc
 from phalanx.v1 import inference_pb2_grpc
 from tests.gateway.fake_leader import FakeLeader
 from tests.until import until

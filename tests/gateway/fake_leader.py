@@ -9,9 +9,10 @@ from typing import Any
 
 import grpc
 
+from phalanx.internal.v1 import shard_pb2, shard_pb2_grpc
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2, shard_pb2_grpc, types_pb2
+from phalanx.v1 import types_pb2
 
 
 def token(prompt_ids: list[int], seed: int, choice: int, position: int) -> int:

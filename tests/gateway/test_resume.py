@@ -11,10 +11,10 @@ import grpc
 import pytest
 
 import phalanx.client
-from controlplane.embedded import free_port
 from dataplane.gateway import checkpoints
 from dataplane.gateway.normalize import journal_for
 from dataplane.gateway.server import InferenceService
+from phalanx.cli.local.embedded_etcd import free_port
 from phalanx.client import Client
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from controlplane.memory import MemoryStore
-from controlplane.state import GatewayRecord, ShardRecord, ShardState, encode
-from controlplane.store import Put
 from dataplane.gateway.gateway import Gateway
 from dataplane.gateway.normalize import journal_for
-from dataplane.registration import Registration
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import inference_pb2, shard_pb2
+from phalanx.store.interface import Put
+from phalanx.store.memory import MemoryStore
+from phalanx.store.records import GatewayRecord, ShardRecord, ShardState, encode
+from phalanx.store.registration import Registration
+from phalanx.v1 import inference_pb2
 from tests.gateway.conftest import KEYS, Rig
 from tests.until import until
 

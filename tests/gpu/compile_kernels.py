@@ -19,19 +19,20 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bench.shapes import Shape, config_json
-from engine.config import EngineConfig, ModelConfig
-from engine.core import EngineCore
-from engine.grammar import Grammars
+from engine.config import EngineConfig
+from engine.distributed.parallel import Parallel
+from engine.execution.runner import Runner
+from engine.grammar.grammars import Grammars
 from engine.grid import Grid
 from engine.kernels.gpu import attention, draw, gemv, rows
 from engine.kernels.gpu.kernels import GpuKernels
 from engine.kernels.gpu.tuning import Tuner
-from engine.parallel import Parallel
+from engine.processes.core import EngineCore
 from engine.request import Request, SamplingParams
-from engine.runner import Runner
-from engine.scheduler import Scheduler
-from engine.validation import Limits
-from engine.weights import load_weights
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.validation import Limits
+from engine.weights.loader import load_weights
+from engine.weights.model_config import ModelConfig
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 PROCESSORS = 4  # few: sequences are split among them, in as many ways

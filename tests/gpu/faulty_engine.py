@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from engine import process
-from engine.batch import Batch
-from engine.model import Decoder
+from engine.execution.batch import Batch
+from engine.execution.decoder import Decoder
+from engine.processes import rank as process
 
 IN_A_KERNEL, NO_MEMORY, LOST = 201, 202, 203
 _WORDS = {
@@ -51,7 +51,7 @@ def _hurt(what: int, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    from engine import runner
+    from engine.execution import runner
 
     runner.Decoder = Faulty  # type: ignore[misc]
     process.main()

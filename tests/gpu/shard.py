@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from controlplane.state import ShardRecord, ShardState
 from dataplane.shard.events import Abandoned, Assigned, Event, Exited, Kill, Publish, Received, SpawnEngine
 from dataplane.shard.supervisor import Supervisor
-from engine.wire import Message, StartEngine
+from engine.ipc.wire import Message, StartEngine
+from phalanx.store.records import ShardRecord, ShardState
 
 
 class Shard:

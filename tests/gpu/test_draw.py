@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.draw import Draw, draw_tokens
+from engine.kernels.draw import Draw, draw_tokens
 from engine.kernels.gpu.draw import draw, pack
 from engine.request import SamplingParams
 from tests.engine.heads import numbers

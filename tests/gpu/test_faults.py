@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.link import LinkClosedError
+from engine.ipc.link import LinkClosedError
+from engine.ipc.wire import EngineFailed, EngineReady, StartEngine, SubmitRequest
 from engine.request import Request, SamplingParams
-from engine.wire import EngineFailed, EngineReady, StartEngine, SubmitRequest
 from tests.device import GPU
 from tests.engine.child import DEADLINE_S, Child, child
 from tests.gpu.faulty_engine import IN_A_KERNEL, LOST, NO_MEMORY
@@ -59,11 +59,11 @@ def test_a_failed_device_is_named_and_the_next_engine_serves(
 
 
 def test_a_cache_that_does_not_fit_is_named(model_dir: Path) -> None:
-    with child("engine.process") as process:
+    with child("engine.processes.rank") as process:
         serving(process, model_dir, PETABYTE, 1 << 30)  # a pool is no larger than those running can fill
         assert process.expect(EngineFailed).reason == "OUT_OF_MEMORY"
         assert process.process.wait(DEADLINE_S) == 1
-    with child("engine.process") as process:
+    with child("engine.processes.rank") as process:
         serving(process, model_dir)
         process.expect(EngineReady)
         assert len(answer(process)) == 8

@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import graphs
-from engine.batch import Handles, Layout
-from engine.config import EngineConfig, ModelConfig
-from engine.graphs import CudaRecorder, DecodeGraphs, Recordings, Work, buckets_up_to, pad
+from engine.config import EngineConfig
+from engine.distributed.parallel import Parallel
+from engine.execution import graphs
+from engine.execution.batch import Handles, Layout
+from engine.execution.graphs import CudaRecorder, DecodeGraphs, Recordings, Work, buckets_up_to, pad
+from engine.execution.runner import Runner
 from engine.grid import Grid
 from engine.kernels.gpu.kernels import GpuKernels
 from engine.kernels.reference import ReferenceKernels
-from engine.parallel import Parallel
 from engine.plan import Join, Row, StepPlan
 from engine.request import Request, SamplingParams
-from engine.runner import Runner
-from engine.weights import load_weights
+from engine.weights.loader import load_weights
+from engine.weights.model_config import ModelConfig
 from tests.device import GPU
 from tests.engine.conftest import MakeModel
 from tests.engine.harness import Harness
-from tests.engine.test_ahead import core_of, outputs
+from tests.engine.processes.test_async_scheduling import core_of, outputs
 from tests.gpu.test_kernels import DEVICE
 
 FLOAT = torch.float32

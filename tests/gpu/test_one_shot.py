@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed import Store
 
-from engine.graphs import CudaRecorder
+from engine.distributed.one_shot import OneShotRow
+from engine.distributed.parallel import GroupRow, connect
+from engine.execution.graphs import CudaRecorder
 from engine.grid import Grid
-from engine.one_shot import OneShotRow
-from engine.parallel import GroupRow, connect
 from tests.parallel.processes import run
 
 RANKS = 2

@@ -9,11 +9,17 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from engine import Engine
-from engine import process as rank_process
+from engine.processes import rank as rank_process
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["engine.runner", "engine.weights", "engine.channel", "engine.parallel", "engine.process"]
+    [
+        "engine.execution.runner",
+        "engine.weights.loader",
+        "engine.distributed.channel",
+        "engine.distributed.parallel",
+        "engine.processes.rank",
+    ]
 )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from engine.channel import PlanLink
 from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.distributed.channel import PlanLink
 from engine.errors import EngineError
-from engine.rank import Member, join
+from engine.processes.core import EngineCore
+from engine.processes.startup import Member, join
 from engine.request import Request, SamplingParams
 
 DEADLINE_S = 60.0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from engine.channel import PlanHub, PlanLink
+from engine.distributed.channel import PlanHub, PlanLink
 from engine.errors import EngineError
 from engine.plan import Row, Sampled, StepPlan
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config import ModelConfig
 from engine.grid import Grid
 from engine.kernels import Matrix
 from engine.kernels.reference import ReferenceKernels, ReferenceMatrix
-from engine.weights import Mlp, StageWeights, load_weights
+from engine.weights.loader import Mlp, StageWeights, load_weights
+from engine.weights.model_config import ModelConfig
 from tests.engine.conftest import MakeModel
 
 KERNELS = ReferenceKernels(torch.device("cpu"), torch.float32)

@@ -14,15 +14,16 @@ import pytest
 import torch
 
 from engine.api import Completion
-from engine.config import BLOCK_SIZE, ModelConfig
+from engine.config import BLOCK_SIZE
 from engine.errors import ModelError
 from engine.grid import Grid
 from engine.request import SamplingParams
-from engine.scheduler import Scheduler
-from engine.shard_model import shard_model
-from engine.stages import stage_layers
+from engine.scheduling.scheduler import Scheduler
+from engine.weights.model_config import ModelConfig
+from engine.weights.shard_model import shard_model
+from engine.weights.stages import stage_layers
 from tests.engine.conftest import MakeModel
-from tests.engine.test_architectures import LLAMA3, MIXTRAL, QWEN3_MOE
+from tests.engine.execution.test_architectures import LLAMA3, MIXTRAL, QWEN3_MOE
 from tests.parallel.forked import ForkedEngine
 
 TOKENS = 64

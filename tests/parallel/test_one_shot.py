@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.distributed import Store
 
-from engine import shm
+from engine.distributed import shm
+from engine.distributed.one_shot import OneShotRow, Peers, SymmetricMemory, one_shot
+from engine.distributed.parallel import Row
 from engine.errors import EngineError
-from engine.one_shot import OneShotRow, Peers, SymmetricMemory, one_shot
-from engine.parallel import Row
 from tests.parallel.processes import run
 
 TIMEOUT = timedelta(seconds=30)

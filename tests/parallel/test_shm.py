@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.distributed import Store
 
-from engine import shm
+from engine.distributed import shm
+from engine.distributed.parallel import connect
 from engine.errors import EngineError
 from engine.grid import Grid
-from engine.parallel import connect
 from tests.parallel.processes import run, start
 
 TIMEOUT = timedelta(seconds=60)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-import engine.rank
-from engine.batch import Batcher, Layout
-from engine.parallel import Parallel
+from engine.distributed.parallel import Parallel
+from engine.execution.batch import Batcher, Layout
 from engine.plan import DRAWN, StepPlan
-from engine.rank import Member
+from engine.processes import startup
+from engine.processes.startup import Member
 from engine.request import SamplingParams
-from tests.engine.test_ahead import outputs, some_requests
+from tests.engine.processes.test_async_scheduling import outputs, some_requests
 from tests.parallel.ranks import DEADLINE_S, engine_of_threads, finish
 
 HELD = range(5, 12)  # steps that the last stage computes only when the first is one ahead
@@ -85,7 +85,7 @@ def test_ranks_feed_themselves_what_they_draw(model_dir: Path, monkeypatch: pyte
     requests = some_requests(rules=True)
     with engine_of_threads(model_dir, 2, 1) as core:
         expected = outputs(core, requests)
-    monkeypatch.setattr(engine.rank, "_device_works_alone", lambda *_: True)
+    monkeypatch.setattr(startup, "_device_works_alone", lambda *_: True)
     blind = 0
 
     def read(self: Batcher, plan: StepPlan) -> Layout:

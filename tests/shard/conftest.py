@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.memory import MemoryStore
-from controlplane.state import (
+from dataplane.shard.worker import Commands, Identity, Worker
+from phalanx.internal.v1 import shard_pb2, shard_pb2_grpc
+from phalanx.runtime import rpc
+from phalanx.store.interface import Delete, Put
+from phalanx.store.memory import MemoryStore
+from phalanx.store.records import (
     AssignmentRecord,
     DeploymentRecord,
     Keys,
@@ -22,10 +26,6 @@ from controlplane.state import (
     Snapshot,
     encode,
 )
-from controlplane.store import Delete, Put
-from dataplane.shard.worker import Commands, Identity, Worker
-from phalanx.runtime import rpc
-from phalanx.v1 import shard_pb2, shard_pb2_grpc
 
 HERE = Path(__file__).parent
 FAKES = Commands(

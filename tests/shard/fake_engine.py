@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from engine import wire
-from engine.link import Link
+from engine.ipc import wire
+from engine.ipc.link import Link
 from engine.request import Delta, Load, Refusal, Timing
 
 HOLD, REFUSE = 7000, 9000

@@ -14,10 +14,10 @@ import pytest
 
 from dataplane.shard.launch import ForkServer
 from dataplane.shard.process import Child
-from engine.wire import EngineFailed, Message, StartEngine
+from engine.ipc.wire import EngineFailed, Message, StartEngine
 from tests.until import until
 
-ENGINE = (sys.executable, "-m", "engine.process")
+ENGINE = (sys.executable, "-m", "engine.processes.rank")
 NOWHERE = StartEngine(model="/nonexistent", tp=1, pp=1, rank=0, epoch=1, host="127.0.0.1")
 
 
@@ -48,7 +48,7 @@ class Engine:
 
 @pytest.fixture
 async def server() -> AsyncIterator[ForkServer]:
-    server = ForkServer((sys.executable, "-m", "engine.forkserver"))
+    server = ForkServer((sys.executable, "-m", "engine.processes.forkserver"))
     running = asyncio.create_task(server.run())
     yield server
     running.cancel()

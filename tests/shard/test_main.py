@@ -7,10 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-from controlplane import embedded
-from controlplane.etcd import EtcdStore
-from controlplane.state import Keys, Snapshot
+from phalanx.cli.local import embedded_etcd as embedded
 from phalanx.runtime import rpc
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.records import Keys, Snapshot
 
 from .conftest import DEADLINE_S
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from dataplane.shard.process import Child
-from engine import wire
+from engine.ipc import wire
 
 from .conftest import DEADLINE_S, FAKES
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.state import ShardState
 from dataplane.shard.worker import Commands
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.internal.v1 import shard_pb2
+from phalanx.store.records import ShardState
+from phalanx.v1 import types_pb2
 
 from .conftest import Cluster, Gateway
 

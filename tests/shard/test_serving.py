@@ -5,10 +5,11 @@ import asyncio
 import grpc
 import pytest
 
-from controlplane.state import ShardState
 from dataplane.shard import worker
 from dataplane.shard.server import ShardServer
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.internal.v1 import shard_pb2
+from phalanx.store.records import ShardState
+from phalanx.v1 import types_pb2
 from tests.until import until
 
 from .conftest import DEADLINE_S, Cluster, Gateway

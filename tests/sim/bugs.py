@@ -11,7 +11,7 @@ from dataplane.gateway.resume import Cursor, Ticket
 from dataplane.shard import convert
 from dataplane.shard.server import ShardServer
 from dataplane.shard.watchdog import Pulse, Watchdog
-from phalanx.v1 import shard_pb2
+from phalanx.internal.v1 import shard_pb2
 from tests.sim.model import Rank
 
 

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
-from engine.request import Delta, Refusal
-from engine.scheduler import Scheduler
-from engine.wire import (
+from engine.ipc.wire import (
     BEAT_S,
     Alive,
     Beat,
@@ -27,6 +25,8 @@ from engine.wire import (
     SubmitRequest,
     TextReady,
 )
+from engine.request import Delta, Refusal
+from engine.scheduling.scheduler import Scheduler
 from tests.shard.fake_text import FakeText
 from tests.sim.loop import Process, current
 from tests.sim.model import EOS, LIMITS, MAX_MODEL_LEN, VOCABULARY, Rank

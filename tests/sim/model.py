@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence
 
 from engine.plan import Row, Sampled, StepPlan
-from engine.validation import Limits
+from engine.scheduling.validation import Limits
 
 VOCABULARY = 97
 EOS = 0

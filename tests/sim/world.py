@@ -15,14 +15,27 @@ from typing import Any
 
 import grpc
 
-import controlplane.store
 import dataplane.gateway.checkpoints
 import dataplane.gateway.gateway
 import dataplane.shard.requests
 import dataplane.shard.worker
+import phalanx.store.interface
 from controlplane import leader
-from controlplane.memory import MemoryStore
-from controlplane.state import (
+from controlplane.view import View
+from dataplane.gateway import server as gateway_server
+from dataplane.gateway.gateway import Gateway
+from dataplane.gateway.normalize import journal_for
+from dataplane.gateway.resume import Ticket
+from dataplane.gateway.router import Target
+from dataplane.shard.events import Stop
+from dataplane.shard.worker import Identity, Worker
+from engine.scheduling.scheduler import Scheduler
+from engine.weights.layouts import smaller_sizes
+from phalanx.internal.v1 import shard_pb2
+from phalanx.runtime.errors import PhalanxError
+from phalanx.store.interface import Change, Condition, Entry, Listing, Operation, Put, StoreUnavailableError
+from phalanx.store.memory import MemoryStore
+from phalanx.store.records import (
     DeploymentRecord,
     GatewayRecord,
     Keys,
@@ -32,20 +45,8 @@ from controlplane.state import (
     WorkerRecord,
     encode,
 )
-from controlplane.store import Change, Condition, Entry, Listing, Operation, Put, StoreUnavailableError
-from controlplane.view import View
-from dataplane.gateway import server as gateway_server
-from dataplane.gateway.gateway import Gateway
-from dataplane.gateway.normalize import journal_for
-from dataplane.gateway.resume import Ticket
-from dataplane.gateway.router import Target
-from dataplane.registration import Registration
-from dataplane.shard.events import Stop
-from dataplane.shard.worker import Identity, Worker
-from engine.layouts import smaller_sizes
-from engine.scheduler import Scheduler
-from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import inference_pb2, shard_pb2
+from phalanx.store.registration import Registration
+from phalanx.v1 import inference_pb2
 from tests.sim.children import SimChild
 from tests.sim.loop import Process, SimLoop, current
 from tests.sim.net import End, Network
@@ -76,8 +77,8 @@ def simulated(world: World) -> Iterator[None]:
         (worker, "time", clock),
         (worker, "Child", SimChild),
         (dataplane.shard.requests, "RETENTION_S", RETENTION_S),
-        (controlplane.store, "random", world.chance),
-        (dataplane.registration, "random", world.chance),
+        (phalanx.store.interface, "random", world.chance),
+        (phalanx.store.registration, "random", world.chance),
         (SimChild, "world", world),
         (SimChild, "numbers", itertools.count(1)),
         (SimReplicaStream, "world", world),

@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
 import pytest
 
-from controlplane.embedded import command, free_port, wait_until_healthy
-from controlplane.etcd import EtcdStore
-from controlplane.memory import MemoryStore
-from controlplane.store import Change, Store
+from phalanx.cli.local.embedded_etcd import command, free_port, wait_until_healthy
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.interface import Change, Store
+from phalanx.store.memory import MemoryStore
 
 DEADLINE_S = 20.0
 _roots = itertools.count()

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from controlplane.store import (
+from phalanx.store.interface import (
     Created,
     Delete,
     Entry,

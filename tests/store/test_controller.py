@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.embedded import Etcd, running
-from controlplane.etcd import EtcdStore
-from controlplane.state import Keys, LeaderRecord, Snapshot, WorkerRecord, decode, encode
-from controlplane.store import Put
+from phalanx.cli.local.embedded_etcd import Etcd, running
 from phalanx.runtime import rpc
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.interface import Put
+from phalanx.store.records import Keys, LeaderRecord, Snapshot, WorkerRecord, decode, encode
 from phalanx.v1 import control_pb2, control_pb2_grpc
 from tests.store.conftest import DEADLINE_S, until
 

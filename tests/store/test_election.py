@@ -11,9 +11,9 @@ import pytest
 
 from controlplane.actions import Leadership
 from controlplane.election import lead
-from controlplane.embedded import running
-from controlplane.etcd import EtcdStore
-from controlplane.store import Created, Put, Store, StoreUnavailableError
+from phalanx.cli.local.embedded_etcd import running
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.interface import Created, Put, Store, StoreUnavailableError
 from tests.store.conftest import DEADLINE_S, until
 
 

@@ -12,9 +12,9 @@ import grpc
 import pytest
 from aetcd import rpc
 
-from controlplane.embedded import Etcd, free_port, running, wait_until_healthy
-from controlplane.etcd import EtcdStore
-from controlplane.store import Change, Created, Modified, Put, StoreUnavailableError
+from phalanx.cli.local.embedded_etcd import Etcd, free_port, running, wait_until_healthy
+from phalanx.store.etcd import EtcdStore
+from phalanx.store.interface import Change, Created, Modified, Put, StoreUnavailableError
 from tests.store.conftest import until
 
 

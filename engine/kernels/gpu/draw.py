@@ -1,4 +1,4 @@
-"""Draws a token of every row on the GPU, as `engine.draw` defines it, without sorting and without the host.
+"""Draws a token of every row on the GPU, as `kernels/draw.py` defines it, without sorting and the host.
 
 Shapes: S rows, V vocabulary. A program has a row. Where the definition sorts, it searches: the value of the
 k-th largest logit, or of the one at which the probabilities reach top-p, is found bit by bit among the
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.draw import GREEDY_BELOW, Draw, noise_key
+from engine.kernels.draw import GREEDY_BELOW, Draw, noise_key
 
 ROW = 6  # numbers of 32 bits that say how a row is drawn
 _PACK = struct.Struct("<fffiII")
@@ -55,7 +55,7 @@ def _order(x):
 
 @triton.jit
 def _mix(x):
-    """MurmurHash3's finaliser, as in `engine.draw`."""
+    """MurmurHash3's finaliser, as in `engine.kernels.draw`."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)

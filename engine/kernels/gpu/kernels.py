@@ -13,15 +13,15 @@ import triton
 from triton.runtime.errors import TritonError
 
 from engine.config import BLOCK_SIZE
-from engine.draw import Draw
 from engine.kernels import AttentionInput, HeadNorms, KVCache, Matrix, Rope
+from engine.kernels.draw import Draw
 from engine.kernels.gpu import attention, rows
 from engine.kernels.gpu.draw import ROW, draw, pack
 from engine.kernels.gpu.gemv import MOST_ROWS, TILE_ROWS, Tiles, gemv
 from engine.kernels.gpu.matrices import QuantisedMatrix
 from engine.kernels.gpu.tuning import Shape, Tuner, cache_path
 from engine.kernels.reference import ReferenceMatrix
-from engine.transfer import to_device
+from engine.kernels.transfer import to_device
 
 _MEASURED_ROWS = (1, 2, 4, 8, TILE_ROWS)
 _PLAIN = Tiles(64, 128, 1)  # where nothing was measured

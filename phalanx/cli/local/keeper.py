@@ -221,7 +221,7 @@ class Keeper:
         return command(self._spec, program, self._known, ready_fd)
 
     def _etcd_command(self) -> list[str]:
-        from controlplane import embedded
+        from phalanx.cli.local import embedded_etcd as embedded
 
         if ETCD not in self._known:
             ports = {"grpc": embedded.free_port(), "peer": embedded.free_port()}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from engine.checkpoint import write_header
-from engine.config import ModelConfig
-from engine.tensors import tensor_shapes
+from engine.weights.checkpoint import write_header
+from engine.weights.model_config import ModelConfig
+from engine.weights.tensors import tensor_shapes
 from phalanx.cli.main import main
 
 

@@ -10,7 +10,7 @@ HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 def test_a_controller_loads_nothing_of_the_models_world(tmp_path: Path) -> None:
     """Nor does it when it checks a model."""
     code = (
-        "import sys, controlplane.main, controlplane.embedded\n"
+        "import sys, controlplane.main, phalanx.cli.local.embedded_etcd\n"
         "from controlplane.validation import check_model\n"
         "from phalanx.runtime.errors import PhalanxError\n"
         "try:\n"

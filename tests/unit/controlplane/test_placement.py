@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlplane.placement import Shortage, place
-from controlplane.state import DeploymentRecord, MemberRecord, WorkerRecord
+from phalanx.store.records import DeploymentRecord, MemberRecord, WorkerRecord
 
 
 def workers(**hosts: str) -> dict[str, WorkerRecord]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from controlplane.planner import RANK_BYTES, fits
-from controlplane.state import DeploymentRecord, LayoutRecord, WorkerRecord
+from phalanx.store.records import DeploymentRecord, LayoutRecord, WorkerRecord
 
 GIB = 1 << 30
 

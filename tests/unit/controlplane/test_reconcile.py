@@ -13,7 +13,7 @@ from controlplane.reconcile import (
     Prune,
     Remove,
 )
-from controlplane.state import LayoutRecord, ShardState
+from phalanx.store.records import LayoutRecord, ShardState
 from tests.unit.controlplane.world import World
 
 

@@ -10,9 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from controlplane.reconcile import Form, reconcile
 from controlplane.replicas import ReplicaState, health, same_shape, wanted
-from controlplane.state import LayoutRecord, ShardState, Snapshot
-from controlplane.store import Listing
-from engine.layouts import smaller_sizes
+from engine.weights.layouts import smaller_sizes
+from phalanx.store.interface import Listing
+from phalanx.store.records import LayoutRecord, ShardState, Snapshot
 from tests.unit.controlplane.world import World
 
 WORKERS = [f"w{index}" for index in range(7)]

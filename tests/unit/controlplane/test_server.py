@@ -13,16 +13,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from controlplane import leader
-from controlplane.memory import MemoryStore
 from controlplane.server import SERVICE, ControlService
-from controlplane.state import Keys, LeaderRecord, WorkerRecord, encode
-from controlplane.store import Listing, Put, StoreUnavailableError
 from controlplane.view import View
-from engine.checkpoint import write_header
-from engine.config import ModelConfig
-from engine.tensors import tensor_shapes
+from engine.weights.checkpoint import write_header
+from engine.weights.model_config import ModelConfig
+from engine.weights.tensors import tensor_shapes
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
+from phalanx.store.interface import Listing, Put, StoreUnavailableError
+from phalanx.store.memory import MemoryStore
+from phalanx.store.records import Keys, LeaderRecord, WorkerRecord, encode
 from phalanx.v1 import control_pb2, control_pb2_grpc
 
 KEYS = Keys()

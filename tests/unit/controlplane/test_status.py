@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from controlplane.reconcile import DEGRADE_AFTER_S, RETURN_AFTER_S
-from controlplane.state import GatewayRecord, LayoutRecord, ShardState
 from controlplane.status import Views, views
+from phalanx.store.records import GatewayRecord, LayoutRecord, ShardState
 from phalanx.v1 import control_pb2
 from tests.unit.controlplane.world import World
 

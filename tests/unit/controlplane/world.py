@@ -6,9 +6,10 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from controlplane.actions import Leadership, guarded, transactions
-from controlplane.memory import MemoryStore
 from controlplane.reconcile import Decision, Memory, reconcile
-from controlplane.state import (
+from phalanx.store.interface import Created, Delete, Listing, Put
+from phalanx.store.memory import MemoryStore
+from phalanx.store.records import (
     DeploymentRecord,
     Keys,
     LayoutRecord,
@@ -20,7 +21,6 @@ from controlplane.state import (
     WorkerRecord,
     encode,
 )
-from controlplane.store import Created, Delete, Listing, Put
 
 T = TypeVar("T")
 

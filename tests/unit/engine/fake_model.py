@@ -10,7 +10,8 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
-from engine.plan import DRAWN, Row, Sampled, StepPlan, decode_plan, encode_plan
+from engine.plan import DRAWN, Row, Sampled, StepPlan
+from engine.plan_codec import decode_plan, encode_plan
 from engine.request import PositionLogprobs, TokenLogprob
 
 VOCABULARY = 50

@@ -6,20 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.plan import (
-    Join,
-    Mask,
-    PromptLogprobs,
-    Row,
-    Sampled,
-    StepPlan,
-    decode_plan,
-    decode_sampled,
-    encode_plan,
-    encode_sampled,
-    join,
-)
+from engine.plan import Join, Mask, PromptLogprobs, Row, Sampled, StepPlan
+from engine.plan_codec import decode_plan, decode_sampled, encode_plan, encode_sampled
 from engine.request import Grammar, PositionLogprobs, Request, SamplingParams, TokenLogprob
+from engine.scheduling.sequence import join
 
 ids = st.integers(0, 2**32 - 1)
 id_lists = st.lists(ids, max_size=6).map(tuple)

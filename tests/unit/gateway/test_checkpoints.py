@@ -5,8 +5,6 @@ import contextlib
 
 import pytest
 
-from controlplane.memory import MemoryStore
-from controlplane.state import Keys
 from dataplane.gateway import checkpoints
 from dataplane.gateway.checkpoints import (
     AFTER_S,
@@ -19,7 +17,10 @@ from dataplane.gateway.checkpoints import (
     restore,
 )
 from dataplane.gateway.journal import Journal
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.internal.v1 import shard_pb2
+from phalanx.store.memory import MemoryStore
+from phalanx.store.records import Keys
+from phalanx.v1 import types_pb2
 from tests.until import until
 
 LEADER = shard_pb2.LeaderHello(model_hash="m", max_model_len=4096, eos_token_ids=[2])

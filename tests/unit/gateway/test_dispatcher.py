@@ -13,8 +13,9 @@ from dataplane.gateway import dispatcher as instructions
 from dataplane.gateway.dispatcher import MAX_FRUITLESS_ATTEMPTS, PATIENCE_S, SEEK_S, SILENCE_S, Dispatcher
 from dataplane.gateway.journal import Journal
 from dataplane.gateway.router import Target
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.v1 import types_pb2
 
 LEADER = shard_pb2.LeaderHello(model_hash="m", max_model_len=1024)
 

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane.gateway.journal import FRUITFUL_TOKENS, Journal
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.v1 import types_pb2
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 LEADER = shard_pb2.LeaderHello(model_hash="m", max_model_len=64, eos_token_ids=[2])

@@ -7,8 +7,9 @@ import pytest
 
 from dataplane.gateway import openai
 from dataplane.gateway.normalize import journal_for
+from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
-from phalanx.v1 import inference_pb2, shard_pb2, types_pb2
+from phalanx.v1 import inference_pb2, types_pb2
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "integer"}}}
 

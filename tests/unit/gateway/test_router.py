@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from controlplane.state import (
+from dataplane.gateway.router import Router, Target, draining
+from phalanx.internal.v1 import shard_pb2
+from phalanx.store.records import (
     Assigned,
     AssignmentRecord,
     DeploymentRecord,
@@ -10,8 +12,6 @@ from controlplane.state import (
     Snapshot,
     WorkerRecord,
 )
-from dataplane.gateway.router import Router, Target, draining
-from phalanx.v1 import shard_pb2
 
 
 def router(*replicas: str, model_hash: str = "m") -> Router:

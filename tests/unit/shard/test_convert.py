@@ -7,7 +7,8 @@ import pytest
 
 from dataplane.shard.convert import extend, to_delta, to_prior, to_request
 from engine.request import Delta, Grammar, PositionLogprobs, SamplingParams, TokenLogprob
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.internal.v1 import shard_pb2
+from phalanx.v1 import types_pb2
 
 
 def submit(**fields: object) -> shard_pb2.Submit:

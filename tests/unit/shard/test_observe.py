@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controlplane.state import (
+from dataplane.shard import events
+from dataplane.shard.observe import observe
+from phalanx.store.records import (
     Assigned,
     AssignmentRecord,
     DeploymentRecord,
@@ -11,8 +13,6 @@ from controlplane.state import (
     ShardState,
     Snapshot,
 )
-from dataplane.shard import events
-from dataplane.shard.observe import observe
 
 DEPLOYMENT = DeploymentRecord(
     "d", 1, "/m", tp=2, dtype="float32", max_model_len=64, load_format="dummy", quantization="int8"

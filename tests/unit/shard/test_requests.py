@@ -19,10 +19,11 @@ from dataplane.shard.requests import (
     ToGateway,
     ToText,
 )
-from engine import wire
+from engine.ipc import wire
+from engine.ipc.wire import CancelRequest, Encode, Encoded, Forget, NotEncoded, Step, SubmitRequest, Track
 from engine.request import Delta, Load, Refusal, Timing
-from engine.wire import CancelRequest, Encode, Encoded, Forget, NotEncoded, Step, SubmitRequest, Track
-from phalanx.v1 import shard_pb2, types_pb2
+from phalanx.internal.v1 import shard_pb2
+from phalanx.v1 import types_pb2
 
 IDS = types_pb2.TokenIds(ids=[1, 2])
 IDLE = Load(kv_blocks_free=10, kv_blocks_total=10)

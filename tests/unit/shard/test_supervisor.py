@@ -6,7 +6,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from controlplane.state import ShardRecord, ShardState, encode
 from dataplane.shard.events import (
     Abandoned,
     Assigned,
@@ -33,7 +32,8 @@ from dataplane.shard.events import (
     Withdraw,
 )
 from dataplane.shard.supervisor import LIFE_BITS, MAX_REASON, Supervisor
-from engine.wire import EngineFailed, EngineReady, Rendezvous, StartText, TextReady
+from engine.ipc.wire import EngineFailed, EngineReady, Rendezvous, StartText, TextReady
+from phalanx.store.records import ShardRecord, ShardState, encode
 
 READY = EngineReady("hash", 128, 1000, (0,))
 LEADER = Assigned("d-0", 0, 10, "/m", tp=2, pp=1)

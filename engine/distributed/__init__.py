@@ -1,0 +1,1 @@
+"""How the ranks of a replica talk: plans, tensors, shared memory."""

@@ -1,0 +1,1 @@
+"""Structured outputs: which grammars are accepted, who compiles them, and the masks that enforce them."""

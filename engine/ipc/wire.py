@@ -1,0 +1,317 @@
+"""Messages between a worker and its children: the engine process and the text process.
+
+They travel over a Unix socket pair as length-prefixed JSON, because the engine must run where
+nothing but torch, numpy, safetensors and transformers is installed. One frame carries one message
+as `{"type": name, ...fields}`. Any process may import this module: it needs the standard library only.
+
+A worker spawns `python -m engine.processes.rank --fd N` (every rank) and, beside the leader,
+`python -m engine.text.process --fd N`, where N is the inherited end of the pair. The first message down is
+`StartEngine` or `StartText`. A closed socket means that the other side is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Union
+
+from engine.request import Delta, Load, Refusal, Request
+
+MAX_FRAME = 64 << 20
+BEAT_S = 0.5
+_LENGTH = struct.Struct(">I")
+
+
+# Worker to engine
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine:
+    """Load this rank of the model and join the group; fields and defaults are those of `EngineConfig`."""
+
+    model: str
+    tp: int
+    pp: int
+    rank: int
+    epoch: int
+    host: str
+    device: str = "cpu"
+    dtype: str = ""
+    max_model_len: int = 0
+    max_batch_tokens: int = 0
+    max_running: int = 64
+    max_prefill_tokens: int = 0
+    prefix_cache: bool = True
+    kv_bytes: int = 0
+    threads: int = 0
+    quantization: str = ""
+    load_format: str = "auto"
+    check_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the group meets: sent up by rank 0, then down to every other rank. `host:port`."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitRequest:
+    """Queue a request (leader only). Answered in `Step.accepted` or `Step.failed`."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """Forget a request, all of it or one choice (leader only). Unknown ids are ignored."""
+
+    id: str
+    choice: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Show that every rank computes (leader only). `Alive` answers, after a canary if there is no work."""
+
+
+# Engine to worker
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Progress of loading, 0 to 1."""
+
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """The whole group has run a step together (rank 0), or this rank has joined it (the others).
+
+    `step_s`: how long a small step of the whole group took; of rank 0.
+    """
+
+    model_hash: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    step_s: float = dataclasses.field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """The last word of a process that cannot go on. `permanent`: trying again will not help."""
+
+    reason: str
+    message: str
+    permanent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did: requests queued, tokens generated, requests refused."""
+
+    step: int
+    load: Load
+    accepted: tuple[str, ...] = ()
+    deltas: tuple[Delta, ...] = ()
+    failed: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """A step of so many tokens begins. A `Step` with its number follows when it has ended."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The answer to `Probe`."""
+
+
+# Any child to its worker, but not to an offline engine
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Said every BEAT_S by a thread that does nothing else: the process runs, whatever it is busy with."""
+
+
+# Worker to text process
+
+
+@dataclass(frozen=True, slots=True)
+class StartText:
+    """Load the tokeniser of this model directory; with `ids_only` it may have none."""
+
+    model: str
+    ids_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Tokenise a text, or a conversation of (role, content) pairs by the model's chat template, or neither.
+
+    `max_model_len` tokens or more are refused as PROMPT_TOO_LONG; 0 is no limit. Beside it, tokenise words
+    as an output may spell them: at its beginning and after a space.
+    """
+
+    id: str
+    text: str | None = None
+    messages: tuple[tuple[str, str], ...] = ()
+    max_model_len: int = 0
+    bad_words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """Follow a request's choices: deltas of untracked ids pass through without text.
+
+    `prior` is what earlier attempts generated per choice; its text has been delivered and only
+    the decoder's state is rebuilt from it. A stop text counts if it ends in the text of a token after
+    the first `min_tokens`.
+    """
+
+    id: str
+    n: int
+    prior: tuple[tuple[int, ...], ...] = ()
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop a request's state. Unknown ids are ignored."""
+
+    id: str
+
+
+# Text process to worker
+
+
+@dataclass(frozen=True, slots=True)
+class TextReady:
+    """The tokeniser is loaded.
+
+    `longest_token_bytes` is an upper bound of the UTF-8 bytes of text that one token stands for;
+    0 where none is known.
+    """
+
+    longest_token_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The answer to `Encode`. `bad_words` has every spelling of every word."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NotEncoded:
+    """`Encode` was refused."""
+
+    refusal: Refusal
+
+
+# A `Step` sent down to the text process comes back in order with `pieces` filled. A delta that
+# completes a stop text comes back cut after the token that completed it, with finish "stop"; later
+# deltas of that choice come back with no tokens and must be dropped.
+
+Message = Union[  # noqa: UP007 - a union of this length reads better so
+    StartEngine, Rendezvous, SubmitRequest, CancelRequest, Probe, Loading, EngineReady, EngineFailed, Step,
+    Began, Alive, Beat,
+    StartText, Encode, Track, Forget, TextReady, Encoded, NotEncoded,
+]  # fmt: skip
+_TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in typing.get_args(Message)}
+
+
+def encode(message: Message) -> bytes:
+    """One frame: a 4-byte big-endian length, then JSON."""
+    body = json.dumps(
+        {"type": type(message).__name__} | _fields(message), default=_fields, separators=(",", ":")
+    )
+    data = body.encode()
+    return _LENGTH.pack(len(data)) + data
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+def decode(body: bytes | bytearray | memoryview) -> Message:
+    """The message in one frame's body. Raises ValueError on anything else."""
+    fields = json.loads(bytes(body))
+    try:
+        cls = _TYPES[fields.pop("type")]
+        message: Message = _build(cls, fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a message of the engine's wire: {error!r}") from error
+    return message
+
+
+def _build(annotation: Any, value: Any) -> Any:
+    """`value`, as JSON has it, in the shape of a type annotation made of dataclasses and tuples."""
+    build = _builder(annotation)
+    return value if build is None else build(value)
+
+
+@cache
+def _builder(annotation: Any) -> Any:
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        nested = {name: build for name, hint in hints.items() if (build := _builder(hint)) is not None}
+
+        def build_dataclass(value: dict[str, Any]) -> Any:
+            for name, build in nested.items():
+                if name in value:
+                    value[name] = build(value[name])
+            return annotation(**value)  # type: ignore[operator]
+
+        return build_dataclass
+    origin = typing.get_origin(annotation)
+    if origin is tuple:
+        items = typing.get_args(annotation)
+        if len(items) == 2 and items[1] is Ellipsis:
+            build = _builder(items[0])
+            return tuple if build is None else (lambda value: tuple(build(item) for item in value))
+        return lambda value: tuple(_build(item, part) for item, part in zip(items, value, strict=True))
+    if origin in (Union, types.UnionType):
+        present = [arm for arm in typing.get_args(annotation) if arm is not type(None)]
+        build = _builder(present[0]) if len(present) == 1 else None
+        return None if build is None else (lambda value: None if value is None else build(value))
+    return None
+
+
+class FrameBuffer:
+    """Cuts a byte stream into messages."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Every message that `data` completes. Raises ValueError on a frame that cannot be ours."""
+        self._data += data
+        start = 0
+        while len(self._data) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._data, start)
+            if length > MAX_FRAME:
+                raise ValueError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME}")
+            end = start + _LENGTH.size + length
+            if len(self._data) < end:
+                break
+            body = bytes(self._data[start + _LENGTH.size : end])
+            start = end
+            yield decode(body)
+        del self._data[:start]

@@ -1,0 +1,248 @@
+"""Plans and what they sampled as bytes: little-endian integers and floats, no pickle."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+from engine.plan import Join, Mask, PromptLogprobs, Row, Sampled, StepPlan
+from engine.request import PositionLogprobs, SamplingParams, TokenLogprob
+
+_HEADER = struct.Struct("<qqIIIII?")  # epoch, step, leaves, joins, rows, masks, copies, feeds
+_JOIN = struct.Struct("<IIIiidqddQdddI")
+_LISTS = struct.Struct("<IIIII")  # lengths of a join's: prompt, output, ends, logit_bias, bad_words
+_BIAS = struct.Struct("<Id")
+_COUNT = struct.Struct("<I")
+_MASK = struct.Struct("<II")  # handle, bytes
+_COPY = struct.Struct("<II")  # source, destination
+_SAMPLED = struct.Struct("<qII")  # step, tokens, rows with log-probabilities of the prompt
+_TOKEN = struct.Struct("<Id")
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """The plan as bytes."""
+    counts = (len(plan.leaves), len(plan.joins), len(plan.rows), len(plan.masks), len(plan.copies))
+    parts = [_HEADER.pack(plan.epoch, plan.step, *counts, plan.feeds)]
+    parts.append(_pack_ids(plan.leaves))
+    for join in plan.joins:
+        parts.extend(_pack_join(join))
+    parts.extend(_pack_rows(plan.rows))
+    for mask in plan.masks:
+        parts += (_MASK.pack(mask.handle, len(mask.bits)), mask.bits)
+    parts.extend(_COPY.pack(*copy) for copy in plan.copies)
+    return b"".join(parts)
+
+
+def decode_plan(data: bytes) -> StepPlan:
+    """The plan in `data`. Raises struct.error or ValueError when it is cut short or too long."""
+    reader = _Reader(data)
+    epoch, step, leaves, joins, rows, masks, copies, feeds = reader.take(_HEADER)
+    plan = StepPlan(
+        epoch,
+        step,
+        reader.ids(leaves),
+        tuple(_read_join(reader) for _ in range(joins)),
+        _read_rows(reader, rows),
+        tuple(_read_mask(reader) for _ in range(masks)),
+        tuple(_read_copy(reader) for _ in range(copies)),
+        feeds,
+    )
+    reader.end()
+    return plan
+
+
+def encode_sampled(sampled: Sampled) -> bytes:
+    """The drawn tokens as bytes."""
+    parts = [_SAMPLED.pack(sampled.step, len(sampled.token_ids), len(sampled.prompt_logprobs))]
+    parts.append(_pack_ids(sampled.token_ids))
+    parts.extend(_pack_logprobs(sampled.logprobs))
+    for prompt in sampled.prompt_logprobs:
+        parts += (_COUNT.pack(prompt.row), _COUNT.pack(len(prompt.positions)))
+        parts.extend(_pack_logprobs(prompt.positions))
+    return b"".join(parts)
+
+
+def decode_sampled(data: bytes) -> Sampled:
+    """The drawn tokens in `data`. Raises struct.error or ValueError when it is cut short or too long."""
+    reader = _Reader(data)
+    step, count, prompts = reader.take(_SAMPLED)
+    token_ids = reader.ids(count)
+    logprobs = _read_logprobs(reader, count)
+    prompt_logprobs = tuple(_read_prompt(reader) for _ in range(prompts))
+    reader.end()
+    return Sampled(step, token_ids, logprobs, prompt_logprobs)
+
+
+def _pack_join(join: Join) -> Iterable[bytes]:
+    s = join.sampling
+    yield _JOIN.pack(
+        join.handle,
+        join.prompt_len,
+        join.choice,
+        -1 if join.logprobs is None else join.logprobs,
+        -1 if join.prompt_logprobs is None else join.prompt_logprobs,
+        s.temperature,
+        s.top_k,
+        s.top_p,
+        s.min_p,
+        s.seed,
+        s.repetition_penalty,
+        s.presence_penalty,
+        s.frequency_penalty,
+        s.min_tokens,
+    )
+    id_lists = (join.prompt_ids, join.output_ids, join.ends)
+    yield _LISTS.pack(*map(len, id_lists), len(s.logit_bias), len(s.bad_words))
+    yield from map(_pack_ids, id_lists)
+    for token, bias in s.logit_bias:
+        yield _BIAS.pack(token, bias)
+    for word in s.bad_words:
+        yield _COUNT.pack(len(word)) + _pack_ids(word)
+
+
+def _pack_rows(rows: Sequence[Row]) -> Iterable[bytes]:
+    """Column by column: a step waits for this, and a call per row would take longer than its way."""
+    if rows:
+        handles, starts, token_ids, blocks, samples = zip(*rows, strict=True)
+        growing = [index for index, ids in enumerate(blocks) if ids]  # few of those that decode
+        yield _pack_ids((len(growing), *handles, *starts, *map(len, token_ids)))
+        yield bytes(samples)
+        yield _pack_ids(tuple(chain.from_iterable(token_ids)))
+        yield _pack_ids((*growing, *(len(blocks[index]) for index in growing)))
+        yield _pack_ids(tuple(chain.from_iterable(blocks)))
+
+
+def _pack_logprobs(entries: Sequence[PositionLogprobs | None]) -> Iterable[bytes]:
+    """How many tokens each entry has, 0 for None, then the tokens."""
+    yield _pack_ids([0 if entry is None else 1 + len(entry.top) for entry in entries])
+    for entry in entries:
+        if entry is not None:
+            for token in (entry.chosen, *entry.top):
+                yield _TOKEN.pack(token.token_id, token.logprob)
+
+
+def _pack_ids(ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
+class _Reader:
+    """A place in a byte string."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def take(self, layout: struct.Struct) -> tuple[Any, ...]:
+        """The values that `layout` describes."""
+        values = layout.unpack_from(self._data, self._at)
+        self._at += layout.size
+        return values
+
+    def ids(self, count: int) -> tuple[int, ...]:
+        """`count` unsigned 32-bit numbers."""
+        values = struct.unpack_from(f"<{count}I", self._data, self._at)
+        self._at += 4 * count
+        return values
+
+    def raw(self, size: int) -> bytes:
+        """The next `size` bytes."""
+        end = self._at + size
+        if end > len(self._data):
+            raise ValueError("cut short")
+        part, self._at = self._data[self._at : end], end
+        return part
+
+    def end(self) -> None:
+        """See that nothing is left."""
+        if self._at != len(self._data):
+            raise ValueError(f"{len(self._data) - self._at} bytes after the end")
+
+
+def _read_join(reader: _Reader) -> Join:
+    (
+        handle, prompt_len, choice, logprobs, prompt_logprobs,
+        temperature, top_k, top_p, min_p, seed, repetition, presence, frequency, min_tokens,
+    ) = reader.take(_JOIN)  # fmt: skip
+    prompt, output, ends, biases, words = reader.take(_LISTS)
+    prompt_ids, output_ids, end_ids = reader.ids(prompt), reader.ids(output), reader.ids(ends)
+    logit_bias = tuple(reader.take(_BIAS) for _ in range(biases))
+    bad_words = tuple(reader.ids(*reader.take(_COUNT)) for _ in range(words))
+    sampling = SamplingParams(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        repetition,
+        presence,
+        frequency,
+        logit_bias,
+        min_tokens,
+        bad_words,
+    )
+    return Join(
+        handle,
+        prompt_len,
+        choice,
+        sampling,
+        None if logprobs < 0 else logprobs,
+        None if prompt_logprobs < 0 else prompt_logprobs,
+        prompt_ids,
+        output_ids,
+        end_ids,
+    )
+
+
+def _read_copy(reader: _Reader) -> tuple[int, int]:
+    source, destination = reader.take(_COPY)
+    return source, destination
+
+
+def _read_mask(reader: _Reader) -> Mask:
+    handle, size = reader.take(_MASK)
+    return Mask(handle, reader.raw(size))
+
+
+def _read_prompt(reader: _Reader) -> PromptLogprobs:
+    (row,), (count,) = reader.take(_COUNT), reader.take(_COUNT)
+    positions = _read_logprobs(reader, count)
+    present = tuple(entry for entry in positions if entry is not None)
+    if len(present) < count:
+        raise ValueError("a prompt token without its log-probability")
+    return PromptLogprobs(row, present)
+
+
+def _read_rows(reader: _Reader, count: int) -> tuple[Row, ...]:
+    if count == 0:
+        return ()
+    ((growing,), handles, starts, lengths) = map(reader.ids, (1, count, count, count))
+    samples = map(bool, reader.raw(count))
+    token_ids = _cut(reader.ids(sum(lengths)), lengths)
+    blocks: list[tuple[int, ...]] = [()] * count
+    indices, lengths = reader.ids(growing), reader.ids(growing)
+    for index, ids in zip(indices, _cut(reader.ids(sum(lengths)), lengths), strict=True):
+        if index >= count:
+            raise ValueError(f"blocks for row {index} of {count}")
+        blocks[index] = ids
+    fields = zip(handles, starts, token_ids, blocks, samples, strict=True)
+    return tuple(map(partial(tuple.__new__, Row), fields))  # Row._make, without a Python call for each
+
+
+def _cut(ids: tuple[int, ...], lengths: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+    if len(ids) == len(lengths) and 0 not in lengths:  # one each, as in decoding
+        return zip(ids, strict=True)
+    return [ids[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
+
+
+def _read_logprobs(reader: _Reader, count: int) -> tuple[PositionLogprobs | None, ...]:
+    counts = reader.ids(count)
+    if not any(counts):
+        return (None,) * count
+    entries: list[PositionLogprobs | None] = []
+    for count in counts:
+        tokens = tuple(TokenLogprob(*reader.take(_TOKEN)) for _ in range(count))
+        entries.append(PositionLogprobs(tokens[0], tokens[1:]) if tokens else None)
+    return tuple(entries)

@@ -1,0 +1,1 @@
+"""One rank as a process: how it starts, what it serves, and the loop of steps."""

@@ -1,0 +1,1 @@
+"""Model directories: configuration, tensors, what each rank holds of them, and loading it."""

@@ -1,0 +1,42 @@
+"""What makes two engines the same model, so that one may go on with what the other began. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from engine.config import TOKENIZER_FILES, EngineConfig
+from engine.weights.checkpoint import CONFIG_FILES, weight_files, weights_digest
+from engine.weights.manifest import read_manifest
+from engine.weights.model_config import ModelConfig
+
+
+def model_hash(model_dir: str | Path, *, dummy: bool = False) -> str:
+    """The identity of a model: its configuration, tokeniser files, and a sample of its weights.
+
+    A sharded copy has the hash of its source. `dummy` weights follow from the configuration.
+    """
+    directory = Path(model_dir)
+    digest = hashlib.sha256()
+    for name in (*CONFIG_FILES, *TOKENIZER_FILES):
+        path = directory / name
+        digest.update(f"{name}\0".encode())
+        digest.update(path.read_bytes() if path.is_file() else b"-")
+    digest.update(("dummy" if dummy else _weights(directory)).encode())
+    return digest.hexdigest()[:32]
+
+
+def engine_identity(engine: EngineConfig, config: ModelConfig) -> str:
+    """The identity of a running engine: its model, and what else decides which tokens come out."""
+    facts = (
+        model_hash(engine.model, dummy=engine.load_format == "dummy"),
+        engine.dtype_name,
+        engine.quantization,
+        repr(config.rope),  # longrope follows the longest sequence that is served
+    )
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
+
+
+def _weights(directory: Path) -> str:
+    manifest = read_manifest(directory)
+    return weights_digest(weight_files(directory)) if manifest is None else manifest.source

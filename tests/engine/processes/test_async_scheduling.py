@@ -1,0 +1,115 @@
+"""A step planned while the one before runs draws what it would have drawn after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.distributed.parallel import Parallel
+from engine.execution.graphs import Record
+from engine.execution.runner import Runner
+from engine.grammar.grammars import Grammars
+from engine.grid import Grid
+from engine.kernels import Kernels, choose
+from engine.plan import DRAWN, StepPlan
+from engine.processes.core import EngineCore
+from engine.request import Request, SamplingParams
+from engine.sampling.sampler import Drawn
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.validation import Limits
+from engine.weights.loader import load_weights
+from engine.weights.model_config import ModelConfig
+
+LONGEST = 64
+
+
+class Watched(Runner):
+    """Counts the plans that came before the tokens of the one before had been read, and keeps their sizes."""
+
+    blind = 0
+    sizes: tuple[int, ...] = ()
+
+    def run(self, plan: StepPlan) -> Drawn | None:
+        """As every runner, with a look at the plan."""
+        self.blind += any(DRAWN in row.token_ids for row in plan.rows)
+        self.sizes += (len(plan.rows),)
+        return super().run(plan)
+
+
+def core_of(
+    directory: Path, kernels: Kernels, *, ahead: bool, record: Record | None = None
+) -> tuple[EngineCore, Watched]:
+    """An engine of one rank that can hold little."""
+    config, grid = ModelConfig.load(directory), Grid(1, 1, 0)
+    weights = load_weights(str(directory), config, grid, kernels)
+    cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, 12)
+    engine = EngineConfig(str(directory), epoch=1, max_running=4, max_batch_tokens=16)
+    runner = Watched(engine, config, weights, Parallel(grid), kernels, cache, LONGEST, record)
+    limits = Limits(
+        config.vocab_size, LONGEST, config.eos_token_ids, 12, max_batch_tokens=16, max_running=4, ahead=ahead
+    )
+    grammars = Grammars(str(directory), config.vocab_size, config.eos_token_ids)
+    return EngineCore(Scheduler(limits), runner, None, 0, grammars), runner
+
+
+def outputs(core: EngineCore, requests: list[Request]) -> dict[tuple[str, int], tuple[list[int], str]]:
+    """What each choice gets, when half of the requests come while the others run."""
+    tokens: dict[tuple[str, int], list[int]] = {}
+    finishes: dict[tuple[str, int], str] = {}
+    waiting = list(requests)
+    for _ in range(len(requests) // 2):
+        core.submit(waiting.pop(0), 0.0)
+    steps = 0
+    while core.busy or waiting:
+        core.launch(0.0)
+        _, deltas = core.collect(0.0)
+        steps += 1
+        if steps % 3 == 0 and waiting:
+            core.submit(waiting.pop(0), 0.0)
+        for delta in deltas:
+            tokens.setdefault((delta.id, delta.choice), []).extend(delta.token_ids)
+            if delta.finish:
+                finishes[delta.id, delta.choice] = delta.finish
+    core.close()
+    return {key: (ids, finishes[key]) for key, ids in tokens.items()}
+
+
+def some_requests(*, rules: bool) -> list[Request]:
+    """Prompts shorter and longer than a step; some end by themselves."""
+    requests = []
+    for number in range(6):
+        sampling = SamplingParams(temperature=(number % 3) / 2, seed=number)
+        if rules and number == 2:  # while it lives, no step is planned ahead
+            sampling = SamplingParams(seed=number, presence_penalty=1.0)
+        prompt = tuple(range(1, 3 + 6 * number))
+        stop = (7, 11, 13) if number % 2 else ()
+        choices = 2 if number == 4 else 1
+        requests.append(Request(f"r{number}", prompt, sampling, 12, stop, n=choices))
+    return requests
+
+
+def test_steps_planned_ahead_draw_the_same(model_dir: Path) -> None:
+    kernels = choose(torch.device("cpu"), torch.float32)
+    for rules in (False, True):
+        (plain, _), (ahead, runner) = (core_of(model_dir, kernels, ahead=one) for one in (False, True))
+        requests = some_requests(rules=rules)
+        assert outputs(ahead, requests) == outputs(plain, requests)
+        assert runner.blind > 5
+
+
+def test_a_rehearsal_has_batches_of_every_size_and_leaves_nothing_behind(model_dir: Path) -> None:
+    kernels = choose(torch.device("cpu"), torch.float32)
+    requests = [
+        Request(str(number), (1, 2, 3 + number), SamplingParams(seed=number), 6) for number in range(4)
+    ]
+    plain, _ = core_of(model_dir, kernels, ahead=True)
+    rehearsed, runner = core_of(model_dir, kernels, ahead=True)
+    empty = rehearsed.load
+    rehearsed.rehearse(0.0, 3, 20, 16)
+    assert {1, 2, 3} <= set(runner.sizes)
+    assert rehearsed.load.prefix_tokens == 0
+    assert not rehearsed.busy
+    assert rehearsed.load.kv_blocks_free == empty.kv_blocks_free
+    assert outputs(rehearsed, requests) == outputs(plain, requests)

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+from engine.kernels.draw import Draw, draw_tokens
+from engine.plan import Join, Mask, StepPlan
+from engine.plan_codec import decode_plan, encode_plan
+from engine.request import Request, SamplingParams
+from engine.sampling.logits_processors import Rules
+from engine.sampling.sampler import Sampler
+from engine.scheduling.sequence import join
+
+V = 40
+EOS = 7
+tokens = st.integers(0, V - 1)
+sampling = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 9),
+    repetition_penalty=st.sampled_from([1.0, 0.7, 1.5]),
+    presence_penalty=st.sampled_from([0.0, -1.0, 2.0]),
+    frequency_penalty=st.sampled_from([0.0, -0.5, 1.5]),
+    logit_bias=st.dictionaries(tokens, st.floats(-100, 100, width=32), max_size=3).map(
+        lambda bias: tuple(bias.items())
+    ),
+    min_tokens=st.integers(0, 6),
+    bad_words=st.lists(st.lists(tokens, min_size=1, max_size=3).map(tuple), max_size=4).map(tuple),
+)
+requests = st.builds(
+    Request,
+    st.just("r"),
+    st.lists(tokens, min_size=1, max_size=6).map(tuple),
+    sampling,
+    stop_token_ids=st.sampled_from([(), (3,)]),
+    ignore_eos=st.booleans(),
+)
+
+
+def logits_after(ids: list[int]) -> torch.Tensor:
+    """What a model of sorts says: float32 [V], a function of the ids alone."""
+    generator = torch.Generator().manual_seed(hash(tuple(ids)) % 2**31)
+    return torch.randn(V, generator=generator) * 3
+
+
+def by_the_book(request: Request, output: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """The rules as they are documented, token by token."""
+    s, out = request.sampling, logits.clone()
+    for word in s.bad_words:
+        if output[len(output) - len(word) + 1 :] == list(word[:-1]) and len(output) >= len(word) - 1:
+            out[word[-1]] = -torch.inf
+    if len(output) < s.min_tokens:
+        for end in (*request.stop_token_ids, *(() if request.ignore_eos else (EOS,))):
+            out[end] = -torch.inf
+    for token, bias in s.logit_bias:
+        out[token] += bias
+    for token in set(request.prompt_ids) | set(output):
+        out[token] = (
+            out[token] / s.repetition_penalty if out[token] > 0 else out[token] * s.repetition_penalty
+        )
+    for token in set(output):
+        out[token] -= s.frequency_penalty * output.count(token)
+        out[token] -= s.presence_penalty
+    return out
+
+
+def joined(request: Request, handle: int, output: list[int]) -> Join:
+    """As it reaches the rank that samples."""
+    plan = StepPlan(1, 1, joins=(join(request, 0, output, handle, (EOS,)),))
+    return decode_plan(encode_plan(plan)).joins[0]
+
+
+def applied(
+    rules: Rules, request: Request, handle: int, output: list[int], logits: torch.Tensor
+) -> torch.Tensor:
+    return rules.apply(logits[None], [(handle, len(output))], ())[0]
+
+
+@given(requests, st.lists(tokens, max_size=70))
+@settings(max_examples=80, deadline=None)
+def test_every_rule_is_applied_as_documented(request: Request, output: list[int]) -> None:
+    rules = Rules()
+    rules.follow(StepPlan(1, 1, joins=(joined(request, 5, []),)))
+    for token in output:
+        rules.drawn(5, token)
+    logits = logits_after(output)
+    before = logits.clone()
+    torch.testing.assert_close(
+        applied(rules, request, 5, output, logits), by_the_book(request, output, logits)
+    )
+    assert torch.equal(logits, before), "log-probabilities are taken from what came in"
+
+
+@given(requests, st.lists(tokens, max_size=40), st.integers(0, 40))
+@settings(max_examples=50, deadline=None)
+def test_output_that_a_join_brings_counts_like_output_drawn_here(
+    request: Request, output: list[int], cut: int
+) -> None:
+    whole, rebuilt = Rules(), Rules()
+    whole.follow(StepPlan(1, 1, joins=(joined(request, 0, []),)))
+    rebuilt.follow(StepPlan(1, 1, joins=(joined(request, 9, output[:cut]),)))
+    for position, token in enumerate(output):
+        whole.drawn(0, token)
+        if position >= cut:
+            rebuilt.drawn(9, token)
+    logits = logits_after(output)
+    assert torch.equal(
+        applied(whole, request, 0, output, logits), applied(rebuilt, request, 9, output, logits)
+    )
+
+
+@given(st.lists(requests, min_size=1, max_size=4), st.lists(st.integers(0, 11), min_size=4, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_wherever_outputs_are_cut_their_continuation_is_the_same(
+    asked: list[Request], cuts: list[int]
+) -> None:
+    length = 12
+
+    def run(cuts: list[int]) -> list[list[int]]:
+        """All requests side by side; each leaves and joins again, under another handle, at its cut."""
+        sampler = Sampler(draw_tokens)
+        outputs: list[list[int]] = [[] for _ in asked]
+        handles = list(range(len(asked)))
+        joins = [joined(request, handle, []) for request, handle in zip(asked, handles, strict=True)]
+        leaves: list[int] = []
+        for position in range(length):
+            for i, request in enumerate(asked):
+                if cuts[i] == position:
+                    leaves.append(handles[i])
+                    handles[i] += 10
+                    joins.append(joined(request, handles[i], outputs[i]))
+            plan = StepPlan(1, position + 1, tuple(leaves), tuple(joins))
+            joins, leaves = [], []
+            draws = [
+                Draw(request.sampling, 0, position, handle=handle)
+                for request, handle in zip(asked, handles, strict=True)
+            ]
+            rows = [logits_after([*r.prompt_ids, *out]) for r, out in zip(asked, outputs, strict=True)]
+            sampler.follow(plan)
+            for output, token in zip(
+                outputs, sampler.sample(plan, torch.stack(rows), draws)().token_ids, strict=True
+            ):
+                output.append(token)
+        return outputs
+
+    assert run(cuts) == run([length] * 4)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    request = Request("r", (1, 2, 2), SamplingParams(repetition_penalty=penalty))
+    rules, logits = Rules(), logits_after([5])
+    rules.follow(StepPlan(1, 1, joins=(joined(request, 0, [9, 1]),)))
+    wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[1, 2, 2, 9, 1]]), logits[None].clone())
+    assert torch.equal(applied(rules, request, 0, [9, 1], logits), wanted[0])
+
+
+@pytest.mark.parametrize("output", [[], [4], [4, 4, 4]])
+def test_minimum_length_is_that_of_transformers(output: list[int]) -> None:
+    request = Request("r", (1, 2), SamplingParams(min_tokens=2))
+    rules, logits = Rules(), logits_after(output)
+    rules.follow(StepPlan(1, 1, joins=(joined(request, 0, output),)))
+    processor = MinNewTokensLengthLogitsProcessor(2, 2, EOS, device="cpu")
+    wanted = processor(torch.tensor([[1, 2, *output]]), logits[None].clone())
+    assert torch.equal(applied(rules, request, 0, output, logits), wanted[0])
+
+
+def mask(handle: int, allowed: set[int]) -> Mask:
+    bits = sum(1 << token for token in allowed)
+    return Mask(handle, bits.to_bytes(8, "little"))
+
+
+def test_a_mask_leaves_what_the_grammar_allows_in_its_own_row() -> None:
+    logits = torch.stack([logits_after([1]), logits_after([2])])
+    out = Rules().apply(logits, [(4, 0), (6, 0)], [mask(6, {0, 8, 39})])
+    assert torch.equal(out[0], logits[0])
+    assert out[1].isfinite().nonzero().flatten().tolist() == [0, 8, 39]
+
+
+def test_other_rules_give_way_where_they_ban_all_that_the_grammar_allows() -> None:
+    request = Request("r", (1,), SamplingParams(bad_words=((8,),), min_tokens=3))
+    rules, logits = Rules(), logits_after([1])
+    rules.follow(StepPlan(1, 1, joins=(joined(request, 0, []),)))
+    assert rules.apply(logits[None], [(0, 0)], [mask(0, {8, 9})])[0].isfinite().nonzero().tolist() == [[9]]
+    assert rules.apply(logits[None], [(0, 0)], [mask(0, {8, EOS})])[0].isfinite().sum() == 2
+
+
+def test_rows_without_rules_pass_untouched_and_uncopied() -> None:
+    rules, logits = Rules(), torch.randn(2, V)
+    rules.follow(StepPlan(1, 1, joins=(Join(0, 3, 0, SamplingParams()), Join(1, 3, 0, SamplingParams(0.0)))))
+    assert rules.apply(logits, [(0, 0), (1, 0)], ()) is logits
+
+
+def test_a_handle_given_to_another_sequence_keeps_nothing() -> None:
+    request = Request("r", (1,), SamplingParams(presence_penalty=2.0))
+    rules, logits = Rules(), torch.randn(1, V)
+    rules.follow(StepPlan(1, 1, joins=(joined(request, 0, [1, 2]),)))
+    rules.follow(StepPlan(1, 2, (0,), (Join(0, 3, 0, SamplingParams()),)))
+    assert rules.apply(logits, [(0, 0)], ()) is logits

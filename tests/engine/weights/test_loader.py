@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.grid import Grid
+from engine.kernels.reference import ReferenceKernels
+from engine.weights.checkpoint import weight_files
+from engine.weights.loader import load_weights
+from engine.weights.locate import check_weights
+from engine.weights.model_config import ModelConfig
+from engine.weights.tensors import tensor_shapes
+from tests.engine.conftest import MakeModel
+from tests.engine.harness import Harness
+
+PROMPT = [5, 17, 200, 31, 8]
+MIB = 1 << 20
+KERNELS = ReferenceKernels(torch.device("cpu"), torch.float32)
+
+
+def test_three_shards_hold_what_one_file_holds(make_model: MakeModel, model_dir: Path) -> None:
+    sharded = make_model(shards=3)
+    assert len(weight_files(sharded)) == 3
+    check_weights(sharded)
+    assert torch.equal(Harness(sharded).step({0: PROMPT})[0], Harness(model_dir).step({0: PROMPT})[0])
+
+
+def test_progress_goes_up_to_1(model_dir: Path) -> None:
+    told: list[float] = []
+    load_weights(str(model_dir), ModelConfig.load(model_dir), Grid(1, 1, 0), KERNELS, told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """180 MiB of bfloat16 in one file."""
+    directory = tmp_path_factory.mktemp("large")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 8000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = tensor_shapes(ModelConfig.load(directory))
+    save_file(
+        {k: torch.zeros(v, dtype=torch.bfloat16) for k, v in shapes.items()}, directory / "model.safetensors"
+    )
+    return directory
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 0), (2, 2, 0), (2, 2, 3)], ids=str)
+def test_peak_memory_is_about_the_share(large_model: Path, grid: tuple[int, int, int]) -> None:
+    script = f"""
+        import re, torch
+        from pathlib import Path
+        from engine.weights.model_config import ModelConfig
+        from engine.grid import Grid
+        from engine.kernels import choose
+        from engine.weights.loader import load_weights
+        model = {str(large_model)!r}
+        kernels = choose(torch.device("cpu"), torch.bfloat16)
+
+        def kib(field):
+            return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+        Path("/proc/self/clear_refs").write_text("5")
+        before = kib("VmHWM")
+        stage = load_weights(model, ModelConfig.load(model), Grid{grid}, kernels)
+        print(kib("VmHWM") - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    peak = int(done.stdout) * 1024
+    share = (large_model / "model.safetensors").stat().st_size / (grid[0] * grid[1])
+    assert 0.7 * share < peak < 1.3 * share + 40 * MIB, (
+        f"{peak / MIB:.0f} MiB for a share of {share / MIB:.0f} MiB"
+    )

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+
+from engine.scheduling.blocks import BlockPool, blocks_for
+
+A, B, C = b"a", b"b", b"c"
+
+
+def named(pool: BlockPool, *digests: bytes) -> list[int]:
+    """A chain of blocks of one holder."""
+    blocks = pool.take(len(digests))
+    for block, digest in zip(blocks, digests, strict=True):
+        pool.name(block, digest)
+    return blocks
+
+
+def test_the_block_freed_last_is_taken_first() -> None:
+    pool = BlockPool(4)
+    first = pool.take(2)
+    pool.release(first)
+    assert pool.take(2) == first
+
+
+def test_a_block_that_nobody_holds_cannot_be_released() -> None:
+    with pytest.raises(ValueError, match="block 0 is held by nobody"):
+        BlockPool(1).release([0])
+
+
+def test_more_than_the_pool_has_cannot_be_taken() -> None:
+    with pytest.raises(ValueError, match="2 blocks wanted, 1 available"):
+        BlockPool(1).take(2)
+
+
+def test_a_shared_block_is_free_once_its_last_holder_has_left() -> None:
+    pool = BlockPool(1)
+    (block,) = named(pool, A)
+    pool.share(block)
+    pool.release([block])
+    assert (pool.holders(block), pool.available) == (1, 0)
+    pool.release([block])
+    assert (pool.holders(block), pool.available) == (0, 1)
+
+
+def test_a_named_block_is_found_after_its_holders_have_left() -> None:
+    pool = BlockPool(2)
+    blocks = named(pool, A)
+    pool.release(blocks)
+    assert pool.find(A) == blocks[0]
+    pool.share(blocks[0])
+    pool.check_integrity([blocks])
+
+
+def test_free_blocks_are_taken_before_kept_ones() -> None:
+    pool = BlockPool(2)
+    pool.release(named(pool, A))
+    pool.take(1)
+    assert pool.find(A) is not None
+
+
+def test_of_the_kept_blocks_the_one_unused_for_longest_goes_and_continuations_go_before_beginnings() -> None:
+    pool = BlockPool(3)
+    chain, other = named(pool, A, B), named(pool, C)
+    pool.release(chain)
+    pool.release(other)
+    gone = []
+    for _ in range(3):
+        pool.take(1)
+        gone.append([digest for digest in (A, B, C) if pool.find(digest) is None])
+    assert gone == [[B], [A, B], [A, B, C]]
+
+
+def test_the_first_of_two_blocks_with_the_same_content_keeps_the_name() -> None:
+    pool = BlockPool(2)
+    (first,), (second,) = named(pool, A), named(pool, A)
+    assert pool.find(A) == first
+    pool.release([second])
+    pool.release([first])
+    assert pool.find(A) == first
+    pool.check_integrity([])
+
+
+def test_a_free_block_cannot_be_shared() -> None:
+    with pytest.raises(ValueError, match="nothing in it"):
+        BlockPool(1).share(0)
+
+
+def test_a_leaked_block_fails_the_check() -> None:
+    pool = BlockPool(1)
+    pool.take(1)
+    with pytest.raises(AssertionError):
+        pool.check_integrity([])
+
+
+def test_a_block_in_more_tables_than_hold_it_fails_the_check() -> None:
+    pool = BlockPool(1)
+    blocks = pool.take(1)
+    pool.check_integrity([blocks])
+    with pytest.raises(AssertionError):
+        pool.check_integrity([blocks, blocks])
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2)])
+def test_blocks_for_tokens(tokens: int, blocks: int) -> None:
+    assert blocks_for(tokens, 16) == blocks

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.scheduling.prefix_hash import extend_chain
+
+tokens = st.lists(st.integers(0, 2), max_size=12)
+
+
+def names(ids: list[int], block_size: int = 2) -> list[bytes]:
+    digests: list[bytes] = []
+    extend_chain(digests, ids, block_size)
+    return digests
+
+
+@given(tokens, tokens)
+def test_blocks_have_equal_names_exactly_when_everything_up_to_their_end_is_equal(
+    left: list[int], right: list[int]
+) -> None:
+    for index, (one, other) in enumerate(zip(names(left), names(right), strict=False)):
+        assert (one == other) == (left[: 2 * index + 2] == right[: 2 * index + 2])
+
+
+def test_an_incomplete_block_has_no_name() -> None:
+    assert len(names([1, 2, 3])) == 1
+
+
+def test_a_chain_goes_on_where_it_ended() -> None:
+    digests = names([1, 2])
+    extend_chain(digests, [3, 4], 2)
+    assert digests == names([1, 2, 3, 4])
+
+
+def test_tokens_are_not_confused_across_the_borders_of_their_bytes() -> None:
+    assert names([1, 256]) != names([256, 1])
+    assert names([0, 0]) != names([0, 0, 0, 0])[1:]

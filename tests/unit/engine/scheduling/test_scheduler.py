@@ -1,0 +1,490 @@
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.errors import EngineError, RequestError
+from engine.plan import DRAWN, Sampled, StepPlan
+from engine.request import Delta, Request, SamplingParams
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import AGING_STEPS
+from engine.scheduling.validation import Limits
+from tests.unit.engine.fake_model import EOS, VOCABULARY, FakeRank, expected, next_token
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def limits(**overrides: Any) -> Limits:
+    shape = {"kv_blocks": 8, "block_size": 4, "max_model_len": 32, "max_batch_tokens": 16, "max_running": 8}
+    return Limits(VOCABULARY, eos_token_ids=(EOS,), **{**shape, "prefix_cache": False, **overrides})
+
+
+def request(name: str, prompt: int = 4, max_tokens: int = 4, **fields: object) -> Request:
+    return Request(
+        name,
+        tuple(i % (VOCABULARY - 1) + 1 for i in range(prompt)),
+        GREEDY,
+        max_tokens,
+        ignore_eos=True,
+        **fields,
+    )  # type: ignore[arg-type]
+
+
+def run(scheduler: Scheduler, rank: FakeRank, steps: int = 10_000) -> list[Delta]:
+    """Step until nothing is left or `steps` have run."""
+    deltas: list[Delta] = []
+    for _ in range(steps):
+        plan = scheduler.schedule(1.0)
+        if plan is None:
+            break
+        deltas.extend(scheduler.apply(rank.run(plan), 2.0))
+    return deltas
+
+
+def busy(scheduler: Scheduler) -> tuple[int, int, int]:
+    """Sequences running and waiting, blocks available."""
+    load = scheduler.load
+    return load.running, load.waiting, load.kv_blocks_free
+
+
+def stream(deltas: list[Delta], name: str, choice: int = 0) -> list[int]:
+    return [token for d in deltas if (d.id, d.choice) == (name, choice) for token in d.token_ids]
+
+
+class Arrivals(RuleBasedStateMachine):
+    """Requests come, are cancelled and step along in any order, with too few blocks for all of them."""
+
+    @initialize(
+        depth=st.integers(1, 3),
+        budget=st.integers(1, 12),
+        blocks=st.integers(6, 14),
+        running=st.integers(1, 5),
+        window=st.none() | st.integers(1, 12),
+        cache=st.booleans(),
+        ahead=st.booleans(),
+    )
+    def start(
+        self,
+        depth: int,
+        budget: int,
+        blocks: int,
+        running: int,
+        window: int | None,
+        cache: bool,
+        ahead: bool,
+    ) -> None:
+        self.limits = limits(
+            kv_blocks=blocks,
+            max_model_len=24,
+            max_batch_tokens=budget,
+            max_running=running,
+            window=window,
+            prefix_cache=cache,
+            ahead=ahead and depth == 1,
+        )
+        self.scheduler = Scheduler(self.limits, depth=depth)
+        self.rank = FakeRank(4, window)
+        self.flying: deque[StepPlan] = deque()
+        self.requests: dict[str, Request] = {}
+        self.streams: dict[tuple[str, int], list[int]] = {}
+        self.finishes: dict[tuple[str, int], str] = {}
+        self.cancelled: set[tuple[str, int]] = set()
+
+    @rule(
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
+        max_tokens=st.integers(1, 10),
+        n=st.integers(1, 3),
+        ignore_eos=st.booleans(),
+        delivered=st.integers(0, 4),
+        priority=st.integers(-1, 1),
+    )
+    def submit(
+        self, prompt: list[int], max_tokens: int, n: int, ignore_eos: bool, delivered: int, priority: int
+    ) -> None:
+        name = f"r{len(self.requests)}"
+        output, _ = expected(prompt, max_tokens, ignore_eos, self.limits.window)
+        prior = tuple(tuple(output[: delivered + choice]) for choice in range(n)) if delivered else ()
+        asked = Request(
+            name, tuple(prompt), GREEDY, max_tokens, (), ignore_eos, n, prior=prior, priority=priority
+        )
+        for choice in range(n):
+            self.streams[name, choice] = list(prior[choice]) if prior else []
+        self.requests[name] = asked
+        self.note(self.scheduler.submit(asked, 0.0))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), whole=st.booleans())
+    def cancel(self, data: st.DataObject, whole: bool) -> None:
+        name, choice = data.draw(st.sampled_from(sorted(self.streams)))
+        self.scheduler.cancel(name, None if whole else choice)
+        gone = range(self.requests[name].n) if whole else [choice]
+        self.cancelled |= {(name, c) for c in gone if (name, c) not in self.finishes}
+
+    @rule()
+    def launch(self) -> None:
+        plan = self.scheduler.schedule(1.0)
+        if plan is not None:
+            assert 0 < plan.tokens <= self.limits.max_batch_tokens
+            self.flying.append(plan)
+
+    @precondition(lambda self: self.flying)
+    @rule()
+    def complete(self) -> None:
+        self.note(self.scheduler.apply(self.rank.run(self.flying.popleft()), 2.0))
+
+    def note(self, deltas: tuple[Delta, ...]) -> None:
+        for delta in deltas:
+            key = (delta.id, delta.choice)
+            assert key not in self.cancelled, "a cancelled choice speaks"
+            assert key not in self.finishes, "a finished choice speaks"
+            assert delta.index == len(self.streams[key])
+            self.streams[key].extend(delta.token_ids)
+            if delta.finish:
+                self.finishes[key] = delta.finish
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        left = sum(len(r.prompt_ids) + r.max_tokens for r in self.requests.values()) * 3
+        for _ in range(60 * (left + 1)):
+            if not self.scheduler.has_work:
+                break
+            self.launch()
+            if self.flying:
+                self.complete()
+        assert not self.scheduler.has_work, "a sequence starves"
+        assert busy(self.scheduler) == (0, 0, self.limits.kv_blocks)
+        for (name, choice), tokens in self.streams.items():
+            asked = self.requests[name]
+            output, finish = expected(
+                asked.prompt_ids, asked.max_tokens, asked.ignore_eos, self.limits.window
+            )
+            if (name, choice) in self.cancelled:
+                assert tokens == output[: len(tokens)]
+            else:
+                assert (tokens, self.finishes[name, choice]) == (output, finish)
+
+
+TestArrivals = Arrivals.TestCase
+TestArrivals.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def test_sequences_are_preempted_when_blocks_run_out_and_lose_no_token() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    for name in ("a", "b", "c"):
+        scheduler.submit(request(name, prompt=4, max_tokens=20), 0.0)
+    preempted = False
+    deltas: list[Delta] = []
+    while scheduler.has_work:
+        running = scheduler.load.running
+        deltas.extend(run(scheduler, rank, steps=1))
+        preempted |= scheduler.load.running < running and scheduler.load.waiting > 0
+    assert preempted
+    for name in ("a", "b", "c"):
+        assert stream(deltas, name) == expected(range(1, 5), 20, True)[0]
+
+
+def test_a_long_prompt_is_chunked_beside_decodes_that_go_on() -> None:
+    scheduler, rank = Scheduler(limits(kv_blocks=32, max_model_len=100)), FakeRank(4)
+    scheduler.submit(request("short", max_tokens=20), 0.0)
+    run(scheduler, rank, steps=1)
+    scheduler.submit(request("long", prompt=60), 0.0)
+    for _ in range(4):
+        plan = scheduler.schedule(1.0)
+        assert plan is not None
+        assert [len(row.token_ids) for row in plan.rows] == [1, 15]
+        scheduler.apply(rank.run(plan), 2.0)
+
+
+def test_nobody_overtakes_a_request_that_waits_for_blocks() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("first", prompt=20, max_tokens=8), 0.0)
+    run(scheduler, rank, steps=2)
+    scheduler.submit(request("big", prompt=16), 0.0)
+    scheduler.submit(request("small", prompt=1), 0.0)
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    assert not plan.joins
+    assert scheduler.load.waiting == 2
+
+
+def test_blocks_that_a_running_prompt_still_lacks_are_not_given_to_newcomers() -> None:
+    scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
+    scheduler.submit(request("older", prompt=28), 0.0)
+    first = scheduler.schedule(1.0)
+    scheduler.submit(request("younger", prompt=11), 0.0)
+    assert scheduler.schedule(1.0) is None
+    assert busy(scheduler) == (1, 1, 4)
+    assert first is not None
+    scheduler.apply(rank.run(first), 2.0)
+    scheduler.submit(request("later", prompt=1), 0.0)
+    second = scheduler.schedule(1.0)
+    assert second is not None
+    assert [len(row.token_ids) for row in second.rows] == [12]
+
+
+def test_the_younger_gives_way_when_neither_has_blocks_to_go_on() -> None:
+    scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
+    for name in ("older", "younger"):
+        scheduler.submit(request(name, prompt=12, max_tokens=20), 0.0)
+    deltas = run(scheduler, rank)
+    assert [delta.id for delta in deltas if delta.finish] == ["older", "younger"]
+    assert stream(deltas, "younger") == expected(range(1, 13), 20, True)[0]
+
+
+def test_nobody_gives_way_while_a_younger_sequence_is_in_flight() -> None:
+    scheduler, rank = Scheduler(limits(max_batch_tokens=32), depth=2), FakeRank(4)
+    for name in "abcd":
+        scheduler.submit(request(name, prompt=5, max_tokens=20), 0.0)
+    run(scheduler, rank, steps=1)
+    flying = deque([scheduler.schedule(1.0), scheduler.schedule(1.0)])
+    plan = flying.popleft()
+    while plan is not None:
+        scheduler.apply(rank.run(plan), 2.0)
+        flying.append(scheduler.schedule(1.0))
+        plan = flying.popleft() if flying[-1] else None
+    (cd, _) = flying  # a and b lack their third block
+    assert busy(scheduler) == (4, 0, 0)
+    scheduler.check_integrity()
+    assert cd is not None
+    scheduler.apply(rank.run(cd), 2.0)
+    assert scheduler.schedule(1.0) is not None  # a and b have taken the blocks of d
+    assert busy(scheduler) == (3, 1, 0)
+    scheduler.check_integrity()
+
+
+def test_nobody_is_preempted_in_vain() -> None:
+    scheduler, rank = Scheduler(limits(kv_blocks=5, max_model_len=20), depth=2), FakeRank(4)
+    for name in ("a", "b"):
+        scheduler.submit(request(name, prompt=5, max_tokens=8, priority=1), 0.0)
+    a, b = scheduler.schedule(1.0), scheduler.schedule(1.0)
+    assert a is not None
+    assert b is not None
+    scheduler.apply(rank.run(a), 2.0)
+    a = scheduler.schedule(1.0)
+    assert a is not None
+    scheduler.apply(rank.run(b), 2.0)
+    scheduler.submit(request("urgent", prompt=16), 0.0)  # needs the blocks of both, and a is in flight
+    assert scheduler.schedule(1.0) is not None
+    assert busy(scheduler) == (2, 1, 1)
+    scheduler.check_integrity()
+
+
+def test_a_request_of_lower_number_runs_first() -> None:
+    scheduler, rank = Scheduler(limits(max_running=1)), FakeRank(4)
+    for name, priority in (("later", 1), ("first", -1), ("second", 0), ("third", 0)):
+        scheduler.submit(request(name, priority=priority), 0.0)
+    finished = [delta.id for delta in run(scheduler, rank) if delta.finish]
+    assert finished == ["first", "second", "third", "later"]
+
+
+def test_less_priority_gives_way_and_loses_no_token() -> None:
+    scheduler, rank = Scheduler(limits(max_running=2)), FakeRank(4)
+    for name in ("a", "b"):
+        scheduler.submit(request(name, max_tokens=12, priority=1), 0.0)
+    deltas = run(scheduler, rank, steps=3)
+    scheduler.submit(request("urgent", max_tokens=2), 0.0)
+    deltas += run(scheduler, rank)
+    assert [delta.id for delta in deltas if delta.finish] == ["urgent", "a", "b"]
+    for name in ("a", "b"):
+        assert stream(deltas, name) == expected(range(1, 5), 12, True)[0]
+
+
+def test_an_urgent_request_overtakes_a_long_prompt_that_is_being_computed() -> None:
+    scheduler, rank = Scheduler(limits(kv_blocks=32, max_model_len=100)), FakeRank(4)
+    scheduler.submit(request("long", prompt=90, priority=1), 0.0)
+    run(scheduler, rank, steps=1)
+    scheduler.submit(request("urgent", prompt=12), 0.0)
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    assert [len(row.token_ids) for row in plan.rows] == [12, 4]
+
+
+def test_equal_priority_does_not_give_way_to_newcomers() -> None:
+    scheduler, rank = Scheduler(limits(max_running=1)), FakeRank(4)
+    scheduler.submit(request("a", max_tokens=12), 0.0)
+    run(scheduler, rank, steps=3)
+    scheduler.submit(request("b"), 0.0)
+    assert [delta.id for delta in run(scheduler, rank) if delta.finish] == ["a", "b"]
+
+
+def test_low_priority_gets_its_turn_under_a_stream_of_high() -> None:
+    scheduler, rank = Scheduler(limits(max_running=1)), FakeRank(4)
+    scheduler.submit(request("patient", max_tokens=2, priority=1), 0.0)
+    deltas: list[Delta] = []
+    for i in range(AGING_STEPS):
+        scheduler.submit(request(f"high{i}", max_tokens=2), 0.0)
+        deltas += run(scheduler, rank, steps=2)
+        if any(delta.id == "patient" for delta in deltas):
+            break
+    assert i >= AGING_STEPS // 2 - 1
+    assert deltas[-1].id == "patient"
+
+
+def test_a_budget_of_0_is_as_many_tokens_as_fit() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a", prompt=4, max_tokens=0), 0.0)
+    deltas = run(scheduler, rank)
+    assert len(stream(deltas, "a")) == 28
+    assert deltas[-1].finish == "length"
+
+
+def test_plans_in_flight_share_the_sequences_so_that_stages_overlap() -> None:
+    scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
+    for name in "abcd":
+        scheduler.submit(request(name, prompt=2), 0.0)
+    run(scheduler, rank, steps=1)
+    first, second = scheduler.schedule(1.0), scheduler.schedule(1.0)
+    assert first is not None
+    assert second is not None
+    assert (len(first.rows), len(second.rows)) == (2, 2)
+    assert scheduler.schedule(1.0) is None
+
+
+def test_a_cancelled_request_frees_its_blocks_at_once_even_in_flight() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a"), 0.0)
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    scheduler.cancel("a")
+    assert busy(scheduler) == (0, 0, 8)
+    assert scheduler.apply(rank.run(plan), 2.0) == ()
+    assert not scheduler.has_work
+
+
+def test_cancelling_one_choice_leaves_the_others() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a", n=2), 0.0)
+    scheduler.cancel("a", 0)
+    deltas = run(scheduler, rank)
+    assert stream(deltas, "a", 0) == []
+    assert len(stream(deltas, "a", 1)) == 4
+
+
+def test_output_goes_on_after_prior_output() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    whole = expected(range(1, 5), 4, True)[0]
+    scheduler.submit(request("a", prior=(tuple(whole[:2]),)), 0.0)
+    deltas = run(scheduler, rank)
+    assert [(d.index, d.token_ids) for d in deltas] == [(2, (whole[2],)), (3, (whole[3],))]
+
+
+@pytest.mark.parametrize(
+    ("fields", "finish"),
+    [
+        ({"prior": ((1, 2, 3, 4),)}, "length"),
+        ({"prior": ((9,),), "stop_token_ids": (9,)}, "stop"),
+    ],
+)
+def test_a_choice_whose_prior_output_has_ended_finishes_at_once(
+    fields: dict[str, object], finish: str
+) -> None:
+    scheduler = Scheduler(limits())
+    (delta,) = scheduler.submit(request("a", **fields), 0.0)
+    assert (delta.index, delta.token_ids, delta.finish) == (len(fields["prior"][0]), (), finish)  # type: ignore[index]
+    assert not scheduler.has_work
+
+
+def test_a_choice_marked_finished_is_left_alone() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    assert scheduler.submit(request("a", n=2, prior=((1,), ()), finished=(True, False)), 0.0) == ()
+    assert {delta.choice for delta in run(scheduler, rank)} == {1}
+
+
+def test_a_stop_id_ends_a_choice_with_that_token() -> None:
+    token = next_token(range(1, 5))
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a", stop_token_ids=(token,)), 0.0)
+    (delta,) = run(scheduler, rank)
+    assert (delta.token_ids, delta.finish) == ((token,), "stop")
+
+
+def test_timing_has_the_milestones_of_the_choice() -> None:
+    scheduler, rank = Scheduler(limits()), FakeRank(4)
+    scheduler.submit(request("a"), 0.5)
+    timing = run(scheduler, rank)[-1].timing
+    assert timing is not None
+    assert (timing.queued, timing.scheduled, timing.first_token, timing.finished) == (0.5, 1.0, 2.0, 2.0)
+
+
+def test_results_of_another_step_than_the_next_are_refused() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit(request("a"), 0.0)
+    assert scheduler.schedule(1.0) is not None
+    with pytest.raises(EngineError, match="results of step 2, expected 1"):
+        scheduler.apply(Sampled(2, (), ()), 1.0)
+
+
+def test_a_live_id_cannot_be_used_twice() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.submit(request("a"), 0.0)
+    with pytest.raises(RequestError) as caught:
+        scheduler.submit(request("a"), 0.0)
+    assert caught.value.reason == "DUPLICATE_REQUEST"
+    assert scheduler.load.waiting == 1
+
+
+def test_those_that_decode_are_planned_ahead_of_their_tokens() -> None:
+    scheduler, rank = Scheduler(limits(ahead=True)), FakeRank(4)
+    scheduler.submit(request("a", prompt=3, max_tokens=3), 0.0)
+    plans = [scheduler.schedule(1.0), scheduler.schedule(1.0), scheduler.schedule(1.0)]
+    assert plans[2] is None, "one ahead is enough"
+    assert [plan.rows[0].token_ids for plan in plans if plan] == [(1, 2, 3), (DRAWN,)]
+    deltas: list[Delta] = []
+    while plans[0]:
+        deltas += scheduler.apply(rank.run(plans.pop(0)), 2.0)  # type: ignore[arg-type]
+        plans[-1:] = [scheduler.schedule(1.0), None]
+        scheduler.check_integrity()
+    assert stream(deltas, "a") == expected((1, 2, 3), 3, True)[0]
+    assert rank.step == 3, "no step for a token past the last"
+
+
+def test_what_follows_the_end_of_a_sequence_is_dropped() -> None:
+    scheduler, rank = Scheduler(limits(ahead=True)), FakeRank(4)
+    first = next_token((1, 2, 3))
+    scheduler.submit(Request("a", (1, 2, 3), GREEDY, 9, (first,)), 0.0)
+    plans = [scheduler.schedule(1.0), scheduler.schedule(1.0)]
+    (delta,) = scheduler.apply(rank.run(plans[0]), 2.0)  # type: ignore[arg-type]
+    assert (delta.token_ids, delta.finish) == ((first,), "stop")
+    assert scheduler.has_work, "a step is in flight"
+    assert scheduler.apply(rank.run(plans[1]), 2.0) == ()  # type: ignore[arg-type]
+    assert not scheduler.has_work
+    assert busy(scheduler) == (0, 0, 8)
+
+
+@pytest.mark.parametrize("rule", [{"logprobs": 0}, {"sampling": SamplingParams(presence_penalty=1.0)}])
+def test_who_needs_more_than_a_token_is_not_planned_ahead(rule: dict[str, Any]) -> None:
+    scheduler = Scheduler(limits(ahead=True))
+    scheduler.submit(Request("a", (1, 2), max_tokens=4, **rule), 0.0)
+    assert scheduler.schedule(1.0)
+    assert scheduler.schedule(1.0) is None
+
+
+def test_nobody_is_planned_ahead_while_somebody_has_to_give_way() -> None:
+    scheduler, rank = Scheduler(limits(kv_blocks=4, max_model_len=16, ahead=True)), FakeRank(4)
+    for name in ("older", "younger"):
+        scheduler.submit(request(name, prompt=7, max_tokens=8), 0.0)
+    deltas: list[Delta] = []
+    flying = deque[StepPlan]()
+    preempted = False
+    while scheduler.has_work:
+        while plan := scheduler.schedule(1.0):
+            flying.append(plan)
+        deltas += scheduler.apply(rank.run(flying.popleft()), 2.0)
+        scheduler.check_integrity()
+        preempted |= busy(scheduler)[1] == 1
+    assert preempted
+    for name in ("older", "younger"):
+        assert stream(deltas, name) == expected(range(1, 8), 8, True)[0]
