@@ -8,15 +8,17 @@ from functools import partial
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
-from engine.plan import Join, Mask, PromptLogprobs, Row, Sampled, StepPlan
+from engine.plan import Mask, NewSequence, PromptLogprobs, Sampled, SequenceChunk, StepPlan
 from engine.request import PositionLogprobs, SamplingParams, TokenLogprob
 
-_HEADER = struct.Struct("<qqIIIII?")  # epoch, step, leaves, joins, rows, masks, copies, feeds
+_HEADER = struct.Struct(
+    "<qqIIIII?"
+)  # epoch, step, freed_slots, new_sequences, rows, masks, copies, sample_on_device
 _JOIN = struct.Struct("<IIIiidqddQdddI")
 _LISTS = struct.Struct("<IIIII")  # lengths of a join's: prompt, output, ends, logit_bias, bad_words
 _BIAS = struct.Struct("<Id")
 _COUNT = struct.Struct("<I")
-_MASK = struct.Struct("<II")  # handle, bytes
+_MASK = struct.Struct("<II")  # slot, bytes
 _COPY = struct.Struct("<II")  # source, destination
 _SAMPLED = struct.Struct("<qII")  # step, tokens, rows with log-probabilities of the prompt
 _TOKEN = struct.Struct("<Id")
@@ -24,14 +26,20 @@ _TOKEN = struct.Struct("<Id")
 
 def encode_plan(plan: StepPlan) -> bytes:
     """The plan as bytes."""
-    counts = (len(plan.leaves), len(plan.joins), len(plan.rows), len(plan.masks), len(plan.copies))
-    parts = [_HEADER.pack(plan.epoch, plan.step, *counts, plan.feeds)]
-    parts.append(_pack_ids(plan.leaves))
-    for join in plan.joins:
+    counts = (
+        len(plan.freed_slots),
+        len(plan.new_sequences),
+        len(plan.chunks),
+        len(plan.masks),
+        len(plan.copies),
+    )
+    parts = [_HEADER.pack(plan.epoch, plan.step, *counts, plan.sample_on_device)]
+    parts.append(_pack_ids(plan.freed_slots))
+    for join in plan.new_sequences:
         parts.extend(_pack_join(join))
-    parts.extend(_pack_rows(plan.rows))
+    parts.extend(_pack_rows(plan.chunks))
     for mask in plan.masks:
-        parts += (_MASK.pack(mask.handle, len(mask.bits)), mask.bits)
+        parts += (_MASK.pack(mask.slot, len(mask.bits)), mask.bits)
     parts.extend(_COPY.pack(*copy) for copy in plan.copies)
     return b"".join(parts)
 
@@ -39,16 +47,16 @@ def encode_plan(plan: StepPlan) -> bytes:
 def decode_plan(data: bytes) -> StepPlan:
     """The plan in `data`. Raises struct.error or ValueError when it is cut short or too long."""
     reader = _Reader(data)
-    epoch, step, leaves, joins, rows, masks, copies, feeds = reader.take(_HEADER)
+    epoch, step, freed_slots, new_sequences, rows, masks, copies, sample_on_device = reader.take(_HEADER)
     plan = StepPlan(
         epoch,
         step,
-        reader.ids(leaves),
-        tuple(_read_join(reader) for _ in range(joins)),
+        reader.ids(freed_slots),
+        tuple(_read_join(reader) for _ in range(new_sequences)),
         _read_rows(reader, rows),
         tuple(_read_mask(reader) for _ in range(masks)),
         tuple(_read_copy(reader) for _ in range(copies)),
-        feeds,
+        sample_on_device,
     )
     reader.end()
     return plan
@@ -76,10 +84,10 @@ def decode_sampled(data: bytes) -> Sampled:
     return Sampled(step, token_ids, logprobs, prompt_logprobs)
 
 
-def _pack_join(join: Join) -> Iterable[bytes]:
+def _pack_join(join: NewSequence) -> Iterable[bytes]:
     s = join.sampling
     yield _JOIN.pack(
-        join.handle,
+        join.slot,
         join.prompt_len,
         join.choice,
         -1 if join.logprobs is None else join.logprobs,
@@ -103,12 +111,12 @@ def _pack_join(join: Join) -> Iterable[bytes]:
         yield _COUNT.pack(len(word)) + _pack_ids(word)
 
 
-def _pack_rows(rows: Sequence[Row]) -> Iterable[bytes]:
+def _pack_rows(rows: Sequence[SequenceChunk]) -> Iterable[bytes]:
     """Column by column: a step waits for this, and a call per row would take longer than its way."""
     if rows:
-        handles, starts, token_ids, blocks, samples = zip(*rows, strict=True)
+        slots, starts, token_ids, blocks, samples = zip(*rows, strict=True)
         growing = [index for index, ids in enumerate(blocks) if ids]  # few of those that decode
-        yield _pack_ids((len(growing), *handles, *starts, *map(len, token_ids)))
+        yield _pack_ids((len(growing), *slots, *starts, *map(len, token_ids)))
         yield bytes(samples)
         yield _pack_ids(tuple(chain.from_iterable(token_ids)))
         yield _pack_ids((*growing, *(len(blocks[index]) for index in growing)))
@@ -161,9 +169,9 @@ class _Reader:
             raise ValueError(f"{len(self._data) - self._at} bytes after the end")
 
 
-def _read_join(reader: _Reader) -> Join:
+def _read_join(reader: _Reader) -> NewSequence:
     (
-        handle, prompt_len, choice, logprobs, prompt_logprobs,
+        slot, prompt_len, choice, logprobs, prompt_logprobs,
         temperature, top_k, top_p, min_p, seed, repetition, presence, frequency, min_tokens,
     ) = reader.take(_JOIN)  # fmt: skip
     prompt, output, ends, biases, words = reader.take(_LISTS)
@@ -183,8 +191,8 @@ def _read_join(reader: _Reader) -> Join:
         min_tokens,
         bad_words,
     )
-    return Join(
-        handle,
+    return NewSequence(
+        slot,
         prompt_len,
         choice,
         sampling,
@@ -202,8 +210,8 @@ def _read_copy(reader: _Reader) -> tuple[int, int]:
 
 
 def _read_mask(reader: _Reader) -> Mask:
-    handle, size = reader.take(_MASK)
-    return Mask(handle, reader.raw(size))
+    slot, size = reader.take(_MASK)
+    return Mask(slot, reader.raw(size))
 
 
 def _read_prompt(reader: _Reader) -> PromptLogprobs:
@@ -215,10 +223,10 @@ def _read_prompt(reader: _Reader) -> PromptLogprobs:
     return PromptLogprobs(row, present)
 
 
-def _read_rows(reader: _Reader, count: int) -> tuple[Row, ...]:
+def _read_rows(reader: _Reader, count: int) -> tuple[SequenceChunk, ...]:
     if count == 0:
         return ()
-    ((growing,), handles, starts, lengths) = map(reader.ids, (1, count, count, count))
+    ((growing,), slots, starts, lengths) = map(reader.ids, (1, count, count, count))
     samples = map(bool, reader.raw(count))
     token_ids = _cut(reader.ids(sum(lengths)), lengths)
     blocks: list[tuple[int, ...]] = [()] * count
@@ -227,8 +235,10 @@ def _read_rows(reader: _Reader, count: int) -> tuple[Row, ...]:
         if index >= count:
             raise ValueError(f"blocks for row {index} of {count}")
         blocks[index] = ids
-    fields = zip(handles, starts, token_ids, blocks, samples, strict=True)
-    return tuple(map(partial(tuple.__new__, Row), fields))  # Row._make, without a Python call for each
+    fields = zip(slots, starts, token_ids, blocks, samples, strict=True)
+    return tuple(
+        map(partial(tuple.__new__, SequenceChunk), fields)
+    )  # SequenceChunk._make, without a Python call for each
 
 
 def _cut(ids: tuple[int, ...], lengths: tuple[int, ...]) -> Iterable[tuple[int, ...]]:

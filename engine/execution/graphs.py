@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.execution.batch import Batch, Handles, Layout
+from engine.execution.batch import Batch, Layout, SlotState
 from engine.kernels.gpu.draw import ROW, draw, pack
 from engine.kernels.transfer import to_device
 
@@ -59,17 +59,17 @@ class _Recording:
 
 
 class DecodeGraphs:
-    """The recordings of one rank. Does not own: the model, what is kept of handles; their places are in them.
+    """The recordings of one rank. Does not own: the model, what is kept of slots; their places are in them.
 
     Args:
         logits: a batch's float32 logits.
-        known: what the device keeps of every handle.
+        known: what the device keeps of every slot.
         most: sequences of the largest batch.
         record: how work is recorded.
     """
 
     def __init__(
-        self, logits: Callable[[Batch], torch.Tensor], known: Handles, most: int, record: Record
+        self, logits: Callable[[Batch], torch.Tensor], known: SlotState, most: int, record: Record
     ) -> None:
         self._logits, self._known, self._record = logits, known, record
         self._buckets = buckets_up_to(most)
@@ -123,7 +123,7 @@ def pad(layout: Layout, rows: int) -> Layout:
     return Layout(
         layout.token_ids + [0] * more,
         layout.positions + [0] * more,
-        layout.handles + [-1] * more,
+        layout.slots + [-1] * more,
         layout.sequences + [0] * 4 * more,
         [*layout.sample_rows, *range(rows - more, rows)],
         layout.draws,

@@ -93,7 +93,7 @@ class Runner:
             return None
         prompt_logprobs = score_prompts(batch.prompts, lambda rows_S: self._model.logits(rows_S, x_TD))
         logits_SV = self._model.logits(batch.sample_rows_S, x_TD) if batch.draws else None
-        if plan.feeds and logits_SV is not None:
+        if plan.sample_on_device and logits_SV is not None:
             ids_S = self._kernels.draw(logits_SV, batch.draws)
             batch.keep(ids_S, self._batcher.known)
         if grid.rank != grid.sampler:

@@ -6,7 +6,7 @@ Does not own: requests, or the order of steps.
 Compiling may take seconds, so it happens beside the engine's steps, in a process of its own: an expensive
 grammar is given up by ending the process, and one that crashes the compiler takes nothing else with it.
 Only the leader follows outputs; ranks get masks with their plans. So a preemption changes nothing, and a
-replay feeds the prior output to a new matcher.
+replay sample_on_device the prior output to a new matcher.
 """
 
 from __future__ import annotations

@@ -61,13 +61,13 @@ class Rope:
 class AttentionInput:
     """Who looks at what in a step, all int32 on the device.
 
-    positions_T: each token's position. handles_T: the row of its sequence's block table. sequences_B4: that
+    positions_T: each token's position. slots_T: the row of its sequence's block table. sequences_B4: that
     row, a sequence's first row of the step, its queries, and the position of the first. tables: block tables,
-    [handles, blocks]. most_queries: the most that a sequence has. single_queries: how many have one.
+    [slots, blocks]. most_queries: the most that a sequence has. single_queries: how many have one.
     """
 
     positions_T: torch.Tensor
-    handles_T: torch.Tensor
+    slots_T: torch.Tensor
     sequences_B4: torch.Tensor
     tables: torch.Tensor
     most_queries: int

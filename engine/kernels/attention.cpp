@@ -21,7 +21,7 @@ struct AttentionCall {
   const float *q_norm, *k_norm;  // [E] or null
   const int32_t* positions;  // [T]
   const int32_t* sequences;  // [B][4]: row of its table, first row of qkv, queries, position of the first
-  const int32_t* tables;  // [handles, stride]
+  const int32_t* tables;  // [slots, stride]
   long T, B, H, K, E, stride;
   long window;  // keys that a query sees, itself included; 0 sees all
   float eps, scale;

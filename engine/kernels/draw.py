@@ -30,7 +30,7 @@ class Draw:
     choice: int
     position: int
     logprobs: int | None = None
-    handle: int = 0
+    slot: int = 0
 
 
 def draw_tokens(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

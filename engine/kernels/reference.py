@@ -115,9 +115,9 @@ class ReferenceKernels:
         cos_T1E, sin_T1E = rope.cos[positions_T, None], rope.sin[positions_T, None]
         q_THE, k_TKE = _rotate(q_THE, cos_T1E, sin_T1E), _rotate(k_TKE, cos_T1E, sin_T1E)
         out_THE = torch.empty_like(q_THE)
-        for handle, first, queries, start in inputs.sequences_B4.tolist():
+        for slot, first, queries, start in inputs.sequences_B4.tolist():
             rows, length = slice(first, first + queries), start + queries
-            blocks = inputs.tables[handle, : -(-length // BLOCK_SIZE)].long()
+            blocks = inputs.tables[slot, : -(-length // BLOCK_SIZE)].long()
             places_L = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=self.device)).flatten()
             keys_KPE[:, places_L[start:length]] = k_TKE[rows].transpose(0, 1)
             values_KPE[:, places_L[start:length]] = v_TKE[rows].transpose(0, 1)

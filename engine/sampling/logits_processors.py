@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.plan import Join, Mask, StepPlan
+from engine.plan import Mask, NewSequence, StepPlan
 
 _ROOM = 16  # new tokens for which there is room at first
 _ZEROS_OF_BYTES = (torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 0
@@ -60,10 +60,10 @@ class _Seen:
 
 
 @dataclass(slots=True)
-class _Handle:
+class _SlotState:
     """A sequence that has rules."""
 
-    join: Join
+    join: NewSequence
     output: list[int]
     seen: _Seen | None
     always_banned: tuple[int, ...]
@@ -72,25 +72,25 @@ class _Handle:
 
 
 class Rules:
-    """Owns: for handles that have rules, the tokens these depend on. Does not own: grammars.
+    """Owns: for slots that have rules, the tokens these depend on. Does not own: grammars.
 
-    Handles without rules cost a look into a dictionary.
+    Slots without rules cost a look into a dictionary.
     """
 
     def __init__(self) -> None:
-        self._handles: dict[int, _Handle] = {}
+        self._slots: dict[int, _SlotState] = {}
 
     def follow(self, plan: StepPlan) -> None:
         """Take in who leaves and who joins."""
-        for handle in plan.leaves:
-            self._handles.pop(handle, None)
-        for join in plan.joins:
+        for slot in plan.freed_slots:
+            self._slots.pop(slot, None)
+        for join in plan.new_sequences:
             if join.sampling.has_rules:
-                self._handles[join.handle] = _begin(join)
+                self._slots[join.slot] = _begin(join)
 
-    def drawn(self, handle: int, token: int) -> None:
-        """A token has been drawn for a handle."""
-        state = self._handles.get(handle)
+    def drawn(self, slot: int, token: int) -> None:
+        """A token has been drawn for a slot."""
+        state = self._slots.get(slot)
         if state is not None:
             state.output.append(token)
             if state.seen is not None:
@@ -103,33 +103,33 @@ class Rules:
 
         Args:
             logits_SV: float32; left as it is.
-            rows: (handle, output position of the token to draw), one per row.
+            rows: (slot, output position of the token to draw), one per row.
             masks: of the rows that follow a grammar.
         """
-        ruled = [(row, *rows[row]) for row in range(len(rows)) if rows[row][0] in self._handles]
+        ruled = [(row, *rows[row]) for row in range(len(rows)) if rows[row][0] in self._slots]
         if not ruled and not masks:
             return logits_SV
         before_SV, logits_SV = logits_SV, logits_SV.clone(memory_format=torch.contiguous_format)
-        row_of = {handle: row for row, (handle, _) in enumerate(rows)} if masks else {}
+        row_of = {slot: row for row, (slot, _) in enumerate(rows)} if masks else {}
         for mask in masks:
-            _forbid(logits_SV[row_of[mask.handle]], mask)
+            _forbid(logits_SV[row_of[mask.slot]], mask)
         if ruled:
             self._ban(logits_SV, ruled)
             self._bias(logits_SV, ruled)
             self._penalise(logits_SV, ruled)
             for mask in masks:
                 # Whatever else bans all that the grammar allows gives way: the output must follow it.
-                logits_V = logits_SV[row_of[mask.handle]]
-                if mask.handle in self._handles and logits_V.amax() == -torch.inf:
-                    _forbid(logits_V.copy_(before_SV[row_of[mask.handle]]), mask)
+                logits_V = logits_SV[row_of[mask.slot]]
+                if mask.slot in self._slots and logits_V.amax() == -torch.inf:
+                    _forbid(logits_V.copy_(before_SV[row_of[mask.slot]]), mask)
         return logits_SV
 
     def _ban(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
         """Bad words whose beginning is there, and ends that come too early."""
         rows: list[int] = []
         ids: list[int] = []
-        for row, handle, position in ruled:
-            state = self._handles[handle]
+        for row, slot, position in ruled:
+            state = self._slots[slot]
             sampling = state.join.sampling
             banned = list(state.always_banned)
             for word in sampling.bad_words:
@@ -145,7 +145,7 @@ class Rules:
             logits_SV[torch.tensor(rows, device=device), torch.tensor(ids, device=device)] = -torch.inf
 
     def _bias(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
-        biased = [(row, self._handles[handle]) for row, handle, _ in ruled]
+        biased = [(row, self._slots[slot]) for row, slot, _ in ruled]
         biased = [(row, state) for row, state in biased if len(state.bias_ids)]
         if not biased:
             return
@@ -157,9 +157,9 @@ class Rules:
     def _penalise(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
         """Keskar et al. 2019 for repetition; for frequency and presence the OpenAI API reference."""
         penalised = [
-            (row, seen, self._handles[handle].join.sampling)
-            for row, handle, _ in ruled
-            if (seen := self._handles[handle].seen) is not None and seen.size
+            (row, seen, self._slots[slot].join.sampling)
+            for row, slot, _ in ruled
+            if (seen := self._slots[slot].seen) is not None and seen.size
         ]
         if not penalised:
             return
@@ -181,10 +181,10 @@ class Rules:
         flat.index_copy_(0, places, logits)
 
 
-def _begin(join: Join) -> _Handle:
+def _begin(join: NewSequence) -> _SlotState:
     s = join.sampling
     prompt = join.prompt_ids if s.repetition_penalty != 1 else ()
-    return _Handle(
+    return _SlotState(
         join,
         list(join.output_ids),
         _Seen.of(prompt, join.output_ids) if s.has_penalties else None,

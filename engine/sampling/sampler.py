@@ -64,17 +64,17 @@ class Sampler:
         """
         if logits_SV is None:
             return _at_hand(Sampled(plan.step, (), (), prompt_logprobs))
-        if plan.feeds:  # nobody in it has rules
+        if plan.sample_on_device:  # nobody in it has rules
             assert ids_S is not None
             count, wait = len(ids_S), from_device(ids_S)
             return lambda: Sampled(plan.step, tuple(wait()), (None,) * count)
-        rows = [(draw.handle, draw.position) for draw in draws]
+        rows = [(draw.slot, draw.position) for draw in draws]
         ruled_SV = self._rules.apply(logits_SV, rows, plan.masks)
         if ids_S is None or ruled_SV is not logits_SV:
             ids_S = self._draw(ruled_SV, draws)
         token_ids = tuple(ids_S.tolist())
         for draw, token in zip(draws, token_ids, strict=True):
-            self._rules.drawn(draw.handle, token)
+            self._rules.drawn(draw.slot, token)
         logprobs = log_probabilities(logits_SV, ids_S, [draw.logprobs for draw in draws])
         return _at_hand(Sampled(plan.step, token_ids, logprobs, prompt_logprobs))
 

@@ -1,6 +1,6 @@
 """Decides what each step computes: continuous batching with chunked prefill.
 
-Owns: every live sequence, which of them run, wait or are held back, their handles, and the plans in flight.
+Owns: every live sequence, which of them run, wait or are held back, their slots, and the plans in flight.
 Does not own: the model, the clock (`now` is an argument), the blocks (`block_tables`), or the order in which
 ranks execute plans, which is the order of their numbers.
 
@@ -24,11 +24,11 @@ from itertools import islice
 
 from engine.errors import EngineError, RequestError
 from engine.grammar.grammars import Follow
-from engine.plan import Join, Mask, Row, Sampled, StepPlan
+from engine.plan import Mask, NewSequence, Sampled, SequenceChunk, StepPlan
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, Timing
 from engine.scheduling.block_tables import BlockTables, Start
 from engine.scheduling.budget import Demand, Share, share_of
-from engine.scheduling.sequence import InOrder, Sequence, join, place_in_order
+from engine.scheduling.sequence import InOrder, Sequence, new_sequence, place_in_order
 from engine.scheduling.validation import Limits, validate
 
 
@@ -36,9 +36,9 @@ from engine.scheduling.validation import Limits, validate
 class _Draft:
     """A plan while it is made."""
 
-    joins: list[Join] = field(default_factory=list)
+    new_sequences: list[NewSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SequenceChunk] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     ahead: bool = False  # of results: a plan is in flight
     planned: list[Sequence] = field(default_factory=list)
@@ -59,14 +59,14 @@ class Scheduler:
         self._step = 0
         self._arrivals = 0
         self._tables = BlockTables(limits)
-        self._handles = list(range(limits.max_running - 1, -1, -1))
+        self._slots = list(range(limits.max_running - 1, -1, -1))
         self._running = InOrder()
         self._waiting = InOrder()
         self._held: dict[str, list[Sequence]] = {}  # waiting until a choice of theirs has computed the prompt
         self._live: dict[str, list[Sequence]] = {}
         self._count = 0  # of live sequences
         self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()
-        self._leaves: list[int] = []  # handles to give up in the next plan
+        self._leaves: list[int] = []  # slots to give up in the next plan
         self._prefix_tokens = 0
         self._prefix_hits = 0
 
@@ -156,7 +156,7 @@ class Scheduler:
             self._epoch,
             self._step,
             tuple(self._leaves),
-            tuple(draft.joins),
+            tuple(draft.new_sequences),
             tuple(draft.rows),
             tuple(draft.masks),
             tuple(draft.copies),
@@ -175,11 +175,11 @@ class Scheduler:
         deltas = []
         for prompt in sampled.prompt_logprobs:
             planned[prompt.row].prompt_logprobs += prompt.positions
-        for row, sequence in zip(plan.rows, planned, strict=True):
+        for row, sequence in zip(plan.chunks, planned, strict=True):
             token = next(drawn) if row.sample else None
             sequence.in_flight -= len(row.token_ids)
             sequence.drawing -= row.sample
-            if sequence.handle is None:  # cancelled or at its end since it was planned
+            if sequence.slot is None:  # cancelled or at its end since it was planned
                 continue
             self._tables.advance(sequence, len(row.token_ids))
             if self._held and row.start < sequence.prompt_len <= sequence.computed:
@@ -197,24 +197,24 @@ class Scheduler:
         assert len(live) == self._count == len(running) + len(waiting) + len(held)
         for sequences in (running, waiting):
             assert sequences == sorted(sequences, key=lambda sequence: sequence.order)
-        handles = [_handle(sequence) for sequence in running]
-        assert sorted(handles + self._handles) == list(range(self._limits.max_running))
+        slots = [_slot(sequence) for sequence in running]
+        assert sorted(slots + self._slots) == list(range(self._limits.max_running))
         self._tables.check_integrity(running)
         for sequence in live:
             assert sequence.length == sequence.prompt_len + len(sequence.output)
             assert sequence.remaining > 0, "nothing is left to compute"
         for sequence in [*waiting, *held]:
-            assert sequence.handle is None
+            assert sequence.slot is None
             assert not sequence.blocks
             assert (sequence.computed, sequence.passed, sequence.told) == (0, 0, 0)
             assert (sequence.in_flight, sequence.drawing) == (0, 0)
         for request_id, sequences in self._held.items():
             assert sequences
-            assert any(s.handle is not None and s.computed < s.prompt_len for s in self._live[request_id])
-        planned: dict[int, list[Row]] = {}
+            assert any(s.slot is not None and s.computed < s.prompt_len for s in self._live[request_id])
+        planned: dict[int, list[SequenceChunk]] = {}
         for plan, sequences in self._in_flight:
-            for row, sequence in zip(plan.rows, sequences, strict=True):
-                if sequence.handle is not None:
+            for row, sequence in zip(plan.chunks, sequences, strict=True):
+                if sequence.slot is not None:
                     planned.setdefault(id(sequence), []).append(row)
         most = 2 if self._limits.ahead else 1
         assert all(len(rows) <= most for rows in planned.values()), (
@@ -236,7 +236,7 @@ class Scheduler:
         if not self._limits.ahead or len(self._in_flight) > self._depth or self._held:
             return False
         plan, _ = self._in_flight[-1]
-        if not plan.feeds:
+        if not plan.sample_on_device:
             return False
         if self._waiting and self._running and _is_behind(self._running.last, self._waiting.first):
             return False
@@ -269,7 +269,7 @@ class Scheduler:
             else:
                 in_flight += sequence.in_flight
         most = self._depth * self._limits.max_batch_tokens
-        for sequence in islice(self._waiting, max(1, len(self._handles))):
+        for sequence in islice(self._waiting, max(1, len(self._slots))):
             if ready >= most:
                 break
             ready += sequence.length
@@ -290,7 +290,7 @@ class Scheduler:
         for sequence in sequences:
             if tokens == 0:
                 break
-            if sequence.step > self._step or sequence.handle is None:  # planned, or preempted, in this plan
+            if sequence.step > self._step or sequence.slot is None:  # planned, or preempted, in this plan
                 continue
             count = min(sequence.unplanned, tokens)
             if self._room_to_go_on(sequence, sequence.planned + count):
@@ -314,7 +314,7 @@ class Scheduler:
                 self._waiting.remove(sequence)
                 self._held.setdefault(sequence.request.id, []).append(sequence)
                 continue
-            if not self._handles:
+            if not self._slots:
                 break
             start = self._tables.start_of(sequence, sibling)
             if not self._fits(sequence, start):
@@ -328,12 +328,12 @@ class Scheduler:
     def _plan(self, draft: _Draft, sequence: Sequence, count: int) -> None:
         start = sequence.planned
         end = start + count
-        handle, blocks = _handle(sequence), self._tables.grow(sequence, end)
+        slot, blocks = _slot(sequence), self._tables.grow(sequence, end)
         sample = end == sequence.length + sequence.drawing
-        draft.rows.append(Row(handle, start, sequence.tokens(start, end), blocks, sample))
+        draft.rows.append(SequenceChunk(slot, start, sequence.tokens(start, end), blocks, sample))
         draft.planned.append(sequence)
         if sample and sequence.matcher is not None:
-            draft.masks.append(Mask(handle, sequence.matcher.mask()))
+            draft.masks.append(Mask(slot, sequence.matcher.mask()))
         sequence.in_flight += count
         sequence.drawing += sample
         sequence.step = self._step + 1
@@ -341,7 +341,7 @@ class Scheduler:
     def _admit(self, draft: _Draft, sequence: Sequence, start: Start, *, forked: bool, now: float) -> None:
         self._waiting.remove(sequence)
         self._running.add(sequence)
-        sequence.handle = self._handles.pop()
+        sequence.slot = self._slots.pop()
         copy = self._tables.open(sequence, start)
         if copy is not None:
             draft.copies.append(copy)
@@ -352,7 +352,9 @@ class Scheduler:
                 self._prefix_tokens += sequence.prompt_len
                 self._prefix_hits += sequence.cached_tokens
         request, eos = sequence.request, self._limits.eos_token_ids
-        draft.joins.append(join(request, sequence.choice, sequence.output, sequence.handle, eos))
+        draft.new_sequences.append(
+            new_sequence(request, sequence.choice, sequence.output, sequence.slot, eos)
+        )
 
     def _sibling(self, sequence: Sequence) -> tuple[Sequence | None, bool]:
         """The running choice of the same request that lends its prompt's KV; or whether one computes it."""
@@ -360,7 +362,7 @@ class Scheduler:
         if sequence.request.n == 1 or sequence.prompt_len == 1 or sequence.scores_prompt:
             return None, False
         for sibling in self._live[sequence.request.id]:
-            if sibling.handle is None:
+            if sibling.slot is None:
                 continue
             if sibling.computed < sibling.prompt_len:
                 computing = True
@@ -402,12 +404,12 @@ class Scheduler:
                 self._preempt_while(lambda victims: not self._fits(first, start, victims), may_go)
 
     def _fits(self, sequence: Sequence, start: Start, without: Iterable[Sequence] = ()) -> bool:
-        """Whether there are a handle and blocks for a sequence that waits, perhaps without some that run.
+        """Whether there are a slot and blocks for a sequence that waits, perhaps without some that run.
 
         Blocks that those running lack for the tokens they know by now are theirs.
         """
         victims = list(without)
-        if not self._handles and not victims:
+        if not self._slots and not victims:
             return False
         cost = self._tables.cost(sequence, start) + sum(map(self._tables.lacking, self._running))
         cost -= sum(map(self._tables.lacking, victims))
@@ -482,18 +484,18 @@ class Scheduler:
             self._waiting.add(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
-        handle = _handle(sequence)
+        slot = _slot(sequence)
         self._running.remove(sequence)
-        self._leaves.append(handle)
-        self._handles.append(handle)
+        self._leaves.append(slot)
+        self._slots.append(slot)
         self._tables.drop(sequence)
-        sequence.handle = None
+        sequence.slot = None
         self._let_go(sequence.request.id)
 
     def _remove(self, sequence: Sequence) -> None:
         """The end of a sequence, wherever it is."""
         request_id = sequence.request.id
-        if sequence.handle is not None:
+        if sequence.slot is not None:
             self._vacate(sequence)
         elif sequence in self._held.get(request_id, ()):
             self._held[request_id].remove(sequence)
@@ -513,7 +515,7 @@ def _is_behind(running: Sequence, waiting: Sequence) -> bool:
     return running.request.priority > waiting.request.priority and running.order > waiting.order
 
 
-def _handle(sequence: Sequence) -> int:
-    if sequence.handle is None:
-        raise EngineError("INTERNAL", "a sequence that does not run has no handle")
-    return sequence.handle
+def _slot(sequence: Sequence) -> int:
+    if sequence.slot is None:
+        raise EngineError("INTERNAL", "a sequence that does not run has no slot")
+    return sequence.slot

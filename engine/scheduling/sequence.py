@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from engine.grammar.grammars import Matcher
-from engine.plan import DRAWN, Join
+from engine.plan import PENDING_TOKEN, NewSequence
 from engine.request import PositionLogprobs, Request
 
 AGING_STEPS = 1024
@@ -16,7 +16,7 @@ AGING_STEPS = 1024
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of a request. `computed` tokens have their KV; `handle` is None while it waits.
+    """One choice of a request. `computed` tokens have their KV; `slot` is None while it waits.
 
     `plain`: its tokens are drawn from the logits alone, and nothing but them is asked for.
 
@@ -37,7 +37,7 @@ class Sequence:
     passed: int = 0
     told: int = 0
     digests: list[bytes] = field(default_factory=list)
-    handle: int | None = None
+    slot: int | None = None
     in_flight: int = 0  # tokens that plans in flight compute
     drawing: int = 0  # tokens that they draw
     step: int = 0  # of the last plan that it is in
@@ -88,9 +88,9 @@ class Sequence:
             self.matcher.accept(token)
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens at positions `start` to `end`; DRAWN for one that is being drawn."""
+        """The tokens at positions `start` to `end`; PENDING_TOKEN for one that is being drawn."""
         if end > self.length:
-            return (*self.tokens(start, self.length), DRAWN)
+            return (*self.tokens(start, self.length), PENDING_TOKEN)
         prompt = self.request.prompt_ids
         split = len(prompt)
         if start >= split:
@@ -148,8 +148,10 @@ class InOrder:
         del self._sequences[index]
 
 
-def join(request: Request, choice: int, output: Iterable[int], handle: int, eos: Iterable[int]) -> Join:
-    """What ranks must know of a choice that takes a handle, with the `output` that it has by now.
+def new_sequence(
+    request: Request, choice: int, output: Iterable[int], slot: int, eos: Iterable[int]
+) -> NewSequence:
+    """What ranks must know of a choice that takes a slot, with the `output` that it has by now.
 
     Log-probabilities of the prompt come with the first choice's first token: while it has none, it must
     compute its whole prompt, also where a cache holds some of it.
@@ -165,8 +167,8 @@ def join(request: Request, choice: int, output: Iterable[int], handle: int, eos:
         or sampling.bad_words
     )
     ends = set(request.stop_token_ids) | (set() if request.ignore_eos else set(eos))
-    return Join(
-        handle,
+    return NewSequence(
+        slot,
         len(request.prompt_ids),
         choice,
         replace(sampling, grammar=None) if sampling.grammar else sampling,

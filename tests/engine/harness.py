@@ -11,7 +11,7 @@ from engine.distributed.parallel import Grid, Parallel
 from engine.execution.batch import Batcher
 from engine.execution.decoder import Decoder
 from engine.kernels import Kernels, choose
-from engine.plan import Join, Row, StepPlan
+from engine.plan import NewSequence, SequenceChunk, StepPlan
 from engine.request import SamplingParams
 from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
@@ -40,19 +40,19 @@ class Harness:
 
     def step(self, chunks: dict[int, list[int]]) -> dict[int, torch.Tensor]:
         """Feed the next tokens of each sequence, new ones included; returns each one's logits, [V]."""
-        joins, rows = [], []
-        for handle, tokens in chunks.items():
-            start = self._lengths.get(handle, 0)
-            if handle not in self._lengths:
-                joins.append(Join(handle, 0, 0, SamplingParams()))
+        new_sequences, rows = [], []
+        for slot, tokens in chunks.items():
+            start = self._lengths.get(slot, 0)
+            if slot not in self._lengths:
+                new_sequences.append(NewSequence(slot, 0, 0, SamplingParams()))
             end = start + len(tokens)
             count = -(-end // BLOCK_SIZE) - -(-start // BLOCK_SIZE)
             blocks = tuple(self._free.pop() for _ in range(count))
-            rows.append(Row(handle, start, tuple(tokens), blocks, sample=True))
-            self._lengths[handle] = end
+            rows.append(SequenceChunk(slot, start, tuple(tokens), blocks, sample=True))
+            self._lengths[slot] = end
         self._steps += 1
         with torch.inference_mode():
-            plan = StepPlan(1, self._steps, (), tuple(joins), tuple(rows))
+            plan = StepPlan(1, self._steps, (), tuple(new_sequences), tuple(rows))
             batch = self._batcher.batch(self._batcher.read(plan))
             logits = self._model.logits(batch.sample_rows_S, self._model.forward(batch))
         return dict(zip(chunks, logits, strict=False))

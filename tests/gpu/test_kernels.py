@@ -156,7 +156,7 @@ def test_rows_that_pad_a_graph_write_nothing() -> None:
     wanted = data.step(kernels, cache, [(0, 0, 20), (1, 0, 1)])[1]
     before = cache.keys_NBKPE.clone(), cache.values_NBKPE.clone()
     inputs = data.inputs([(1, 0, 1)])
-    inputs.handles_T[:] = -1
+    inputs.slots_T[:] = -1
     inputs.sequences_B4[:, 2] = 0
     kernels.attend(data.qkv[1, :1].clone(), cache, 1, inputs, data.rope)
     assert torch.equal(cache.keys_NBKPE, before[0])

@@ -12,13 +12,13 @@ import torch
 from engine.config import EngineConfig
 from engine.distributed.parallel import Parallel
 from engine.execution import graphs
-from engine.execution.batch import Handles, Layout
+from engine.execution.batch import Layout, SlotState
 from engine.execution.graphs import CudaRecorder, DecodeGraphs, Recordings, Work, buckets_up_to, pad
 from engine.execution.runner import Runner
 from engine.grid import Grid
 from engine.kernels.gpu.kernels import GpuKernels
 from engine.kernels.reference import ReferenceKernels
-from engine.plan import Join, Row, StepPlan
+from engine.plan import NewSequence, SequenceChunk, StepPlan
 from engine.request import Request, SamplingParams
 from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
@@ -47,8 +47,8 @@ def test_a_model_gives_the_reference_s_logits(make_model: MakeModel, family: str
     )
     for step in STEPS:
         wanted = reference.step(step)
-        for handle, logits in ours.step(step).items():
-            torch.testing.assert_close(logits, wanted[handle], rtol=1e-4, atol=1e-4)
+        for slot, logits in ours.step(step).items():
+            torch.testing.assert_close(logits, wanted[slot], rtol=1e-4, atol=1e-4)
 
 
 def by_hand(work: Work) -> tuple[Callable[[], None], tuple[torch.Tensor, torch.Tensor]]:
@@ -78,17 +78,17 @@ class Rank:
 
     def step(self, chunks: dict[int, tuple[int, ...]], options: dict[int, SamplingParams]) -> tuple[int, ...]:
         """Feed tokens of sequences; what each draws."""
-        joins, rows = [], []
-        for handle, tokens in chunks.items():
-            start = self.lengths.get(handle, 0)
-            blocks = (2 * handle, 2 * handle + 1) if start == 0 else ()
+        new_sequences, rows = [], []
+        for slot, tokens in chunks.items():
+            start = self.lengths.get(slot, 0)
+            blocks = (2 * slot, 2 * slot + 1) if start == 0 else ()
             if start == 0:
-                logprobs = 1 if handle == 1 else None
-                joins.append(Join(handle, len(tokens), 0, options[handle], logprobs=logprobs))
-            self.lengths[handle] = start + len(tokens)
-            rows.append(Row(handle, start, tokens, blocks, sample=True))
+                logprobs = 1 if slot == 1 else None
+                new_sequences.append(NewSequence(slot, len(tokens), 0, options[slot], logprobs=logprobs))
+            self.lengths[slot] = start + len(tokens)
+            rows.append(SequenceChunk(slot, start, tokens, blocks, sample=True))
         self.steps += 1
-        drawn = self.runner.run(StepPlan(1, self.steps, (), tuple(joins), tuple(rows)))
+        drawn = self.runner.run(StepPlan(1, self.steps, (), tuple(new_sequences), tuple(rows)))
         assert drawn is not None
         return drawn().token_ids
 
@@ -107,7 +107,7 @@ def test_recorded_steps_draw_what_others_draw(model_dir: Path, monkeypatch: pyte
         last = dict(zip((0, 1), rank.step({0: (1, 2, 3), 1: (4, 5)}, options), strict=True))
         output = [last]
         for step in range(5):
-            chunks = {handle: (token,) for handle, token in last.items()}
+            chunks = {slot: (token,) for slot, token in last.items()}
             if step == 3:
                 chunks[2] = (7, 8, 9)  # a prompt among decodes: not a recorded step
             last = dict(zip(chunks, rank.step(chunks, options), strict=True))
@@ -121,10 +121,10 @@ def test_padding_and_recording_change_nothing_in_the_cache(model_dir: Path) -> N
 
     def logits(batch: object) -> torch.Tensor:
         calls.append(batch.tokens)  # type: ignore[attr-defined]
-        assert (batch.attention.handles_T == -1).all()  # type: ignore[attr-defined]
+        assert (batch.attention.slots_T == -1).all()  # type: ignore[attr-defined]
         return torch.zeros(batch.tokens, 10, device=DEVICE)  # type: ignore[attr-defined]
 
-    DecodeGraphs(logits, Handles(8, 4, DEVICE), 8, by_hand)._make(4)
+    DecodeGraphs(logits, SlotState(8, 4, DEVICE), 8, by_hand)._make(4)
     assert calls == [4]
 
 
@@ -146,7 +146,7 @@ def test_the_largest_batch_has_a_bucket(most: int) -> None:
 
 def test_padding_belongs_to_nobody() -> None:
     padded = pad(Layout([5], [3], [2], [2, 0, 1, 3], [0], most_queries=1, single_queries=1), 3)
-    assert padded.handles == [2, -1, -1]
+    assert padded.slots == [2, -1, -1]
     assert padded.sequences == [2, 0, 1, 3, *[0] * 8]
     assert len(padded.numbers) == 3 * 8
 

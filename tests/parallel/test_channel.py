@@ -11,9 +11,9 @@ import pytest
 
 from engine.distributed.channel import PlanHub, PlanLink
 from engine.errors import EngineError
-from engine.plan import Row, Sampled, StepPlan
+from engine.plan import Sampled, SequenceChunk, StepPlan
 
-PLAN = StepPlan(4, 1, rows=(Row(0, 0, (1, 2, 3), (0,), True),))
+PLAN = StepPlan(4, 1, chunks=(SequenceChunk(0, 0, (1, 2, 3), (0,), True),))
 
 
 @contextmanager

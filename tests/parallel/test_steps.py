@@ -11,7 +11,7 @@ import pytest
 
 from engine.distributed.parallel import Parallel
 from engine.execution.batch import Batcher, Layout
-from engine.plan import DRAWN, StepPlan
+from engine.plan import PENDING_TOKEN, StepPlan
 from engine.processes import startup
 from engine.processes.startup import Member
 from engine.request import SamplingParams
@@ -90,7 +90,7 @@ def test_ranks_feed_themselves_what_they_draw(model_dir: Path, monkeypatch: pyte
 
     def read(self: Batcher, plan: StepPlan) -> Layout:
         nonlocal blind
-        blind += any(DRAWN in row.token_ids for row in plan.rows)
+        blind += any(PENDING_TOKEN in row.token_ids for row in plan.chunks)
         return really_read(self, plan)
 
     really_read = Batcher.read

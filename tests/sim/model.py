@@ -6,7 +6,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
-from engine.plan import Row, Sampled, StepPlan
+from engine.plan import Sampled, SequenceChunk, StepPlan
 from engine.scheduling.validation import Limits
 
 VOCABULARY = 97
@@ -68,20 +68,22 @@ class Rank:
         """Apply a plan."""
         assert plan.step == self.step + 1
         self.step = plan.step
-        for handle in plan.leaves:
-            del self._tables[handle]
-        for join in plan.joins:
-            self._tables[join.handle] = []
-            self._joins[join.handle] = join.sampling.seed, join.choice, join.prompt_len
+        for slot in plan.freed_slots:
+            del self._tables[slot]
+        for join in plan.new_sequences:
+            self._tables[join.slot] = []
+            self._joins[join.slot] = join.sampling.seed, join.choice, join.prompt_len
         for source, target in plan.copies:
             for slot in range(BLOCK_SIZE):
                 self._cache[target, slot] = self._cache.get((source, slot), -1)
-        kept = [self._compute(row) for row in plan.rows]
-        sampled = [self._draw(row, before) for row, before in zip(plan.rows, kept, strict=True) if row.sample]
+        kept = [self._compute(row) for row in plan.chunks]
+        sampled = [
+            self._draw(row, before) for row, before in zip(plan.chunks, kept, strict=True) if row.sample
+        ]
         return Sampled(plan.step, tuple(sampled), (None,) * len(sampled))
 
-    def _compute(self, row: Row) -> int:
-        table = self._tables[row.handle]
+    def _compute(self, row: SequenceChunk) -> int:
+        table = self._tables[row.slot]
         table.extend(row.blocks)
         start = row.start
         before = self._cache[table[(start - 1) // BLOCK_SIZE], (start - 1) % BLOCK_SIZE] if start else 0
@@ -90,8 +92,8 @@ class Rank:
             self._cache[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = before
         return before
 
-    def _draw(self, row: Row, before: int) -> int:
-        seed, choice, prompt_len = self._joins[row.handle]
+    def _draw(self, row: SequenceChunk, before: int) -> int:
+        seed, choice, prompt_len = self._joins[row.slot]
         return self.sample(before, seed, choice, row.start + len(row.token_ids) - prompt_len)
 
     def sample(self, kept: int, seed: int, choice: int, position: int) -> int:

@@ -27,7 +27,7 @@ _MOST_SPLITS = 32
 _LOG2_E = math.log2(math.e)
 # What follows from a step's size is not compiled for: each step would have a kernel of its own.
 _ANY_SIZE = ["T", "B"]
-_ANY_PLACE = ["positions", "handles", "sequences"]  # parts of one tensor, one after another
+_ANY_PLACE = ["positions", "slots", "sequences"]  # parts of one tensor, one after another
 
 
 def enter(
@@ -40,7 +40,7 @@ def enter(
 ) -> None:
     """Norm and rotate queries in place, and write normed and rotated keys, and values, into the cache.
 
-    Tokens without a handle (-1) pad a captured graph, and are left alone.
+    Tokens without a slot (-1) pad a captured graph, and are left alone.
     """
     K, E = keys_BKPE.shape[1], keys_BKPE.shape[3]
     T, A = qkv_TA.shape
@@ -48,7 +48,7 @@ def enter(
     _enter[(triton.cdiv(T * heads, _ENTER_ROWS),)](
         qkv_TA, keys_BKPE, values_BKPE, rope.cos, rope.sin,
         qkv_TA if norms is None else norms.query, qkv_TA if norms is None else norms.key,
-        inputs.positions_T, inputs.handles_T, inputs.tables, inputs.tables.shape[1],
+        inputs.positions_T, inputs.slots_T, inputs.tables, inputs.tables.shape[1],
         0.0 if norms is None else norms.eps, T,
         H=heads - 2 * K, K=K, E=E, P=BLOCK_SIZE, HALF=triton.next_power_of_2(E // 2), NORM=norms is not None,
         ROWS=_ENTER_ROWS, num_warps=2,
@@ -57,16 +57,16 @@ def enter(
 
 @triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_PLACE)
 def _enter(
-    qkv, keys, values, cos, sin, q_norm, k_norm, positions, handles, tables, table_width, eps, T,
+    qkv, keys, values, cos, sin, q_norm, k_norm, positions, slots, tables, table_width, eps, T,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
     NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     token, heads = row // (H + 2 * K), row % (H + 2 * K)
-    handle = tl.load(handles + token, mask=token < T, other=-1).to(tl.int64)
+    slot = tl.load(slots + token, mask=token < T, other=-1).to(tl.int64)
     position = tl.load(positions + token, mask=token < T, other=0)
     pairs = tl.arange(0, HALF)[None, :]
-    there = (handle >= 0) & (pairs < E // 2)
+    there = (slot >= 0) & (pairs < E // 2)
     own = qkv + row * E + pairs
     left = tl.load(own, mask=there, other=0.0)
     right = tl.load(own + E // 2, mask=there, other=0.0)
@@ -85,7 +85,7 @@ def _enter(
     queries = there & (heads < H)
     tl.store(own, left, mask=queries)
     tl.store(own + E // 2, right, mask=queries)
-    block = tl.load(tables + handle * table_width + position // P, mask=handle >= 0, other=0).to(tl.int64)
+    block = tl.load(tables + slot * table_width + position // P, mask=slot >= 0, other=0).to(tl.int64)
     place = ((block * K + (heads + K - H % K) % K) * P + position % P) * E + pairs
     tl.store(keys + place, left, mask=there & (heads >= H) & (heads < H + K))
     tl.store(keys + place + E // 2, right, mask=there & (heads >= H) & (heads < H + K))
@@ -161,7 +161,7 @@ def _decode(
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if tl.load(sequences + 4 * sequence + 2) != 1:
         return
-    handle = tl.load(sequences + 4 * sequence).to(tl.int64)
+    slot = tl.load(sequences + 4 * sequence).to(tl.int64)
     row = tl.load(sequences + 4 * sequence + 1).to(tl.int64)
     length = tl.load(sequences + 4 * sequence + 3) + 1
     first = 0
@@ -183,7 +183,7 @@ def _decode(
     for at in range(begin, end, TILE):
         places = at + tl.arange(0, TILE)
         seen = places < end
-        k, v = _read(keys, values, tables + handle * table_width, kv_head, places, seen, size, K, E, P)
+        k, v = _read(keys, values, tables + slot * table_width, kv_head, places, seen, size, K, E, P)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
@@ -247,7 +247,7 @@ def _prefill(
     count = tl.load(sequences + 4 * sequence + 2)
     if (count < 2) | (tile * QUERIES >= count):
         return
-    handle = tl.load(sequences + 4 * sequence).to(tl.int64)
+    slot = tl.load(sequences + 4 * sequence).to(tl.int64)
     start = tl.load(sequences + 4 * sequence + 3)
     queries = tile * QUERIES + tl.arange(0, QUERIES)
     rows = tl.load(sequences + 4 * sequence + 1).to(tl.int64) + queries
@@ -267,7 +267,7 @@ def _prefill(
     for at in range(begin, end, TILE):
         places = at + tl.arange(0, TILE)
         seen = places < end
-        k, v = _read(keys, values, tables + handle * table_width, kv_head, places, seen, size, K, E, P)
+        k, v = _read(keys, values, tables + slot * table_width, kv_head, places, seen, size, K, E, P)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         visible = seen[None, :] & (places[None, :] <= positions[:, None])
         if WINDOW:

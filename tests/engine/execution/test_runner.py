@@ -11,7 +11,7 @@ from engine.errors import EngineError
 from engine.execution.runner import Runner
 from engine.grid import Grid
 from engine.kernels import choose
-from engine.plan import Join, Row, Sampled, StepPlan
+from engine.plan import NewSequence, Sampled, SequenceChunk, StepPlan
 from engine.request import SamplingParams
 from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
@@ -28,8 +28,8 @@ def runner(model_dir: Path) -> Runner:
     cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, 4)
     engine = EngineConfig(str(model_dir), epoch=4)
     runner = Runner(engine, config, weights, Parallel(grid), kernels, cache, 64)
-    join = Join(0, 3, 0, SamplingParams(temperature=0))
-    drawn = runner.run(StepPlan(4, 1, (), (join,), (Row(0, 0, (1, 2, 3), (0,), sample=True),)))
+    join = NewSequence(0, 3, 0, SamplingParams(temperature=0))
+    drawn = runner.run(StepPlan(4, 1, (), (join,), (SequenceChunk(0, 0, (1, 2, 3), (0,), sample=True),)))
     assert drawn is not None
     assert len(drawn().token_ids) == 1
     return runner
@@ -45,6 +45,6 @@ def test_plans_of_another_epoch_or_out_of_order_are_refused(runner: Runner, epoc
 def test_a_refused_plan_leaves_the_rank_as_it_was(runner: Runner) -> None:
     with pytest.raises(EngineError):
         runner.run(StepPlan(4, 9, (0,)))
-    drawn = runner.run(StepPlan(4, 2, (), (), (Row(0, 3, (4,)),)))
+    drawn = runner.run(StepPlan(4, 2, (), (), (SequenceChunk(0, 3, (4,)),)))
     assert drawn is not None
     assert drawn() == Sampled(2, (), ())

@@ -13,7 +13,7 @@ from engine.execution.runner import Runner
 from engine.grammar.grammars import Grammars
 from engine.grid import Grid
 from engine.kernels import Kernels, choose
-from engine.plan import DRAWN, StepPlan
+from engine.plan import PENDING_TOKEN, StepPlan
 from engine.processes.core import EngineCore
 from engine.request import Request, SamplingParams
 from engine.sampling.sampler import Drawn
@@ -33,8 +33,8 @@ class Watched(Runner):
 
     def run(self, plan: StepPlan) -> Drawn | None:
         """As every runner, with a look at the plan."""
-        self.blind += any(DRAWN in row.token_ids for row in plan.rows)
-        self.sizes += (len(plan.rows),)
+        self.blind += any(PENDING_TOKEN in row.token_ids for row in plan.chunks)
+        self.sizes += (len(plan.chunks),)
         return super().run(plan)
 
 

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from engine.kernels.draw import Draw, draw_tokens
-from engine.plan import Join, Mask, StepPlan
+from engine.plan import Mask, NewSequence, StepPlan
 from engine.plan_codec import decode_plan, encode_plan
 from engine.request import Request, SamplingParams
 from engine.sampling.logits_processors import Rules
 from engine.sampling.sampler import Sampler
-from engine.scheduling.sequence import join
+from engine.scheduling.sequence import new_sequence
 
 V = 40
 EOS = 7
@@ -67,23 +67,23 @@ def by_the_book(request: Request, output: list[int], logits: torch.Tensor) -> to
     return out
 
 
-def joined(request: Request, handle: int, output: list[int]) -> Join:
+def joined(request: Request, slot: int, output: list[int]) -> NewSequence:
     """As it reaches the rank that samples."""
-    plan = StepPlan(1, 1, joins=(join(request, 0, output, handle, (EOS,)),))
-    return decode_plan(encode_plan(plan)).joins[0]
+    plan = StepPlan(1, 1, new_sequences=(new_sequence(request, 0, output, slot, (EOS,)),))
+    return decode_plan(encode_plan(plan)).new_sequences[0]
 
 
 def applied(
-    rules: Rules, request: Request, handle: int, output: list[int], logits: torch.Tensor
+    rules: Rules, request: Request, slot: int, output: list[int], logits: torch.Tensor
 ) -> torch.Tensor:
-    return rules.apply(logits[None], [(handle, len(output))], ())[0]
+    return rules.apply(logits[None], [(slot, len(output))], ())[0]
 
 
 @given(requests, st.lists(tokens, max_size=70))
 @settings(max_examples=80, deadline=None)
 def test_every_rule_is_applied_as_documented(request: Request, output: list[int]) -> None:
     rules = Rules()
-    rules.follow(StepPlan(1, 1, joins=(joined(request, 5, []),)))
+    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 5, []),)))
     for token in output:
         rules.drawn(5, token)
     logits = logits_after(output)
@@ -100,8 +100,8 @@ def test_output_that_a_join_brings_counts_like_output_drawn_here(
     request: Request, output: list[int], cut: int
 ) -> None:
     whole, rebuilt = Rules(), Rules()
-    whole.follow(StepPlan(1, 1, joins=(joined(request, 0, []),)))
-    rebuilt.follow(StepPlan(1, 1, joins=(joined(request, 9, output[:cut]),)))
+    whole.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, []),)))
+    rebuilt.follow(StepPlan(1, 1, new_sequences=(joined(request, 9, output[:cut]),)))
     for position, token in enumerate(output):
         whole.drawn(0, token)
         if position >= cut:
@@ -120,23 +120,23 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
     length = 12
 
     def run(cuts: list[int]) -> list[list[int]]:
-        """All requests side by side; each leaves and joins again, under another handle, at its cut."""
+        """All requests side by side; each leaves and new_sequences again, under another slot, at its cut."""
         sampler = Sampler(draw_tokens)
         outputs: list[list[int]] = [[] for _ in asked]
-        handles = list(range(len(asked)))
-        joins = [joined(request, handle, []) for request, handle in zip(asked, handles, strict=True)]
-        leaves: list[int] = []
+        slots = list(range(len(asked)))
+        new_sequences = [joined(request, slot, []) for request, slot in zip(asked, slots, strict=True)]
+        freed_slots: list[int] = []
         for position in range(length):
             for i, request in enumerate(asked):
                 if cuts[i] == position:
-                    leaves.append(handles[i])
-                    handles[i] += 10
-                    joins.append(joined(request, handles[i], outputs[i]))
-            plan = StepPlan(1, position + 1, tuple(leaves), tuple(joins))
-            joins, leaves = [], []
+                    freed_slots.append(slots[i])
+                    slots[i] += 10
+                    new_sequences.append(joined(request, slots[i], outputs[i]))
+            plan = StepPlan(1, position + 1, tuple(freed_slots), tuple(new_sequences))
+            new_sequences, freed_slots = [], []
             draws = [
-                Draw(request.sampling, 0, position, handle=handle)
-                for request, handle in zip(asked, handles, strict=True)
+                Draw(request.sampling, 0, position, slot=slot)
+                for request, slot in zip(asked, slots, strict=True)
             ]
             rows = [logits_after([*r.prompt_ids, *out]) for r, out in zip(asked, outputs, strict=True)]
             sampler.follow(plan)
@@ -153,7 +153,7 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     request = Request("r", (1, 2, 2), SamplingParams(repetition_penalty=penalty))
     rules, logits = Rules(), logits_after([5])
-    rules.follow(StepPlan(1, 1, joins=(joined(request, 0, [9, 1]),)))
+    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, [9, 1]),)))
     wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[1, 2, 2, 9, 1]]), logits[None].clone())
     assert torch.equal(applied(rules, request, 0, [9, 1], logits), wanted[0])
 
@@ -162,15 +162,15 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
 def test_minimum_length_is_that_of_transformers(output: list[int]) -> None:
     request = Request("r", (1, 2), SamplingParams(min_tokens=2))
     rules, logits = Rules(), logits_after(output)
-    rules.follow(StepPlan(1, 1, joins=(joined(request, 0, output),)))
+    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, output),)))
     processor = MinNewTokensLengthLogitsProcessor(2, 2, EOS, device="cpu")
     wanted = processor(torch.tensor([[1, 2, *output]]), logits[None].clone())
     assert torch.equal(applied(rules, request, 0, output, logits), wanted[0])
 
 
-def mask(handle: int, allowed: set[int]) -> Mask:
+def mask(slot: int, allowed: set[int]) -> Mask:
     bits = sum(1 << token for token in allowed)
-    return Mask(handle, bits.to_bytes(8, "little"))
+    return Mask(slot, bits.to_bytes(8, "little"))
 
 
 def test_a_mask_leaves_what_the_grammar_allows_in_its_own_row() -> None:
@@ -183,20 +183,26 @@ def test_a_mask_leaves_what_the_grammar_allows_in_its_own_row() -> None:
 def test_other_rules_give_way_where_they_ban_all_that_the_grammar_allows() -> None:
     request = Request("r", (1,), SamplingParams(bad_words=((8,),), min_tokens=3))
     rules, logits = Rules(), logits_after([1])
-    rules.follow(StepPlan(1, 1, joins=(joined(request, 0, []),)))
+    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, []),)))
     assert rules.apply(logits[None], [(0, 0)], [mask(0, {8, 9})])[0].isfinite().nonzero().tolist() == [[9]]
     assert rules.apply(logits[None], [(0, 0)], [mask(0, {8, EOS})])[0].isfinite().sum() == 2
 
 
 def test_rows_without_rules_pass_untouched_and_uncopied() -> None:
     rules, logits = Rules(), torch.randn(2, V)
-    rules.follow(StepPlan(1, 1, joins=(Join(0, 3, 0, SamplingParams()), Join(1, 3, 0, SamplingParams(0.0)))))
+    rules.follow(
+        StepPlan(
+            1,
+            1,
+            new_sequences=(NewSequence(0, 3, 0, SamplingParams()), NewSequence(1, 3, 0, SamplingParams(0.0))),
+        )
+    )
     assert rules.apply(logits, [(0, 0), (1, 0)], ()) is logits
 
 
 def test_a_handle_given_to_another_sequence_keeps_nothing() -> None:
     request = Request("r", (1,), SamplingParams(presence_penalty=2.0))
     rules, logits = Rules(), torch.randn(1, V)
-    rules.follow(StepPlan(1, 1, joins=(joined(request, 0, [1, 2]),)))
-    rules.follow(StepPlan(1, 2, (0,), (Join(0, 3, 0, SamplingParams()),)))
+    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, [1, 2]),)))
+    rules.follow(StepPlan(1, 2, (0,), (NewSequence(0, 3, 0, SamplingParams()),)))
     assert rules.apply(logits, [(0, 0)], ()) is logits

@@ -10,7 +10,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
-from engine.plan import DRAWN, Row, Sampled, StepPlan
+from engine.plan import PENDING_TOKEN, Sampled, SequenceChunk, StepPlan
 from engine.plan_codec import decode_plan, encode_plan
 from engine.request import PositionLogprobs, TokenLogprob
 
@@ -61,7 +61,7 @@ class FakeRank:
         self._window = window
         self._cache: dict[int, list[int]] = {}
         self._tables: dict[int, list[int]] = {}
-        self._drawn: dict[int, int] = {}  # by handle, in the last step, if it may be asked for
+        self._drawn: dict[int, int] = {}  # by slot, in the last step, if it may be asked for
         self.step = 0
         self.computed_tokens = 0
 
@@ -70,11 +70,11 @@ class FakeRank:
         plan = decode_plan(encode_plan(plan))
         assert plan.step == self.step + 1
         self.step = plan.step
-        for handle in plan.leaves:
-            del self._tables[handle]
-        for join in plan.joins:
-            assert join.handle not in self._tables
-            self._tables[join.handle] = []
+        for slot in plan.freed_slots:
+            del self._tables[slot]
+        for join in plan.new_sequences:
+            assert join.slot not in self._tables
+            self._tables[join.slot] = []
         sources, targets = {source for source, _ in plan.copies}, [target for _, target in plan.copies]
         assert sources.isdisjoint(targets)
         assert len(set(targets)) == len(targets)
@@ -82,14 +82,14 @@ class FakeRank:
             self._cache[target] = list(self._cache[source])
         drawn = []
         before, self._drawn = self._drawn, {}
-        for row in plan.rows:
-            if DRAWN in row.token_ids:
-                row = row._replace(token_ids=(*row.token_ids[:-1], before[row.handle]))
+        for row in plan.chunks:
+            if PENDING_TOKEN in row.token_ids:
+                row = row._replace(token_ids=(*row.token_ids[:-1], before[row.slot]))
             kept = self._compute(row)
             if row.sample:
                 drawn.append((kept % VOCABULARY, float(kept)))
-                if plan.feeds:
-                    self._drawn[row.handle] = kept % VOCABULARY
+                if plan.sample_on_device:
+                    self._drawn[row.slot] = kept % VOCABULARY
         self.computed_tokens += plan.tokens
         return Sampled(
             plan.step,
@@ -97,8 +97,8 @@ class FakeRank:
             tuple(PositionLogprobs(TokenLogprob(*token)) for token in drawn),
         )
 
-    def _compute(self, row: Row) -> int:
-        table = self._tables[row.handle]
+    def _compute(self, row: SequenceChunk) -> int:
+        table = self._tables[row.slot]
         table.extend(row.blocks)
         first = _first(row.start, self._window)
         kept = [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import EngineError, RequestError
-from engine.plan import DRAWN, Sampled, StepPlan
+from engine.plan import PENDING_TOKEN, Sampled, StepPlan
 from engine.request import Delta, Request, SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import AGING_STEPS
@@ -204,7 +204,7 @@ def test_a_long_prompt_is_chunked_beside_decodes_that_go_on() -> None:
     for _ in range(4):
         plan = scheduler.schedule(1.0)
         assert plan is not None
-        assert [len(row.token_ids) for row in plan.rows] == [1, 15]
+        assert [len(row.token_ids) for row in plan.chunks] == [1, 15]
         scheduler.apply(rank.run(plan), 2.0)
 
 
@@ -216,7 +216,7 @@ def test_nobody_overtakes_a_request_that_waits_for_blocks() -> None:
     scheduler.submit(request("small", prompt=1), 0.0)
     plan = scheduler.schedule(1.0)
     assert plan is not None
-    assert not plan.joins
+    assert not plan.new_sequences
     assert scheduler.load.waiting == 2
 
 
@@ -232,7 +232,7 @@ def test_blocks_that_a_running_prompt_still_lacks_are_not_given_to_newcomers() -
     scheduler.submit(request("later", prompt=1), 0.0)
     second = scheduler.schedule(1.0)
     assert second is not None
-    assert [len(row.token_ids) for row in second.rows] == [12]
+    assert [len(row.token_ids) for row in second.chunks] == [12]
 
 
 def test_the_younger_gives_way_when_neither_has_blocks_to_go_on() -> None:
@@ -309,7 +309,7 @@ def test_an_urgent_request_overtakes_a_long_prompt_that_is_being_computed() -> N
     scheduler.submit(request("urgent", prompt=12), 0.0)
     plan = scheduler.schedule(1.0)
     assert plan is not None
-    assert [len(row.token_ids) for row in plan.rows] == [12, 4]
+    assert [len(row.token_ids) for row in plan.chunks] == [12, 4]
 
 
 def test_equal_priority_does_not_give_way_to_newcomers() -> None:
@@ -349,7 +349,7 @@ def test_plans_in_flight_share_the_sequences_so_that_stages_overlap() -> None:
     first, second = scheduler.schedule(1.0), scheduler.schedule(1.0)
     assert first is not None
     assert second is not None
-    assert (len(first.rows), len(second.rows)) == (2, 2)
+    assert (len(first.chunks), len(second.chunks)) == (2, 2)
     assert scheduler.schedule(1.0) is None
 
 
@@ -441,7 +441,7 @@ def test_those_that_decode_are_planned_ahead_of_their_tokens() -> None:
     scheduler.submit(request("a", prompt=3, max_tokens=3), 0.0)
     plans = [scheduler.schedule(1.0), scheduler.schedule(1.0), scheduler.schedule(1.0)]
     assert plans[2] is None, "one ahead is enough"
-    assert [plan.rows[0].token_ids for plan in plans if plan] == [(1, 2, 3), (DRAWN,)]
+    assert [plan.chunks[0].token_ids for plan in plans if plan] == [(1, 2, 3), (PENDING_TOKEN,)]
     deltas: list[Delta] = []
     while plans[0]:
         deltas += scheduler.apply(rank.run(plans.pop(0)), 2.0)  # type: ignore[arg-type]

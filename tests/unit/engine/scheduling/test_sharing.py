@@ -103,7 +103,7 @@ def test_a_block_is_found_only_once_it_is_computed() -> None:
     second = engine.scheduler.schedule(1.0)
     assert first is not None
     assert second is not None
-    assert [row.start for row in second.rows] == [0]
+    assert [row.start for row in second.chunks] == [0]
 
 
 def test_nothing_is_found_where_the_cache_is_off() -> None:
@@ -130,8 +130,8 @@ def test_a_preempted_sequence_finds_what_nobody_took() -> None:
     for _ in range(4):
         engine.step()
     engine.ask("urgent", (40,), 1)
-    assert engine.step().leaves
-    assert engine.step().rows[0].start == 12
+    assert engine.step().freed_slots
+    assert engine.step().chunks[0].start == 12
     engine.run()
     assert engine.stream("a") == engine.undisturbed(max_tokens=12)
 
@@ -141,7 +141,7 @@ def test_a_replay_starts_from_what_is_cached_of_its_prior_output() -> None:
     engine.ask("a")
     engine.run()
     engine.ask("b", prior=(tuple(engine.undisturbed()[:3]),))
-    assert engine.step().rows[0].start == 12
+    assert engine.step().chunks[0].start == 12
     assert engine.stream("b") == engine.undisturbed()[3:]
     assert engine.cached("b") == len(PROMPT)
 
@@ -151,8 +151,8 @@ def test_choices_compute_their_prompt_once() -> None:
         engine = Engine(prefix_cache=cache)
         engine.ask("a", n=4)
         prompt, forks = engine.step(), engine.step()
-        assert [len(row.token_ids) for row in prompt.rows] == [10]
-        assert [(row.start, len(row.token_ids)) for row in forks.rows] == [(10, 1), (9, 1), (9, 1), (9, 1)]
+        assert [len(row.token_ids) for row in prompt.chunks] == [10]
+        assert [(row.start, len(row.token_ids)) for row in forks.chunks] == [(10, 1), (9, 1), (9, 1), (9, 1)]
         assert len(forks.copies) == 3
         assert engine.limits.kv_blocks - engine.scheduler.load.kv_blocks_free == 2 + 4
         engine.run()
@@ -165,7 +165,7 @@ def test_choices_copy_the_last_block_of_a_prompt_that_fills_it() -> None:
     engine.step()
     forks = engine.step()
     assert len(forks.copies) == 1
-    assert [row.start for row in forks.rows] == [8, 7]
+    assert [row.start for row in forks.chunks] == [8, 7]
     engine.run()
     assert engine.stream("a", 1) == engine.undisturbed(PROMPT[:8])
 
@@ -175,7 +175,7 @@ def test_choices_with_prior_output_share_the_prompt_too() -> None:
     whole = engine.undisturbed(max_tokens=8)
     engine.ask("a", max_tokens=8, n=3, prior=((), tuple(whole[:5]), tuple(whole[:1])))
     engine.step()
-    assert [row.start for row in engine.step().rows][-2:] == [10, 10]
+    assert [row.start for row in engine.step().chunks][-2:] == [10, 10]
     engine.run()
     assert engine.stream("a", 1) == whole[5:]
     assert engine.stream("a", 2) == whole[1:]
@@ -185,7 +185,7 @@ def test_choices_that_wait_for_their_prompt_hold_up_nobody() -> None:
     engine = Engine(max_batch_tokens=12)
     engine.ask("a", n=3)
     engine.ask("b", (40, 41))
-    assert [len(row.token_ids) for row in engine.step().rows] == [10, 2]
+    assert [len(row.token_ids) for row in engine.step().chunks] == [10, 2]
 
 
 def test_another_choice_computes_the_prompt_when_the_first_is_cancelled() -> None:
@@ -194,7 +194,7 @@ def test_another_choice_computes_the_prompt_when_the_first_is_cancelled() -> Non
     engine.step()
     engine.scheduler.cancel("a", 0)
     engine.scheduler.check_integrity()
-    assert [row.start for row in engine.step().rows] == [0]
+    assert [row.start for row in engine.step().chunks] == [0]
     engine.run()
     assert engine.stream("a", 1) == engine.stream("a", 2) == engine.undisturbed()
 
@@ -216,7 +216,7 @@ def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_whole() -> None
     engine.ask("b", prompt_logprobs=0)
     plan = engine.scheduler.schedule(1.0)
     assert plan is not None
-    assert plan.rows[0].start == 0
+    assert plan.chunks[0].start == 0
     sampled = engine.rank.run(plan)
     scores = (PositionLogprobs(TokenLogprob(1, -1.0)),) * 9
     (delta,) = engine.scheduler.apply(replace(sampled, prompt_logprobs=(PromptLogprobs(0, scores),)), 2.0)
