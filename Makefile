@@ -26,8 +26,8 @@ up: setup $(MODEL) ## Serve the demo model from two replicas on this machine, un
 down: setup ## Stop what `make up` or `phalanx up` started
 	$(BIN)/phalanx down
 
-test: lint ## Lint, then run every test
-	$(BIN)/python -m pytest
+test: lint ## Lint, then run every test, as many at a time as there are cores (PYTEST="-k name" ...)
+	$(BIN)/python -m pytest -n logical --dist loadgroup $(PYTEST)
 
 sim: setup ## Simulate the whole cluster for SEEDS= seeds (20000) on all cores, and look for the planted bugs
 	$(BIN)/python -m tests.sim --bugs --seeds $(or $(SEEDS),20000)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -13,10 +14,20 @@ from tests.cluster import PHALANX
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 20
+# Their tests run one after another, also where others run beside them: whole clusters, kills and time limits.
+REAL_PROCESSES = ("cli", "e2e", "faults", "interop", "shard", "store")
 
 # No test fails for its time: machines stall.
 hypothesis.settings.register_profile("phalanx", deadline=None)
 hypothesis.settings.load_profile("phalanx")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for `--dist loadgroup`: a group stays in one process, which makes each fixture once."""
+    for item in items:
+        folder, *rest = item.path.relative_to(ROOT / "tests").parts
+        name = "real processes" if rest and folder in REAL_PROCESSES else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +37,10 @@ def demo_model() -> Path:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in recipe)).hexdigest()[:12]
     cache = ROOT / ".phalanx/test-model"
     model = cache / digest
-    if not model.exists():
-        shutil.rmtree(cache, ignore_errors=True)
-        subprocess.run([*PHALANX, "demo-model", str(model), "--seconds", str(SECONDS)], check=True)
+    cache.parent.mkdir(exist_ok=True)
+    with (cache.parent / "test-model.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this run may be training it
+        if not model.exists():
+            shutil.rmtree(cache, ignore_errors=True)
+            subprocess.run([*PHALANX, "demo-model", str(model), "--seconds", str(SECONDS)], check=True)
     return model
