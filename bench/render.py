@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plot, from the figures in docs/bench
+"""writes docs/benchmarks.md and its plot from the figures in docs/bench
 
 Example: python -m bench.render
 """
@@ -22,59 +22,71 @@ _NAMES = {
     "vllm": "vLLM, compiled",
     "vllm-eager": "vLLM, eager",
 }
+# /proc/cpuinfo of a virtual machine may hide which CPU it is. By the name there and the instruction sets.
+_MICROARCHITECTURES = {
+    ("Intel(R) Xeon(R) Processor @ 2.50GHz", "avx2 avx512f avx512_vnni"): "Cascade Lake",
+}
 _INTRODUCTION = """# Benchmarks
 
-Written by `python -m bench.render` from `docs/bench/*.json`; `make bench-engine` measures it all again.
-Every figure comes from one machine. Contestants get the same checkpoint, the same token ids and all cores,
-each in a process of its own that is stopped while another runs; they take turns, and a figure is the median
-of the turns with the least and the most in brackets. Checkpoints have random weights, which change no
-speed.
+`python -m bench.render` writes this page from `docs/bench/*.json`. `make bench-engine` measures everything
+again.
+
+All figures are from one machine. All contestants get the same checkpoint, the same token ids and all cores.
+Each is a process of its own, which is stopped while another one runs. They take turns. A figure is the
+median of its turns; the minimum and the maximum are in brackets. The weights are random, because weights do
+not change speed.
 """
 _DECODE = """## Decode
 
-Prompts of 128 tokens, 64 new tokens of each, greedy, weights in bfloat16. Tokens/s count while all decode:
-from the last prompt's first token to the first prompt's last one. A step reads every weight once, so
-tokens/s ÷ batch × bytes of weights is the memory traffic that they imply. Its share of the memory limit
-matters at small batches, the share of the GEMM limit at large ones; the dashed lines are what the lower of
-the two limits allows. A contestant with `float32` behind its name computes the same checkpoint in float32.
+Prompts of 128 tokens, 64 new tokens each, greedy, weights in bfloat16. Tokens/s counts only the time in
+which all sequences decode: from the first token of the last prompt to the last token of the first prompt.
+
+A step reads every weight once. So tokens/s ÷ batch × bytes of weights is the implied memory traffic, in
+GB/s. Its share of the memory limit matters at small batches, the share of the GEMM limit at large ones. A
+dashed line in the plot is the lower of the two limits, as tokens/s. A contestant with `float32` behind its
+name computes the same checkpoint in float32.
 """
 _PREFILL = """## Prefill
 
-4,096 prompt tokens at once, to the first token of the last prompt. Operations: 2 × parameters of the
-layers' matrices × tokens, 2 × parameters of the LM head × prompts, and for attention 2 × layers × hidden
-size × length² per prompt (causal: half of all pairs, two products of 2 operations each).
+4,096 prompt tokens at once, measured until the first token of the last prompt. Operations are counted as 2
+× parameters of the layers' matrices × tokens, plus 2 × parameters of the LM head × prompts, plus for
+attention 2 × layers × hidden size × length² per prompt (causal: half of all pairs, two products of 2
+operations each).
 """
-_PRODUCTS = """### The products alone
+_PRODUCTS = """### Matrix products alone
 
-What a layer's merged matrices reach by themselves (`python -m bench.products`): ours with weights in
-bfloat16, torch's in float32, GFLOP/s, in turns. It is the limit of prefill here: nearly all of its time is in
-them. The GEMM limit above is the best of square products, larger than those of a small model.
+What the merged matrices of a layer reach by themselves (`python -m bench.products`), in GFLOP/s and in
+turns: Phalanx with weights in bfloat16, torch with weights in float32. Prefill spends nearly all of its
+time in these products, so this is its limit here. The GEMM limit above is the best of square products,
+which are larger than those of a small model.
 """
 _MIXED = """## Mixed traffic
 
-The first requests of the Azure conversation trace of 2023, lengths of prompt and output divided by 8, all
-sent at once. Tokens/s count prompts and output together.
+The first requests of the Azure conversation trace of 2023, with the lengths of prompt and output divided by
+8, all sent at once. Tokens/s counts prompts and output together.
 """
 _LATENCY = """## A long prompt among decodes
 
-16 requests decode; then a prompt of 512 tokens arrives. The gaps are those between two tokens of one of the
-16: the median before it arrives, and the longest until its first token.
+16 requests decode; then a prompt of 512 tokens arrives. A gap is the time between two tokens of one of the
+16 requests. The table has the median gap before the prompt arrives, and the longest gap until the prompt
+has its first token.
 """
 _MEMORY = """## Loading and memory
 
-The most memory that a contestant's processes have held together (VmHWM), when it was up and after its last
-run here. vLLM and we have a KV pool of 1 GiB, ours touched as it fills. The budget of a rank is its
-weights, its KV memory and 400 MB.
+The peak memory of all processes of a contestant together (VmHWM), once when it was ready and once after its
+last run here. Phalanx and vLLM each have a KV pool of 1 GiB; that of Phalanx takes memory only as it fills.
+The budget of a rank is its weights, its KV memory and 400 MB.
 """
 _LAYOUTS = """## More ranks on one machine
 
-Phalanx alone, one thread per rank, all requests at once (`python -m bench.pipeline`). Busy is the time that
-the ranks compute, sums over a row included; overlap is the time that both of the first two stages compute,
-of the time that either does. Pictures show steps of a pipeline from measured times, a colour per micro-batch.
+Phalanx alone, one thread per rank, all requests at once (`python -m bench.pipeline`). *Busy* is the share
+of the time in which a rank computes, including its all-reduces. *Overlap* is the time in which both of the
+first two stages compute, divided by the time in which at least one does. A picture shows steps of a
+pipeline from measured times, with a colour per micro-batch.
 """
 _QUANTISED = """## Quantised weights
 
-Weights in int8 with a scale per row, or int4 with a scale per row and 64 columns.
+int8 has a scale per row; int4 has a scale per row and 64 columns.
 """
 _QUALITY = """Perplexity of the demo model (`phalanx demo-model`) on files of the standard library that it
 was not trained on:
@@ -145,23 +157,37 @@ def spread(values: dict[str, float], digits: int = 1) -> str:
 def _machine(machine: dict[str, Any] | None, limits: list[Row]) -> list[str]:
     if machine is None:
         return []
+    known = _MICROARCHITECTURES.get((machine["cpu"], machine["isa"]), "")
     text = (
-        f"Machine: {machine['cpu']}, {machine['cores']} cores ({machine['isa']}), "
-        f"{machine['memory_gib']} GiB, {machine['system']}."
+        f"Machine: {machine['cpu']}{f' ({known})' if known else ''}, {machine['cores']} cores "
+        f"({machine['isa'].replace(' ', ', ')}), {machine['memory_gib']} GiB, {machine['system']}."
     )
+    if not {"avx512_bf16", "amx_bf16"} & set(machine["isa"].split()):
+        text += (
+            " This CPU has no bfloat16 instructions, so the other contestants are measured in float32, too: "
+            "they are mostly faster in it here."
+        )
     for row in limits:
         text += (
-            f" Its limits, measured with all threads: memory read {row['memory'] / 1e9:.1f} GB/s, GEMM "
-            f"{row['gemm_float32'] / 1e9:.0f} GFLOP/s in float32 and {row['gemm_bfloat16'] / 1e9:.0f} in "
-            "bfloat16; the GEMM limit is the better one, and "
-            "shares are of the limits measured again in each turn."
+            "\n\nLimits of this machine, measured with all threads: "
+            f"memory read {row['memory'] / 1e9:.1f} GB/s, GEMM {row['gemm_float32'] / 1e9:.0f} GFLOP/s in "
+            f"float32 and {row['gemm_bfloat16'] / 1e9:.0f} in bfloat16. The GEMM limit below is the better of the "
+            "two. The limits are measured again in each turn, and shares are of that turn's limits."
         )
     return [text]
 
 
 def _decode(rows: list[Row]) -> list[str]:
     parts = []
-    head = ["Contestant", "Batch", "Tokens/s", "with prefill", "GB/s of weights", "of memory", "of GEMM"]
+    head = [
+        "Contestant",
+        "Batch",
+        "Tokens/s",
+        "with prefill",
+        "GB/s of weights",
+        "of memory limit",
+        "of GEMM limit",
+    ]
     for shape, its in _grouped(rows, "shape"):
         body = []
         for row in sorted(its, key=lambda row: (row["batch"], _rank(row))):
@@ -178,7 +204,7 @@ def _decode(rows: list[Row]) -> list[str]:
                     _when(row),
                 ]
             )
-        parts += [f"### {shape}", table([*head, "Phalanx is", "measured"], body)]
+        parts += [f"### {shape}", table([*head, "Phalanx vs. this", "measured"], body)]
     return parts
 
 
@@ -190,8 +216,8 @@ def _prefill(rows: list[Row]) -> list[str]:
         "Tokens/s",
         "first token",
         "GFLOP/s",
-        "of GEMM",
-        "Phalanx is",
+        "of GEMM limit",
+        "Phalanx vs. this",
         "measured",
     ]
     for shape, its in _grouped(rows, "shape"):
@@ -213,7 +239,7 @@ def _prefill(rows: list[Row]) -> list[str]:
 
 
 def _products(rows: list[Row]) -> str:
-    head = ["Matrix", "Size", "Rows of activations", "Ours", "torch", "Phalanx is", "measured"]
+    head = ["Matrix", "Size", "Rows of activations", "Phalanx", "torch", "Phalanx vs. this", "measured"]
     return table(
         head,
         (
@@ -232,7 +258,15 @@ def _products(rows: list[Row]) -> str:
 
 
 def _mixed(rows: list[Row]) -> str:
-    head = ["Contestant", "Requests", "Tokens/s", "output tokens/s", "seconds", "Phalanx is", "measured"]
+    head = [
+        "Contestant",
+        "Requests",
+        "Tokens/s",
+        "output tokens/s",
+        "seconds",
+        "Phalanx vs. this",
+        "measured",
+    ]
     return table(
         head,
         [
@@ -269,7 +303,7 @@ def _latency(rows: list[Row]) -> str:
 
 
 def _layouts(rows: list[Row]) -> list[str]:
-    head = ["Layout", "Weights", "Batch", "Tokens/s", "beside one rank", "busy", "overlap", "measured"]
+    head = ["Layout", "Weights", "Batch", "Tokens/s", "vs. one rank", "busy", "overlap", "measured"]
     body, pictures = [], []
     for row in rows:
         point = ("shape", "weights", "batch")
@@ -293,7 +327,15 @@ def _layouts(rows: list[Row]) -> list[str]:
 
 
 def _memory(rows: list[Row]) -> str:
-    head = ["Contestant", "Ready after", "weights", "held when up", "beyond weights", "at most", "measured"]
+    head = [
+        "Contestant",
+        "Ready after",
+        "weights",
+        "peak when ready",
+        "beyond weights",
+        "peak at the end",
+        "measured",
+    ]
     return table(
         head,
         [
@@ -320,7 +362,7 @@ def _details(rows: list[Row]) -> str:
 def _quantisation(quantised: list[Row], decode: list[Row]) -> list[str]:
     if not quantised:
         return []
-    head = ["Weights", "Shape", "Batch", "Tokens/s", "GB/s of weights", "beside bfloat16", "measured"]
+    head = ["Weights", "Shape", "Batch", "Tokens/s", "GB/s of weights", "vs. bfloat16", "measured"]
     body = []
     for row in quantised:
         plain = [r for r in decode if r["contestant"] == OURS and _same(r, row, ("shape", "batch"))]
@@ -353,7 +395,7 @@ def _quality(rows: list[Row]) -> list[str]:
         ]
         for row in rows
     ]
-    return [_QUALITY, table(["Weights", "Perplexity", "beside float32", "tokens", "measured"], body)]
+    return [_QUALITY, table(["Weights", "Perplexity", "vs. float32", "tokens", "measured"], body)]
 
 
 def _times(row: Row, rows: list[Row], fields: tuple[str, ...], figure: Any) -> str:
