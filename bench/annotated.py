@@ -1,7 +1,7 @@
-"""Kernels that say what they do: a named range around each call, and the bytes that it must move.
+"""A wrapper around kernels: a named profiler range for each call, and the bytes that the call must move.
 
-Ranges show up in torch's profiler and, on a GPU, as NVTX in Nsight Systems. Steps are not recorded as CUDA
-graphs meanwhile, which have no ranges inside.
+The ranges show up in torch's profiler and, on a GPU, as NVTX ranges in Nsight Systems. A CUDA graph has no
+ranges inside, so no graph is captured while this wrapper is in use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFIX = "phalanx: "
 
 
 class Annotated:
-    """`engine.kernels.Kernels` around others. Counts nothing until `counting`."""
+    """Implements `engine.kernels.Kernels` by calling other kernels. Counts bytes only while `counting`."""
 
     recordable = False
 
@@ -34,7 +34,7 @@ class Annotated:
         return getattr(self._kernels, name)
 
     def bytes_by_stage(self) -> dict[str, int]:
-        """What each stage had to read and write."""
+        """Bytes that each stage had to read and write."""
         total = dict(self._bytes)
         for stage, sequences_B4, per_token in self._attended:
             starts, counts = sequences_B4[:, 3].sum(), sequences_B4[:, 2].sum()
@@ -88,7 +88,7 @@ class Annotated:
             out = self._kernels.attend(qkv_TA, cache, layer, inputs, rope, window=window, norms=norms)
             moved(qkv_TA, out)
         if self.counting:
-            per_token = (qkv_TA.shape[1] - out.shape[1]) * cache.dtype.itemsize  # its key and its value
+            per_token = (qkv_TA.shape[1] - out.shape[1]) * cache.dtype.itemsize  # bytes of key and value
             self._attended.append((stage, inputs.sequences_B4, per_token))
         return out
 

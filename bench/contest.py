@@ -1,6 +1,6 @@
-"""Contestants as processes: built once, kept stopped while another one runs.
+"""Contestants as processes: each is built once and stays stopped while another one runs.
 
-Owns: the processes. Does not own: what they are asked, and what is made of the answers.
+Owns: the processes. Does not own: the work that they get, and the figures made of their traces.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 class ContestantError(Exception):
-    """A contestant cannot be built or has died; the message has the end of its log."""
+    """A contestant cannot be built, or has died. The message contains the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Who takes part, and with what weights: `phalanx`, `phalanx@int8`, `transformers@float32`."""
+    """A contestant and the format of its weights: `phalanx`, `phalanx@int8`, `transformers@float32`."""
 
     kind: str
     dtype: str = "bfloat16"
@@ -70,12 +70,12 @@ class Entry:
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Bytes of a matrix's parameter as a step reads it; int4 has a 16-bit scale per 64 of them."""
+        """Bytes that a step reads per parameter of a matrix; int4 adds a 16-bit scale per 64 parameters."""
         sizes = {"int8": 1.0, "int4": 0.5 + 2 / 64}
         return sizes.get(self.quantization, 4.0 if self.dtype == "float32" else 2.0)
 
     def setup(self, base: Setup) -> Setup:
-        """`base` with what is this entry's own."""
+        """`base` with the settings of this entry."""
         return replace(
             base,
             dtype=self.dtype,
@@ -86,9 +86,9 @@ class Entry:
 
 
 class Contestant:
-    """A contestant in a process group of its own, which is stopped whenever nothing is asked of it.
+    """A contestant in a process group of its own. The group is stopped (SIGSTOP) unless it is working.
 
-    `load_s` is the time from the start of its interpreter until it could be asked.
+    `load_s` is the time from the start of its interpreter until it was ready.
     """
 
     def __init__(self, entry: Entry, setup: Setup, python: str, log: Path, timeout_s: float) -> None:
@@ -116,14 +116,14 @@ class Contestant:
             raise
 
     def run(self, work: Work, timeout_s: float) -> Trace:
-        """Wake, work, sleep."""
+        """Wake the process, let it do the work, stop it again."""
         self._signal(signal.SIGCONT)
         trace = Trace(**self._ask(json.dumps(asdict(work)), timeout_s))
         self._signal(signal.SIGSTOP)
         return trace
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and all its children."""
         self._signal(signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -131,7 +131,7 @@ class Contestant:
             try:
                 pipe.close()
             except BrokenPipeError:
-                continue  # a question that it did not live to read
+                continue  # the process died before it read the last question
 
     def _ask(self, question: str, timeout_s: float) -> dict[str, Any]:
         stdin, stdout = _pipe(self._process.stdin), _pipe(self._process.stdout)
@@ -174,7 +174,7 @@ def contest(
         ContestantError: one cannot be built.
     """
     running: list[Contestant] = []
-    # A driver that is told to end must not leave stopped processes behind, which nothing would ever wake.
+    # On SIGTERM, exit through `finally`: otherwise stopped processes are left behind for ever.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         for entry in entries:
@@ -188,13 +188,13 @@ def contest(
 
 
 def relays(entries: Sequence[Entry], weights: int, kv_bytes: int, room: int) -> list[list[Entry]]:
-    """Entries in their order, cut into groups that fit into `room` bytes of memory together.
+    """Entries in their order, divided into groups. Each group fits into `room` bytes of memory.
 
     Args:
-        entries: who takes part.
+        entries: the contestants.
         weights: parameters of the model.
-        kv_bytes: vLLM fills its KV pool with zeros; others touch little of it.
-        room: what the machine has left.
+        kv_bytes: size of the KV pool. vLLM fills it with zeros; the others touch little of it.
+        room: bytes of free memory.
     """
     groups: list[list[Entry]] = [[]]
     taken = 0.0
@@ -211,17 +211,17 @@ def relays(entries: Sequence[Entry], weights: int, kv_bytes: int, room: int) -> 
 
 
 def memory_left() -> int:
-    """Bytes of memory that processes could still take (MemAvailable)."""
+    """Bytes of free memory (MemAvailable)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024
 
 
 def environment(base: Mapping[str, str], entry: Entry, python: str, threads: int) -> dict[str, str]:
-    """A contestant's environment: no network, our root to import from, and every thread.
+    """A contestant's environment variables: no network, imports from this repository, all threads.
 
-    vLLM's documentation asks for Intel's OpenMP and tcmalloc to be preloaded: they are, where they lie
-    in its environment or the system's libraries.
+    vLLM's documentation asks to preload Intel's OpenMP and tcmalloc. Both are preloaded if they are installed
+    in vLLM's environment or in the system.
     """
     dropped = re.compile("OMP_|KMP_|GOMP_|MKL_|LD_PRELOAD|PYTHONPATH|VIRTUAL_ENV")
     result = {name: value for name, value in base.items() if not dropped.match(name)}

@@ -1,7 +1,7 @@
-"""decode throughput of the engine alone, beside the memory traffic that it implies
+"""decode throughput of the engine alone, and the memory traffic that it implies
 
-A decode step reads every weight once, so tokens/s times bytes per token over the batch is the memory
-bandwidth in use. Example: python -m bench.decode --model .phalanx/demo-model
+A decode step reads every weight once. So tokens/s ÷ batch × bytes of weights is the memory bandwidth in use.
+Example: python -m bench.decode --model .phalanx/demo-model
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""the engine beside transformers and vLLM: decode and prefill, on one machine, checkpoint and list of prompts
+"""the engine beside transformers and vLLM: decode and prefill, on one machine, with one checkpoint
 
-Every contestant is a process of its own, stopped while another runs. Each point is run by all in turn, again
-and again, and the medians are compared: decode tokens/s while all decode, and prefill as the time to the last
-first token. Shares are of the machine's limits (bench.limits), which are measured in every turn too: the
-clock of a shared machine is not the same for an hour.
-Where the CPU cannot multiply in bfloat16, the others compute in float32 too, in which they are faster there.
-Writes docs/bench/*.json, docs/benchmarks.md and its plot; what is not measured again stays, with its date.
+Every contestant is a process of its own, which is stopped while another one runs. All contestants run each
+point in turn, several times, and the medians are compared: for decode, tokens/s while all sequences decode;
+for prefill, the time until the last prompt has its first token. Shares are of the machine's limits
+(bench.limits). The limits are measured in every turn, because the clock of a shared machine changes.
+On a CPU without bfloat16 instructions, the other contestants run in float32 too, where they are faster.
+Writes docs/bench/*.json, docs/benchmarks.md and its plot. Figures that are not measured again stay, with
+their date.
 
 Example: python -m bench.engine --vllm-python ~/vllm/bin/python
          python -m bench.engine --only phalanx --shapes 135m --batches 1 --repeats 1
@@ -53,7 +54,7 @@ class Point:
     new_tokens: int
 
     def work(self, shape: Shape, repeat: int) -> Work:
-        """Prompts of this point and repeat alone: a prefix cache must find nothing."""
+        """Prompts that no other point or repeat has, so that a prefix cache finds nothing."""
         seed = f"{self} {repeat}"
         return Work(prompts(self.count, self.length, shape.vocab, seed), [self.new_tokens] * self.count)
 
@@ -61,9 +62,10 @@ class Point:
 def repeated(
     running: Sequence[Contestant], shape: Shape, point: Point, options: argparse.Namespace
 ) -> Iterator[tuple[Contestant, list[Trace], Work, Limits]]:
-    """Each contestant with its traces, and the machine's limits: a short prompt to warm up, then all in turn.
+    """Run a point: a short prompt to warm up, then all contestants in turn, `options.repeats` times.
 
-    Repeating ends early when the point has taken `options.budget` seconds.
+    Yields each contestant with its traces, its work and the machine's limits. Stops repeating when the point
+    has taken `options.budget` seconds.
     """
     warm = Point(1, WARM_UP_PROMPT, WARM_UP_TOKENS).work(shape, 0)
     for contestant in running:
@@ -88,7 +90,7 @@ def repeated(
 def decode_row(
     shape: Shape, contestant: Contestant, point: Point, traces: list[Trace], work: Work, limits: Limits
 ) -> results.Row:
-    """Figures of one contestant at one batch size."""
+    """The figures of one contestant at one batch size."""
     decode = Spread.of([decode_rate(trace) for trace in traces])
     size = contestant.entry.bytes_per_parameter
     read = weights_rate(shape, point.count, decode.median, size)
@@ -111,7 +113,7 @@ def decode_row(
 def prefill_row(
     shape: Shape, contestant: Contestant, point: Point, traces: list[Trace], limits: Limits
 ) -> results.Row:
-    """Figures of one contestant over prompts of one length."""
+    """The figures of one contestant for prompts of one length."""
     tokens = point.count * point.length
     rate = Spread.of([tokens / max(first_token_s(trace)) for trace in traces])
     flops = shape.prefill_flops([point.length] * point.count) / tokens * rate.median
@@ -128,7 +130,7 @@ def prefill_row(
 
 
 def contestant_row(shape: Shape, contestant: Contestant, peak: int) -> results.Row:
-    """What a contestant is, and what loading it costs."""
+    """The versions of a contestant, and its loading time and memory."""
     weights = shape.parameters * contestant.entry.bytes_per_parameter
     return {
         "shape": shape.name,
@@ -169,7 +171,7 @@ def compete(
     prefills: Sequence[Point],
     options: argparse.Namespace,
 ) -> dict[str, list[results.Row]]:
-    """All points of one shape for contestants that fit into memory together."""
+    """Measure all points of one shape for contestants that fit into memory together."""
     rows: dict[str, list[results.Row]] = {"contestants": [], "decode": [], "prefill": []}
     peaks: dict[str, int] = {}
     logs = options.cache / "logs"

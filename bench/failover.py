@@ -1,4 +1,4 @@
-"""the gap that a client sees when the engine under its stream is killed, over many kills
+"""the gap that a client sees when the engine that serves its stream is killed, over many kills
 
 Example: python -m bench.failover --model .phalanx/demo-model --kills 10
 """

@@ -1,13 +1,14 @@
 """the engine on one GPU against that GPU's own limits, and beside transformers
 
-Three parts, each with an engine or processes of its own, so that each can be run alone: `decode` (tokens per
-second of batches), `serve` (first tokens, gaps beside a long prompt, how busy the driver calls the GPU under
-mixed arrivals) and `peers` (transformers in three ways). What a part finds is written as soon as it is found,
-beside what the report has already of the same GPU.
+Three parts, each with an engine or processes of its own, so that each can run alone:
+`decode`: tokens per second at several batch sizes.
+`serve`: time to first token, gaps beside a long prompt, GPU utilisation under mixed arrivals.
+`peers`: transformers, in three variants.
+Each result is written to the report at once. The report keeps earlier results of the same GPU.
 
-Random weights from a config alone, bf16. Limits are measured in the same run: the rate of a copy on the
-device, bytes read and written, and of its best bf16 GEMM. A decode step is held against the longer of reading
-its weights and multiplying by them, plus reading the keys and values of all its sequences.
+Weights are random, in bf16, from a config.json alone. Limits are measured in the same run: the rate of a copy
+on the device (bytes read and written), and the rate of its best bf16 GEMM. The limit of a decode step is the
+longer of reading the weights and multiplying by them, plus reading the keys and values of all sequences.
 Example: python -m bench.gpu --shapes llama-2-7b --only decode serve
 """
 
@@ -48,35 +49,35 @@ GPU_SHAPES = {
         Shape("llama-2-13b", 5120, 40, 40, 40, 13824, 32000, tied=False),
     )
 }
-POINTS = ((1, 512), (32, 1024), (128, 1024), (256, 1024))  # sequences and their lengths in the middle
-BESIDE_POINTS = ((1, 512), (32, 1024))  # with transformers
+POINTS = ((1, 512), (32, 1024), (128, 1024), (256, 1024))  # sequences, and their length mid-measurement
+BESIDE_POINTS = ((1, 512), (32, 1024))  # those that transformers is measured at
 PEERS = ("transformers", "transformers-static", "transformers-batching")
 PARTS = ("decode", "serve", "peers")
-NEW_TOKENS = 192  # of a peer's sequence
-CHUNK = 4096  # tokens of prompts in a step, where all sequences are to decode together
+NEW_TOKENS = 192  # per sequence of a peer
+CHUNK = 4096  # prompt tokens per step: large, so that all sequences soon decode together
 BUSY_S, CLIENTS, THINK_S = 60.0, 64, 0.05
 LONG = 2048
 BESIDE = 16
-STEPS = 32  # of which a median is taken
-FILLING_STEPS = 96  # a sequence decodes meanwhile, until the last one's prompt has been computed
-SETTLED = 700  # decode steps until every size of batch has been recorded
-KV_SHARE = 0.93  # of the memory, with the weights
+STEPS = 32  # a step's time is the median of so many
+FILLING_STEPS = 96  # steps that the first sequence may decode until the last prompt has been computed
+SETTLED = 700  # decode steps until the CUDA graph of every batch size has been captured
+KV_SHARE = 0.93  # of the GPU's memory, for weights and KV cache together
 PEER_TIMEOUT_S = 300.0
 
 Fields = dict[str, Any]
-"""What a part finds of a shape."""
+"""What a part measures of a shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes, read and written, and floating-point operations per second."""
+    """Bytes per second (read and written), and floating-point operations per second."""
 
     copy: float
     gemm: float
 
 
 def measure_limits() -> Limits:
-    """What this GPU can do."""
+    """Measure this GPU."""
     import torch
 
     limits = Limits(_copy_rate(), _gemm_rate())
@@ -100,7 +101,7 @@ def _gemm_rate() -> float:
 
 
 def _best(work: Callable[[], object]) -> float:
-    """The device's own time for it, at its best."""
+    """Seconds of the fastest of ten runs, by the device's clock."""
     import torch
 
     seconds = []
@@ -115,7 +116,7 @@ def _best(work: Callable[[], object]) -> float:
 
 
 class Bench:
-    """One engine and what is asked of it."""
+    """One engine, and the measurements of it."""
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         self._engine, self._shape, self._count = engine, shape, 0
@@ -141,12 +142,12 @@ class Bench:
             self._engine.step()
 
     def decode_step_s(self, count: int, length: int) -> float:
-        """The median step while `count` sequences of about `length` tokens decode, all of them in each."""
+        """The median time of a step in which all of `count` sequences of about `length` tokens decode."""
         names = self.submit(count, length - STEPS, FILLING_STEPS + 2 * STEPS)
         begun: set[str] = set()
         while len(begun) < count:
             begun |= {delta.id for delta in self._engine.step()}
-        self._engine.step()  # launched before the last one had begun, perhaps
+        self._engine.step()  # this step may have been launched before the last sequence began to decode
         median = self._step_s(count)
         for name in names:
             self._engine.cancel(name)
@@ -164,7 +165,7 @@ class Bench:
         return statistics.median(times)
 
     def longest_gap(self) -> float:
-        """Beside BESIDE decodes a long prompt comes: their longest gap, in median steps without it."""
+        """The longest gap of BESIDE decodes while a long prompt is computed, in median steps without it."""
         names = self.submit(BESIDE, 128, 2000)
         for _ in range(4 * STEPS):
             self._engine.step()
@@ -183,7 +184,10 @@ class Bench:
         return longest / alone
 
     def busy(self, seconds: float, utilisation: Callable[[], float]) -> tuple[float, float]:
-        """CLIENTS ask for answers of mixed lengths, one by one: the driver's mean, and tokens per second."""
+        """CLIENTS clients each send one request after another, of mixed lengths.
+
+        Returns the driver's mean utilisation of the GPU, and tokens per second.
+        """
         draw, samples, tokens = random.Random(0), list[float](), 0
         began = time.perf_counter()
         end, sampled = began + seconds, began
@@ -206,7 +210,7 @@ class Bench:
         return statistics.mean(samples), tokens / took
 
     def _step_s(self, tokens: int = 0) -> float:
-        """The median of the next steps; each must bring so many tokens, if any are asked for."""
+        """The median time of the next steps. Each must yield `tokens` tokens, unless that is 0."""
         times = []
         for _ in range(STEPS):
             began = time.perf_counter()
@@ -219,7 +223,7 @@ class Bench:
 
 @contextmanager
 def engine_of(shape: Shape, quantization: str, **options: Any) -> Iterator[tuple[Bench, int]]:
-    """An engine that has recorded every size of batch, and the bytes of its KV cache."""
+    """An engine that has captured the CUDA graphs of all batch sizes, and the bytes of its KV cache."""
     import torch
 
     _, memory = torch.cuda.mem_get_info()
@@ -235,7 +239,7 @@ def engine_of(shape: Shape, quantization: str, **options: Any) -> Iterator[tuple
             bench.submit(1, 16, SETTLED)
             bench.drain()
             gc.collect()
-            gc.freeze()  # as an engine's process does, or a collection would be taken for a gap
+            gc.freeze()  # as an engine's process does; otherwise a garbage collection looks like a gap
             try:
                 yield bench, kv_bytes
             finally:
@@ -243,10 +247,10 @@ def engine_of(shape: Shape, quantization: str, **options: Any) -> Iterator[tuple
 
 
 def decode(shape: Shape, limits: Limits, quantization: str) -> Iterator[Fields]:
-    """Tokens per second of batches whose keys and values fit, and what the limits allow."""
+    """Tokens per second of the batches that fit into the KV cache, and what the limits allow."""
     points: list[Fields] = []
     skipped: list[str] = []
-    # Prompts in large pieces, whoever decodes: all sequences are to be there before the first has ended.
+    # Large prompt chunks even beside decodes: all sequences must decode before the first has ended.
     chunks = {"max_batch_tokens": CHUNK + 256, "max_prefill_tokens": CHUNK}
     with engine_of(shape, quantization, **chunks) as (bench, kv_bytes):
         for count, length in POINTS:
@@ -262,7 +266,7 @@ def decode(shape: Shape, limits: Limits, quantization: str) -> Iterator[Fields]:
 def held_against(
     shape: Shape, limits: Limits, quantization: str, count: int, length: int, step_s: float
 ) -> Fields:
-    """What a decode step took, beside what it had to read and compute, and the time that this takes."""
+    """The time of a decode step, what it had to read and compute, and its shares of the limits."""
     weight_bytes = shape.step_parameters * (1 if quantization else 2)
     kv_bytes = count * length * shape.kv_bytes_per_token
     flops = 2 * shape.step_parameters * count
@@ -281,7 +285,7 @@ def held_against(
 
 
 def serve(shape: Shape, limits: Limits, quantization: str) -> Iterator[Fields]:
-    """First tokens, gaps, and a minute of mixed arrivals, with an engine as it is by itself."""
+    """Time to first token, gaps, and a minute of mixed arrivals, with the engine's default settings."""
     utilisation = driver_utilisation()
     with engine_of(shape, quantization) as (bench, _):
         first_s = bench.first_token_s()
@@ -304,9 +308,9 @@ def _said(fields: Fields) -> str:
 
 
 def driver_utilisation() -> Callable[[], float]:
-    """What the driver says of this GPU: the share of its last sampling period in which a kernel ran.
+    """A function that asks the driver for the GPU's utilisation; it returns NaN where NVML is missing.
 
-    NaN where it cannot be asked.
+    Utilisation is the share of the driver's last sampling period in which a kernel ran.
     """
     import torch
 
@@ -327,9 +331,9 @@ def driver_utilisation() -> Callable[[], float]:
 def peers(
     shape: Shape, names: Sequence[str], points: Sequence[tuple[int, int]], device: str, logs: Path
 ) -> Iterator[Fields]:
-    """How fast others decode, each point in a process of its own; or why one could not.
+    """How fast other engines decode, each point in a new process; or why a point failed.
 
-    Sequences are as long in the middle of their new tokens as ours are in the middle of the steps measured.
+    In the middle of its new tokens, a sequence is as long as ours are in the middle of the measured steps.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_json(shape)))
@@ -347,7 +351,7 @@ def peers(
                 work = Work(prompts(count, begin, shape.vocab, "peers"), [NEW_TOKENS] * count)
                 try:
                     with contest([Entry(name)], setup, "", logs, PEER_TIMEOUT_S) as (peer,):
-                        peer.run(work, PEER_TIMEOUT_S)  # compiles
+                        peer.run(work, PEER_TIMEOUT_S)  # the first run compiles
                         point["tokens_per_s"] = median_decode_rate(peer.run(work, PEER_TIMEOUT_S))
                         point["what"] = peer.ready.details
                 except ContestantError as error:
@@ -357,7 +361,7 @@ def peers(
 
 
 def times_of_peers(result: Fields) -> Fields:
-    """Our tokens per second over each peer's, where both have the point."""
+    """Our tokens per second divided by each peer's, at the points that both have."""
     ours = {(p["sequences"], p["length"]): p["tokens_per_s"] for p in result.get("decode", ())}
     return {
         f"{peer['name']}, {peer['sequences']} x {peer['length']}": ours[at] / peer["tokens_per_s"]
@@ -367,7 +371,7 @@ def times_of_peers(result: Fields) -> Fields:
 
 
 class Report:
-    """A JSON file and a plot, as of the last thing found. What another GPU found is not kept."""
+    """A JSON file and a plot, written after each result. Results of another GPU are not kept."""
 
     def __init__(self, path: Path, gpu: str, limits: Limits) -> None:
         old: Fields = json.loads(path.read_text()) if path.exists() else {}
@@ -379,18 +383,18 @@ class Report:
         self._limits = asdict(limits)
 
     def add(self, shape: str, quantization: str, fields: Fields) -> Fields:
-        """Put something found beside the rest; returns all that is known of the shape."""
+        """Add a result to the report; returns all results of the shape."""
         results: list[Fields] = self._content["results"]
         key = {"shape": shape, "quantization": quantization}
         result = next((one for one in results if key.items() <= one.items()), None)
         if result is None:
             results.append(result := key)
-        # Peers come one by one, and each in place of what was known of it.
+        # Peers arrive one by one. Each replaces the earlier result of the same peer and point.
         peers = {(peer["name"], peer["sequences"], peer["length"]): peer for peer in result.get("peers", ())}
         peers |= {(peer["name"], peer["sequences"], peer["length"]): peer for peer in fields.get("peers", ())}
         result |= fields | ({"peers": list(peers.values())} if peers else {})
         result["times_of_peers"] = times_of_peers(result)
-        # Limits go with what was held against them.
+        # Keep the limits beside the results that were compared with them.
         measured = asdict(Stamp.now()) | {"limits": self._limits}
         result.setdefault("measured", {}).update(dict.fromkeys(fields, measured))
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -414,7 +418,7 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: nothing was measured")
-    driver_utilisation()  # says now if it cannot be asked
+    driver_utilisation()  # prints now if NVML is missing
     limits = measure_limits()
     name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     rates = f"copy {limits.copy / 1e12:.2f} TB/s, GEMM {limits.gemm / 1e12:.0f} TFLOP/s"
@@ -425,23 +429,23 @@ def main() -> None:
         print(f"{shape.name}, {part}", flush=True)
         try:
             known = run(part, shape, limits, report, options)
-        except (RuntimeError, EngineError):  # the other parts are worth having
+        except (RuntimeError, EngineError):  # go on with the other parts
             traceback.print_exc()
             failed = True
         else:
             print(f"  times of peers: {_said(known.get('times_of_peers', {}))}", flush=True)
-        gc.collect()  # of the engine that the part had
+        gc.collect()  # frees the engine of this part
         torch.cuda.empty_cache()
     sys.exit(failed)
 
 
 def run(part: str, shape: Shape, limits: Limits, report: Report, options: argparse.Namespace) -> Fields:
-    """One part of one shape; all that is known of the shape then."""
+    """Run one part for one shape; returns all results of the shape."""
     known: Fields = {}
     if part != "peers":
         found = {"decode": decode, "serve": serve}[part](shape, limits, options.quantization)
     elif options.quantization:
-        return known  # peers are measured as they are
+        return known  # peers run without quantisation only
     else:
         found = peers(shape, options.peers, BESIDE_POINTS, "cuda", CACHE / "logs")
     for fields in found:

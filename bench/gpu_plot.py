@@ -1,4 +1,4 @@
-"""Bars of what `bench.gpu` measured: decode throughput beside the GPU's limits and beside others."""
+"""Bar plots of `bench.gpu`: decode throughput, the GPU's limits, and other contestants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OURS, _OTHERS, _LIMIT = "#2b5d8a", "#9aa5b1", "#555555"
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """A panel per shape and batch, what the limits allow as a dashed line. False without matplotlib."""
+    """A panel per shape and batch; a dashed line is what the limits allow. False without matplotlib."""
     try:
         import matplotlib as mpl
     except ModuleNotFoundError:
@@ -48,7 +48,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 
 def _peers_at(peers: Sequence[Mapping[str, Any]], point: Mapping[str, Any]) -> dict[str, float]:
-    """What others reached with the same batch."""
+    """The throughput of other contestants with the same batch."""
     return {
         peer["name"].replace("transformers", "tf").replace("-", "\n"): peer["tokens_per_s"]
         for peer in peers

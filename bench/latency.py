@@ -1,4 +1,4 @@
-"""the first token of a 512-token prompt that arrives while 16 requests decode, and what it costs them
+"""time to first token of a 512-token prompt that arrives while 16 requests decode, and the gaps it causes
 
 Example: python -m bench.latency --vllm-python ~/vllm/bin/python
 """
@@ -22,7 +22,7 @@ STEPS_BEFORE, STEPS_AFTER, LONG_OUTPUT = 24, 100, 8
 
 
 def work(shape: Shape, repeat: int) -> Work:
-    """16 short prompts with long outputs, and a long prompt that comes when they decode."""
+    """16 short prompts with long outputs, and a long prompt that arrives while they decode."""
     short = prompts(DECODING, DECODING_PROMPT, shape.vocab, f"short {repeat}")
     (late,) = prompts(1, LONG_PROMPT, shape.vocab, f"long {repeat}")
     outputs = [STEPS_BEFORE + STEPS_AFTER] * DECODING + [LONG_OUTPUT]
@@ -30,7 +30,10 @@ def work(shape: Shape, repeat: int) -> Work:
 
 
 def figures(trace: Trace) -> dict[str, float]:
-    """First token of the late prompt; of the others, median gap before it came, longest until then."""
+    """Time to the late prompt's first token; the others' median gap before it arrived, and longest gap after.
+
+    A gap after the late prompt counts until that prompt has its first token.
+    """
     arrived, wait = trace.submitted[-1], first_token_s(trace)[-1]
     settled = max(trace.submitted[i] + first for i, first in enumerate(first_token_s(trace)[:DECODING]))
     return {
@@ -41,7 +44,7 @@ def figures(trace: Trace) -> dict[str, float]:
 
 
 def measure(shape: Shape, options: argparse.Namespace) -> list[results.Row]:
-    """Everyone on one shape; of each figure the median of repeats."""
+    """Measure all contestants on one shape. Each figure is the median of its repeats."""
     setup = Setup(
         str(checkpoint(shape, options.cache).absolute()), threads=options.threads, max_model_len=1024
     )

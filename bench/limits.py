@@ -1,7 +1,7 @@
-"""the limits of this machine: memory read and GEMM, with all threads
+"""the limits of this machine: memory reads and matrix products (GEMM), with all threads
 
-Memory: the best of a sum and a dot product over tensors far larger than any cache. GEMM: the best square
-product in float32 and in bfloat16. Example: python -m bench.limits
+Memory: the faster of a sum and a dot product over tensors far larger than any cache. GEMM: the fastest
+square product, in float32 and in bfloat16. Example: python -m bench.limits
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPEATS = 8
 
 
 def measured(threads: int, read_bytes: int = READ_BYTES, size: int = GEMM_SIZE) -> Limits:
-    """Measure in a process of its own."""
+    """Measure in a new process."""
     command = [sys.executable, "-m", "bench.limits", "--json", "--threads", str(threads)]
     command += ["--read-bytes", str(read_bytes), "--gemm-size", str(size)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -32,7 +32,7 @@ def measured(threads: int, read_bytes: int = READ_BYTES, size: int = GEMM_SIZE) 
 
 
 def measure(read_bytes: int, size: int) -> Limits:
-    """Measure here, with as many threads as torch has."""
+    """Measure in this process, with torch's number of threads."""
     import torch
 
     flat = torch.rand(read_bytes // 4)

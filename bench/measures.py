@@ -1,4 +1,4 @@
-"""What is made of a trace: rates, gaps and shares of the machine's limits. Pure."""
+"""Figures from a trace: rates, gaps and shares of the machine's limits. Pure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import astuple, dataclass
 from bench.protocol import Trace, Work
 from bench.shapes import Shape
 
-_FIRST_TOKEN_ID = 3  # below are the special tokens
+_FIRST_TOKEN_ID = 3  # ids below are special tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of repeats with the least and the most."""
+    """The median, minimum and maximum of repeats."""
 
     median: float
     low: float
@@ -24,13 +24,13 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """Summarise at least one value."""
         return Spread(statistics.median(values), min(values), max(values), len(values))
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the machine can do with all its cores, in bytes read or floating-point operations per second."""
+    """Rates of the machine with all its cores: bytes read, and floating-point operations, per second."""
 
     memory: float
     gemm_float32: float
@@ -38,17 +38,17 @@ class Limits:
 
     @property
     def gemm(self) -> float:
-        """The better GEMM: nobody has to compute in the dtype of the weights."""
+        """The better of the two: a contestant may compute in another dtype than that of the weights."""
         return max(self.gemm_float32, self.gemm_bfloat16)
 
     @staticmethod
     def median(turns: Sequence[Limits]) -> Limits:
-        """Each limit's median over at least one turn."""
+        """The median of each limit over at least one turn."""
         return Limits(*(statistics.median(values) for values in zip(*map(astuple, turns), strict=True)))
 
 
 def prompts(count: int, length: int, vocab: int, seed: int | str) -> list[list[int]]:
-    """Prompts of random tokens: no two share a prefix, nor do those of different seeds."""
+    """Prompts of random tokens. No two share a prefix, not even with different seeds."""
     draw = random.Random(seed)
     return [[draw.randrange(_FIRST_TOKEN_ID, vocab) for _ in range(length)] for _ in range(count)]
 
@@ -63,9 +63,10 @@ def first_token_s(trace: Trace) -> list[float]:
 
 
 def decode_rate(trace: Trace) -> float:
-    """Tokens per second while all decode: from the last one's first token to the first one's last token.
+    """Tokens per second while all prompts decode.
 
-    Where somebody is done before another begins, to the last token of all.
+    That time runs from the first token of the last prompt to the last token of the first prompt to finish. If
+    a prompt finishes before another has begun, it runs to the last token of all.
     """
     start = max(at + wait for at, wait in zip(trace.submitted, first_token_s(trace), strict=True))
     lasts = {index: at for at, indices in trace.events for index in indices}
@@ -77,7 +78,7 @@ def decode_rate(trace: Trace) -> float:
 
 
 def median_decode_rate(trace: Trace) -> float:
-    """As `decode_rate`, but by the median gap while all decode, so that hiccups do not count."""
+    """As `decode_rate`, but from the median gap while all decode, so that outliers do not count."""
     firsts = [at + wait for at, wait in zip(trace.submitted, first_token_s(trace), strict=True)]
     lasts = {index: at for at, indices in trace.events for index in indices}
     together = gaps_s(trace, range(len(firsts)), max(firsts), min(lasts.values()))
@@ -87,12 +88,12 @@ def median_decode_rate(trace: Trace) -> float:
 
 
 def total_rate(trace: Trace) -> float:
-    """New tokens per second from the arrival of the first prompt on."""
+    """New tokens per second, from the arrival of the first prompt to the last token."""
     return sum(map(len, trace.token_ids)) / trace.events[-1][0]
 
 
 def gaps_s(trace: Trace, indices: range, start: float, end: float) -> list[float]:
-    """Seconds between the tokens of each of these prompts, as far as they overlap `start` to `end`."""
+    """Seconds between consecutive tokens of each of these prompts, for gaps that overlap `start` to `end`."""
     last: dict[int, float] = {}
     found: list[float] = []
     for at, came in trace.events:
@@ -106,7 +107,7 @@ def gaps_s(trace: Trace, indices: range, start: float, end: float) -> list[float
 
 
 def common_prefix(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
-    """The share of completions whose first token is equal: do both compute the same model?"""
+    """The share of completions with equal first tokens. A low share means that two models differ."""
     return statistics.mean(float(a[0] == b[0]) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -116,13 +117,13 @@ def weights_rate(shape: Shape, batch: int, rate: float, bytes_per_parameter: flo
 
 
 def decode_flops_rate(shape: Shape, work: Work, rate: float) -> float:
-    """Floating-point operations per second of decoding, with sequences as long as in the middle."""
+    """Floating-point operations per second of decoding, with the sequences at half their output."""
     lengths = [len(p) + new // 2 for p, new in zip(work.prompts, work.new_tokens, strict=True)]
     return shape.decode_flops(lengths) * rate / len(lengths)
 
 
 def decode_limit(shape: Shape, work: Work, limits: Limits, bytes_per_parameter: float) -> float:
-    """Tokens per second that no engine can exceed: memory or GEMM, whichever is less."""
+    """Tokens per second that no engine can exceed: the lower of the memory and the GEMM limit."""
     batch = len(work.prompts)
     memory = limits.memory / (shape.step_parameters * bytes_per_parameter) * batch
     return min(memory, limits.gemm / decode_flops_rate(shape, work, 1.0))

@@ -1,8 +1,8 @@
-"""mixed traffic: requests of a real trace sent at once, beside transformers' continuous batching and vLLM
+"""mixed traffic: requests of a real trace, sent at once, beside transformers' continuous batching and vLLM
 
-Lengths are those of the trace divided by 8; prompts are random tokens, the same for everyone. vLLM and we
-take up to --max-running sequences at once. A step of transformers' continuous batching costs the product of
-its queries and keys under SDPA, so its best numbers of sequences and tokens are looked for first.
+Lengths are those of the trace divided by 8. Prompts are random tokens, the same for all contestants. vLLM and
+Phalanx run up to --max-running sequences at once. Under SDPA, a step of transformers' continuous batching
+costs the product of its queries and keys. So its best numbers of sequences and tokens are searched first.
 Example: python -m bench.mixed --trace AzureLLMInferenceTrace_conv.csv --vllm-python ~/vllm/bin/python
 """
 
@@ -36,7 +36,7 @@ def tokens_per_s(work: Work, trace: Trace) -> float:
 
 
 def run(entry: Entry, setup: Setup, work: Work, options: argparse.Namespace) -> Trace:
-    """One contestant, built for this, warmed by the first requests, without the others."""
+    """Run one contestant: build it, warm it up with a few short requests, then do the work."""
     warm = as_work([(32, 4)] * 4, SHAPES["tiny"].vocab, "warm-up")
     logs = options.cache / "logs"
     with contest([entry], setup, options.vllm_python, logs, options.load_timeout) as (contestant,):
@@ -45,7 +45,7 @@ def run(entry: Entry, setup: Setup, work: Work, options: argparse.Namespace) -> 
 
 
 def tuned(entry: Entry, setup: Setup, work: Work, options: argparse.Namespace) -> Setup:
-    """The best of some numbers of sequences and tokens per step, for the first requests."""
+    """Try some numbers of sequences and tokens per step on the first requests; returns the fastest setup."""
     best, best_rate = setup, 0.0
     sample = Work(work.prompts[: options.tune_requests], work.new_tokens[: options.tune_requests])
     for sequences, tokens in itertools.product(TRIED_SEQUENCES, TRIED_TOKENS):
@@ -58,7 +58,7 @@ def tuned(entry: Entry, setup: Setup, work: Work, options: argparse.Namespace) -
 
 
 def measure(shape: Shape, work: Work, options: argparse.Namespace) -> Iterator[results.Row]:
-    """Everyone on one shape, one after the other."""
+    """Measure all contestants on one shape, one after the other."""
     longest = max(len(prompt) + new for prompt, new in zip(work.prompts, work.new_tokens, strict=True))
     setup = Setup(
         str(checkpoint(shape, options.cache).absolute()),
@@ -97,9 +97,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trace", type=Path, required=True, help="CSV with ContextTokens, GeneratedTokens")
     parser.add_argument("--requests", type=int, default=500, help="the first so many; default: %(default)s")
     parser.add_argument("--max-running", type=int, default=256, help="sequences at once")
-    parser.add_argument("--max-batch-tokens", type=int, default=0, help="per step; 0 is everyone's default")
     parser.add_argument(
-        "--tune-requests", type=int, default=32, help="to find the best settings of transformers; 0 does not"
+        "--max-batch-tokens", type=int, default=0, help="per step; 0: each contestant's default"
+    )
+    parser.add_argument(
+        "--tune-requests", type=int, default=32, help="requests to tune transformers with; 0: no tuning"
     )
     options = parser.parse_args(arguments)
     with options.trace.open(newline="") as file:

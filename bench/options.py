@@ -12,7 +12,7 @@ from bench.shapes import CACHE, SHAPES
 
 
 def add_contest_options(parser: argparse.ArgumentParser, contestants: list[str], shapes: list[str]) -> None:
-    """Who takes part, on what, and where results go."""
+    """Options for the contestants, the shapes, and the folder of the results."""
     parser.add_argument(
         "--contestants",
         "--only",
@@ -20,8 +20,8 @@ def add_contest_options(parser: argparse.ArgumentParser, contestants: list[str],
         type=entry,
         default=[entry(name) for name in contestants],
         metavar="NAME[@VARIANT]",
-        help=f"{', '.join(MODULES)}; a variant is a dtype, or int8 or int4 of phalanx. vLLM takes part where "
-        f"--vllm-python is given. Others' figures in the results stay. Default: {' '.join(contestants)}",
+        help=f"{', '.join(MODULES)}; a variant is a dtype, or int8 or int4 for phalanx. vLLM takes part only "
+        f"with --vllm-python. Figures of other contestants are kept. Default: {' '.join(contestants)}",
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes, help="default: %(default)s")
     parser.add_argument("--vllm-python", default="", help="interpreter of vLLM's own environment")
@@ -35,19 +35,19 @@ def add_contest_options(parser: argparse.ArgumentParser, contestants: list[str],
 
 
 def slow_bfloat16(contestants: list[str]) -> list[str]:
-    """These contestants, on a CPU that has no instructions for bfloat16; elsewhere none."""
+    """`contestants` if this CPU has no bfloat16 instructions, else none."""
     fast = {"avx512_bf16", "amx_bf16"}
     return [] if fast & set(Machine.here().isa.split()) else contestants
 
 
 def taking_part(options: argparse.Namespace) -> list[Entry]:
-    """The contestants, without vLLM where its interpreter is not known."""
+    """The chosen contestants, without vLLM if its interpreter is not given."""
     entries: list[Entry] = options.contestants
     return [entry for entry in entries if options.vllm_python or not entry.kind.startswith("vllm")]
 
 
 def entry(text: str) -> Entry:
-    """For argparse."""
+    """`Entry.parse` with the error that argparse expects."""
     try:
         return Entry.parse(text)
     except ValueError as error:

@@ -1,10 +1,12 @@
-"""what it costs that streams outlive their gateway: with and without, in turns on one cluster
+"""what it costs that streams outlive their gateway: with and without that, in turns on one cluster
 
-Two gateways serve the same replicas; of one's streams nobody keeps anything for another: no checkpoints in
-etcd, no output at leaders. Clients stream from each in turn. Tokens per second swing with whatever else a
-machine does, and so does the CPU time of everything per token. The work in question is done by the keepers:
-gateways, workers, controller and etcd. Engines, text processes and clients do the same either way, in the
-same seconds on the same cores. So the steadiest figure is everybody's CPU time for a second of these others'.
+Two gateways serve the same replicas. One runs with --no-resumable: etcd keeps no checkpoints of its streams,
+and leaders keep no output of them. Clients stream from both gateways in turn.
+
+Tokens per second, and CPU time per token, change with the other load of the machine. The extra work is done
+by the "keepers": gateways, workers, controller and etcd. Engines, text processes and clients do the same work
+either way, in the same seconds on the same cores. So the steadiest figure is a ratio: the CPU time of all
+processes, divided by that of engines, text processes and clients.
 Example: python -m bench.overhead --rounds 100
 """
 
@@ -34,7 +36,7 @@ STREAMS = 16
 
 @contextmanager
 def gateway(etcd: str, name: str, *options: str) -> Iterator[tuple[str, int]]:
-    """A gateway of its own on a running cluster; yields host:port and the process id."""
+    """Start another gateway on a running cluster; yields its host:port and process id."""
     reader, writer = os.pipe()
     line = [sys.executable, "-m", "dataplane.gateway.main", "--etcd", etcd, "--name", name]
     process = subprocess.Popen(
@@ -53,32 +55,32 @@ def gateway(etcd: str, name: str, *options: str) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one round of streams."""
+    """What one round of streams cost."""
 
     tokens_per_s: float
     cpu_ms_per_token: float
-    keepers_ms_per_token: float  # of those who keep streams alive
+    keepers_ms_per_token: float  # CPU time of gateways, workers, controller and etcd
 
     @property
     def cpu_by_others(self) -> float:
-        """Everybody's CPU time by that of those who do the same either way."""
+        """CPU time of all processes, divided by that of engines, text processes and clients."""
         return self.cpu_ms_per_token / (self.cpu_ms_per_token - self.keepers_ms_per_token)
 
 
 def spent_s(pids: Iterable[int]) -> float:
-    """CPU time that processes have spent since they were started."""
+    """CPU time of these processes since they started."""
     threads = [path for pid in pids for path in Path(f"/proc/{pid}/task").iterdir()]
     return sum(int((path / "schedstat").read_text().split()[0]) for path in threads) / 1e9
 
 
 def busy_s() -> float:
-    """CPU time that the machine has spent on anything since it was started."""
+    """CPU time of the whole machine since it booted."""
     user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 async def cost(target: str, model: str, max_tokens: int, keepers: Sequence[int]) -> Cost:
-    """All streams together, from the first request to the last token; `keepers` are processes."""
+    """Run all streams at once, from the first request to the last token; `keepers` are process ids."""
 
     async def run(client: Client, seed: int) -> int:
         options = {"max_tokens": max_tokens, "ignore_eos": True, "seed": seed}
@@ -97,7 +99,7 @@ async def cost(target: str, model: str, max_tokens: int, keepers: Sequence[int])
 async def measure(
     running: cluster.Cluster, model: str, options: argparse.Namespace
 ) -> list[tuple[Cost, Cost]]:
-    """With and without, of each round; who goes first alternates."""
+    """The cost with and without, for each round. The one that goes first alternates."""
     etcd, rounds = ",".join(running.etcd), []
     with gateway(etcd, "with") as kept, gateway(etcd, "without", "--no-resumable") as bare:
         targets = {"with": kept[0], "without": bare[0]}
@@ -156,9 +158,10 @@ def change(ratios: Sequence[float]) -> str:
 
 
 def interval_rank(count: int) -> int | None:
-    """How many of so many values lie outside the interval on each side; None where it would need more values.
+    """How many of `count` sorted values lie below the 95 % interval of their median, and how many above.
 
-    A median has fewer than k values below it with the probability that a fair coin shows fewer than k heads.
+    None where there are too few values. The probability that fewer than k values lie below the median is the
+    probability that `count` tosses of a fair coin show fewer than k heads.
     """
     below, outside = 0.0, None
     for heads in range(count // 2):

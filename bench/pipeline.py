@@ -1,7 +1,7 @@
 """one rank with one thread beside TP and PP with one thread per rank, on one machine
 
-Prints tokens/s of each layout and their ratios, how busy the ranks are and how much the stages overlap, and
-draws a few steps of every pipeline from measured times. Example: python -m bench.pipeline --shapes 1.1b
+Prints tokens/s of each layout, the ratio to one rank, how busy the ranks are and how much the stages overlap.
+Draws a few steps of every pipeline from measured times. Example: python -m bench.pipeline --shapes 1.1b
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHOWN = 12  # micro-batches in the picture
 
 
 def run(engine: RecordingEngine, work: Sequence[list[int]], new_tokens: int) -> tuple[float, float, int]:
-    """Seconds until every prompt has its first token, seconds after that, and tokens drawn in the latter."""
+    """Seconds until every prompt has its first token, seconds after that, and tokens sampled after that."""
     for number, prompt in enumerate(work):
         engine.submit(Request(str(number), tuple(prompt), SamplingParams(0.0), new_tokens, ignore_eos=True))
     begin = first = time.perf_counter()
@@ -44,7 +44,7 @@ def run(engine: RecordingEngine, work: Sequence[list[int]], new_tokens: int) -> 
 def measure(
     shape: Shape, layout: str, options: argparse.Namespace, spans: Path
 ) -> tuple[results.Row, list[Span]]:
-    """Figures of one layout, best of repeats, and the spans of its last run's decode steps."""
+    """The figures of one layout (the best of its repeats), and the spans of its last run's decode steps."""
     tp, pp = map(int, layout.split("x"))
     RecordingEngine.spans = spans
     with RecordingEngine(
@@ -59,7 +59,7 @@ def measure(
         prefix_cache=False,
     ) as engine:
         prefill = decode = 0.0
-        for repeat in range(options.repeats + 1):  # the first warms up
+        for repeat in range(options.repeats + 1):  # repeat 0 warms up
             work = prompts(options.batch, options.prompt, shape.vocab, repeat)
             spans.write_text("")
             until_first, after, tokens = run(engine, work, options.new_tokens if repeat else 8)
@@ -84,7 +84,7 @@ def measure(
 
 
 def report(row: results.Row, single: results.Row | None) -> str:
-    """A layout's line."""
+    """One line for a layout."""
     tp, pp = row["layout"].split("x")
     text = f"  TP{tp} PP{pp}: decode {row['decode']:8.1f} tokens/s, prefill {row['prefill']:8.1f}"
     if single is not None and single is not row:

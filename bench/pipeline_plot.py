@@ -1,4 +1,4 @@
-"""When each rank computed which micro-batch."""
+"""A plot of when each rank computed which micro-batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.pipeline_spans import Span
 
-_COLOURS = ("#2b5d8a", "#d98032", "#6a9f58", "#9aa5b1")  # micro-batches in flight take turns
+_COLOURS = ("#2b5d8a", "#d98032", "#6a9f58", "#9aa5b1")  # micro-batches in flight get different colours
 
 
 def draw(spans: Sequence[Span], title: str, path: Path) -> bool:

@@ -1,6 +1,6 @@
-"""what the ranks of an engine do and when, recorded by wrapping the engine's methods
+"""records when each rank of an engine computes, by wrapping the engine's methods
 
-Run as a module it is a rank: `python -m bench.pipeline_spans SPANS --fd N` (see `engine.processes.rank`).
+As a module it is one rank: `python -m bench.pipeline_spans SPANS --fd N` (see `engine.processes.rank`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from engine.processes import rank as process
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One step on one rank, on the clock that the processes of a machine share.
+    """One step on one rank. Times are nanoseconds of the monotonic clock, which all processes share.
 
-    The rank computes from `begin` to `end`, in nanoseconds; before, it waited for the stage before it.
-    `reducing` of these passed in sums over the row, waiting for the others included.
+    The rank computes from `begin` to `end`; before `begin` it waited for the previous stage. `reducing` is
+    the part of that time that all-reduces took, including the wait for other ranks.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Span:
 
 
 def record(path: Path) -> None:
-    """From now on, write every step that this process runs to a file."""
+    """From now on, append every step that this process runs to a file."""
     file = path.open("a", buffering=1)
     run, receive, reduce = Runner.run, Parallel.recv_hidden, Parallel.all_reduce
     received = reducing = 0
@@ -74,7 +74,7 @@ def record(path: Path) -> None:
 
 
 class RecordingEngine(Engine):
-    """An engine whose other ranks record; its own process does so by `record`."""
+    """An engine whose other ranks record their steps. For rank 0, the caller calls `record` itself."""
 
     spans: Path
 
@@ -84,19 +84,19 @@ class RecordingEngine(Engine):
 
 
 def read(path: Path) -> list[Span]:
-    """What has been recorded, in order of time."""
+    """The recorded spans, in order of time."""
     spans = [Span(*map(int, line.split())) for line in path.read_text().splitlines()]
     return sorted(spans, key=lambda span: span.begin)
 
 
 def busy_share(spans: Sequence[Span], rank: int) -> float:
-    """How much of the time a rank computes, from the first span's begin to the last one's end."""
+    """The share of the time in which a rank computes, from the first span's begin to the last one's end."""
     begin, end = min(span.begin for span in spans), max(span.end for span in spans)
     return sum(span.end - span.begin for span in spans if span.rank == rank) / (end - begin)
 
 
 def overlap_share(spans: Sequence[Span], one: int, other: int) -> float:
-    """How much of the time that either of two ranks computes, both do."""
+    """The time in which both ranks compute, divided by the time in which at least one does."""
     edges = sorted(
         (at, change) for span in spans if span.rank in (one, other)
         for at, change in ((span.begin, 1), (span.end, -1))

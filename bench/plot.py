@@ -1,4 +1,4 @@
-"""Bars of decode throughput beside the machine's limit."""
+"""Bar plots of decode throughput, with the machine's limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLOURS = {
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """A panel per shape and batch, the limit as a dashed line. False where matplotlib is not installed."""
+    """A panel per shape and batch; a dashed line is the limit. False where matplotlib is not installed."""
     try:
         import matplotlib as mpl
     except ModuleNotFoundError:

@@ -1,7 +1,7 @@
-"""products of activations and weights alone: our kernels beside torch's, on the matrices of a model
+"""matrix products alone: our kernels beside torch's, on the matrices of a model
 
-torch multiplies in float32, which is faster here than its bfloat16 where a CPU has no instructions for that;
-our weights are bfloat16. Both take turns, a turn of each after the other, and a figure is the median.
+Our weights are bfloat16. torch multiplies in float32, which is faster than its bfloat16 on a CPU without
+bfloat16 instructions. The two take turns, and a figure is the median of the turns.
 Example: python -m bench.products --shapes 135m 1.1b --rows 1 32 512
 """
 
@@ -34,7 +34,7 @@ def matrices(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def measure(shape: Shape, rows: int, threads: int) -> Iterator[results.Row]:
-    """Floating-point operations per second of each matrix, ours and torch's."""
+    """Floating-point operations per second for each matrix, ours and torch's."""
     import torch
 
     from engine.kernels import choose
@@ -57,7 +57,7 @@ def measure(shape: Shape, rows: int, threads: int) -> Iterator[results.Row]:
 
 
 def _in_turns(*works: Callable[[], object]) -> list[float]:
-    """The median seconds of each."""
+    """The median seconds of each function."""
     times: list[list[float]] = [[] for _ in works]
     repeats = [max(1, int(TURN_S / _seconds(work, 1))) for work in works]  # warms as well
     for _ in range(TURNS):

@@ -1,7 +1,7 @@
 """where the time of a step goes: a timeline, and a table of stages and kernels with GB/s each
 
-Runs decode steps of one batch, or of a long prompt with --prefill, under torch's profiler. Bytes are those
-that a stage must move at least: weights, activations in and out, keys and values of all its sequences.
+Runs decode steps of one batch (or, with --prefill, the step of a long prompt) under torch's profiler. Bytes
+are the minimum that a stage must move: weights, activations in and out, keys and values of all sequences.
 The timeline (trace.json) opens in ui.perfetto.dev or chrome://tracing. Under Nsight Systems the stages are
 NVTX ranges: nsys profile -t cuda,nvtx python -m bench.profile --ranges-only (one profiler at a time).
 Example: python -m bench.profile --shape llama-2-7b --batch 32 --length 1024
@@ -50,10 +50,10 @@ class Line:
 def lines(
     events: Iterable[Mapping[str, Any]], moved: Mapping[str, int], *, on_device: bool = False
 ) -> list[Line]:
-    """The longest first, of a trace in Chrome's format.
+    """The lines of the table, longest time first, from a trace in Chrome's format.
 
-    A kernel belongs to the stage within whose range it was launched. On a CPU a stage's time is that of its
-    range.
+    A kernel belongs to the stage whose range contains its launch. On a CPU, the time of a stage is the time
+    of its range.
 
     Args:
         events: with cat, name, ts and dur in microseconds, tid, and args with correlation.
@@ -104,7 +104,7 @@ def lines(
             len(seconds),
             sum(seconds),
             sum(seconds) / total,
-            # All of a stage's bytes over all of its time: its kernels share them.
+            # The bytes of a stage are not known per kernel: divide them by the time of the whole stage.
             moved.get(stage, 0) / of_stage[stage] if of_stage[stage] else 0.0,
         )
         for (stage, kernel), seconds in times.items()
@@ -113,7 +113,7 @@ def lines(
 
 
 def table(found: Iterable[Line], most: int = 20) -> str:
-    """For people."""
+    """The table as text."""
     rows = [f"{'stage':<34} {'calls':>6} {'ms':>9} {'share':>6} {'GB/s':>7}  kernel"]
     for line in list(found)[:most]:
         rate = f"{line.rate / 1e9:7.0f}" if line.rate else " " * 7
@@ -123,7 +123,7 @@ def table(found: Iterable[Line], most: int = 20) -> str:
 
 
 def profile(options: argparse.Namespace) -> list[Line]:
-    """Run some steps and take them apart; writes the trace."""
+    """Run some steps under the profiler, write the trace, and return the lines of the table."""
     import torch
 
     shape = _ALL[options.shape]
@@ -155,12 +155,12 @@ def profile(options: argparse.Namespace) -> list[Line]:
                 return names
 
             waiting = submit(0)
-            while waiting:  # all decode; or, of prompts, one has been computed for warmth
+            while waiting:  # until all decode; with --prefill this is the warm-up
                 waiting -= {delta.id for delta in engine.step()}
             if options.prefill:
                 submit(1)
             else:
-                engine.step()  # the first of decodes alone compiles what only these use
+                engine.step()  # the first step with decodes only: it compiles the kernels of such steps
             activities = [torch.profiler.ProfilerActivity.CPU]
             if on_gpu:
                 activities.append(torch.profiler.ProfilerActivity.CUDA)

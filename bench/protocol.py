@@ -1,6 +1,6 @@
-"""What the driver of a measurement and its contestants say to each other: JSON lines over pipes.
+"""The messages between the driver of a measurement and its contestants: JSON lines over pipes.
 
-Standard library only: a contestant may run under another interpreter, with none of our packages.
+Standard library only: a contestant may run under another interpreter that has none of our packages.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a contestant is to be built. Lengths are in tokens.
+    """How to build a contestant. Lengths are in tokens.
 
-    With `random_weights` the model is a directory with a config alone. `static`: transformers with a cache of
-    one size, which compiles itself on a GPU. `device`: of transformers alone.
+    random_weights: the model directory has only a config.json.
+    static: transformers with a static KV cache, which compiles the model on a GPU.
+    device: for transformers only.
     """
 
     model: str
@@ -39,7 +40,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Prompts to be completed greedily, `new_tokens[i]` tokens of prompt i, end-of-sequence ignored.
+    """Prompts to complete greedily: `new_tokens[i]` tokens for prompt i; end-of-sequence is ignored.
 
     The last `late` prompts arrive when each of the others has `late_after` tokens.
     """
@@ -52,9 +53,10 @@ class Work:
 
 @dataclass(slots=True)
 class Trace:
-    """What happened. Times are seconds since the first prompt was handed in.
+    """What happened. Times are seconds since the first prompt was submitted.
 
-    `events` has, for every moment at which tokens came, the prompts whose token it was.
+    `events` has one entry for every moment at which tokens arrived: the time, and the indices of the prompts
+    that got a token then.
     """
 
     token_ids: list[list[int]]
@@ -65,7 +67,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A contestant is up: what it is, and its peak memory so far."""
+    """A contestant is ready: its name and versions, and its peak memory so far."""
 
     name: str
     peak_bytes: int
@@ -79,12 +81,12 @@ class Contestant(Protocol):
     details: str
 
     def run(self, work: Work) -> Trace:
-        """Do the work and say when each token came."""
+        """Do the work and return when each token arrived."""
         ...
 
 
 class Recorder:
-    """Builds a trace on the clock that starts with it."""
+    """Builds a trace. Its clock starts when it is created."""
 
     def __init__(self, work: Work) -> None:
         self._start = time.perf_counter()
@@ -95,7 +97,7 @@ class Recorder:
         self._late_pending = work.late > 0
 
     def late_arrivals(self) -> range:
-        """The late prompts, once, at the moment when they are due."""
+        """The late prompts, once they are due; an empty range before and after."""
         early = self._trace.token_ids[: self._early]
         if not self._late_pending or min(map(len, early)) < self._work.late_after:
             return range(0)
@@ -112,7 +114,7 @@ class Recorder:
         return range(self._early)
 
     def tokens(self, tokens: Sequence[tuple[int, int]], at: float | None = None) -> None:
-        """Pairs (prompt, token id) that have come just now, or at a time of `time.perf_counter`."""
+        """Record pairs (prompt, token id) that arrived now, or at the time `at` of `time.perf_counter`."""
         if tokens:
             elapsed = (time.perf_counter() if at is None else at) - self._start
             self._trace.events.append((elapsed, [index for index, _ in tokens]))
@@ -133,14 +135,14 @@ class Recorder:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held (VmHWM), its live children's peaks included."""
+    """The peak memory of this process (VmHWM), plus those of its live descendants."""
     return sum(map(_high_water, [os.getpid(), *_descendants(os.getpid())]))
 
 
 def serve(build: Callable[[Setup], Contestant]) -> None:
-    """Be a contestant: a Setup on standard input, then one Work after another; answers on standard output.
+    """Be a contestant: read a Setup, then one Work after another, from standard input; answer each.
 
-    Whatever libraries print goes to standard error.
+    Answers go to standard output. The output of libraries is redirected to standard error.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -1,7 +1,7 @@
-"""what quantised weights cost: perplexity of the demo model on text that it was not trained on
+"""the cost of quantised weights: perplexity of the demo model on text that it was not trained on
 
-Files of the standard library come in an order drawn from the model's seed; training takes the first of them,
-this the last. Windows of 512 tokens are scored on their own. Example: python -m bench.quality
+The model's seed shuffles the files of the standard library. Training takes the first of them, this
+measurement the last. Windows of 512 tokens are scored independently. Example: python -m bench.quality
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ VARIANTS: dict[str, dict[str, str]] = {
 
 
 def held_out(texts: Sequence[str], chars: int, trained: int) -> Iterator[str]:
-    """The last texts that together have about this many characters, the last first.
+    """Texts from the end, last first, that together have about `chars` characters.
 
     Raises:
-        ValueError: training, which has seen the first `trained` characters, may have seen some of them.
+        ValueError: some of them may be among the first `trained` characters, which training has seen.
     """
-    longest = max(map(len, texts))  # both sides take whole texts
+    longest = max(map(len, texts))  # training and measurement both take whole texts
     if trained + chars + 2 * longest > sum(map(len, texts)):
         raise ValueError(f"the standard library here has no {chars} characters besides {trained} trained on")
     for text in reversed(texts):
@@ -44,12 +44,12 @@ def held_out(texts: Sequence[str], chars: int, trained: int) -> Iterator[str]:
 
 
 def windows(ids: Sequence[int], size: int) -> list[list[int]]:
-    """Pieces of `size` tokens; what is left over at the end is dropped."""
+    """Pieces of `size` tokens; an incomplete last piece is dropped."""
     return [list(ids[start : start + size]) for start in range(0, len(ids) - size + 1, size)]
 
 
 def perplexity(model: Path, pieces: Sequence[Sequence[int]], variant: dict[str, str]) -> float:
-    """exp of the mean negative log-probability of each token after the first of its piece."""
+    """exp of the mean negative log-probability, over all tokens but the first of each piece."""
     with Engine(str(model), max_model_len=WINDOW + 1, **variant) as engine:  # type: ignore[arg-type]  # strings
         done = engine.generate(pieces, SamplingParams(temperature=0), max_tokens=1, prompt_logprobs=0)
     logprobs = [position.chosen.logprob for each in done for position in each.prompt_logprobs]

@@ -94,7 +94,7 @@ was not trained on:
 
 
 def write(docs: Path) -> list[Path]:
-    """Write what can be written from the figures there are; returns the files."""
+    """Write the sections that have figures; returns the files written."""
     sections = {name: results.load(docs / "bench", name) for name in results.KEYS}
     text = document(sections)
     page = docs / "benchmarks.md"
@@ -130,24 +130,24 @@ def document(sections: dict[str, dict[str, Any]]) -> str:
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns but the first are numbers."""
+    """A Markdown table. The first column is text, all others are numbers."""
     rule = [":--", *("--:" for _ in head[1:])]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body]) + "\n"
 
 
 def name_of(contestant: str) -> str:
-    """How a contestant is called, with its variant."""
+    """The display name of a contestant, with its variant."""
     kind, _, variant = contestant.partition("@")
     return _NAMES.get(kind, kind) + (f", {variant}" if variant else "")
 
 
 def ratio(ours: float | None, theirs: float) -> str:
-    """How many times as fast we are."""
+    """How many times as fast Phalanx is; empty where it was not measured."""
     return "" if ours is None else f"{ours / theirs:.2f}×"
 
 
 def spread(values: dict[str, float], digits: int = 1) -> str:
-    """The median, with the extremes where there were repeats."""
+    """The median, and the minimum and maximum where there were repeats."""
     text = f"{values['median']:,.{digits}f}"
     if values["count"] == 1:
         return text
@@ -171,8 +171,8 @@ def _machine(machine: dict[str, Any] | None, limits: list[Row]) -> list[str]:
         text += (
             "\n\nLimits of this machine, measured with all threads: "
             f"memory read {row['memory'] / 1e9:.1f} GB/s, GEMM {row['gemm_float32'] / 1e9:.0f} GFLOP/s in "
-            f"float32 and {row['gemm_bfloat16'] / 1e9:.0f} in bfloat16. The GEMM limit below is the better of the "
-            "two. The limits are measured again in each turn, and shares are of that turn's limits."
+            f"float32 and {row['gemm_bfloat16'] / 1e9:.0f} in bfloat16. The GEMM limit below is the better "
+            "of the two. The limits are measured again in each turn, and shares are of that turn's limits."
         )
     return [text]
 
@@ -354,7 +354,7 @@ def _memory(rows: list[Row]) -> str:
 
 
 def _details(rows: list[Row]) -> str:
-    """Versions, as each contestant tells them."""
+    """The versions of each contestant, as it reported them."""
     lines = {row["contestant"]: f"- {name_of(row['contestant'])}: {row['details']}" for row in rows}
     return "\n".join(lines.values())
 
@@ -399,7 +399,7 @@ def _quality(rows: list[Row]) -> list[str]:
 
 
 def _times(row: Row, rows: list[Row], fields: tuple[str, ...], figure: Any) -> str:
-    """Our figure at the same point over this one."""
+    """Phalanx's figure at the same point, divided by this row's."""
     ours = [figure(r) for r in rows if r["contestant"] == OURS and _same(r, row, fields)]
     return "" if row["contestant"] == OURS else ratio(ours[0] if ours else None, figure(row))
 
@@ -415,7 +415,7 @@ def _grouped(rows: list[Row], field: str) -> list[tuple[str, list[Row]]]:
 
 
 def _rank(row: Row) -> tuple[int, str]:
-    """Ours first, then as they are listed."""
+    """Sort key: Phalanx first, then the order of `_NAMES`."""
     kind, _, variant = row["contestant"].partition("@")
     return list(_NAMES).index(kind), variant
 

@@ -1,7 +1,7 @@
-"""Figures on disk: a JSON file per section, in which later runs replace what they measured again.
+"""Figures on disk: a JSON file per section. A later run replaces the rows that it measures again.
 
-A row has the fields that tell it from others (its key), figures, and when and of which commit it was
-measured. Figures of different machines never mix: on another machine a section begins anew.
+A row has its key (the fields that identify it), its figures, and the date and commit of the measurement.
+Figures of different machines never mix: a run on another machine starts its sections from nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf1
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where figures come from."""
+    """The machine that figures were measured on."""
 
     cpu: str
     cores: int
@@ -61,14 +61,14 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """When and of which commit a row was measured."""
+    """Date and commit of a measurement."""
 
     date: str
     commit: str
 
     @staticmethod
     def now() -> Stamp:
-        """Now, of the commit checked out; `+` marks changes on top of it."""
+        """Today and the commit that is checked out; `+` marks uncommitted changes."""
 
         def git(*arguments: str) -> str:
             try:
@@ -83,7 +83,7 @@ class Stamp:
 
 
 def merge(section: str, old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Rows of both, the new ones in place of the old ones with their keys."""
+    """All rows; a new row replaces the old one with the same key."""
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in KEYS[section])
@@ -92,7 +92,7 @@ def merge(section: str, old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def save(folder: Path, section: str, rows: Sequence[Row], machine: Machine, stamp: Stamp) -> None:
-    """Write rows into a section's file, stamped."""
+    """Merge rows, with their stamp, into a section's file."""
     old = load(folder, section)
     kept = old.get("rows", []) if old.get("machine") == asdict(machine) else []
     stamped = [{**row, **asdict(stamp)} for row in rows]

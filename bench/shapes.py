@@ -1,6 +1,6 @@
-"""the shapes that are measured, their work per token, and random checkpoints of them
+"""the model shapes that are measured, their work per token, and random checkpoints of them
 
-A checkpoint is an ordinary Hugging Face directory of a Llama with weights drawn from a seed: speed depends
+A checkpoint is an ordinary Hugging Face directory of a Llama, with random weights from a seed. Speed depends
 on the shape alone. Example: python -m bench.shapes 135m
 """
 
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def head_parameters(self) -> int:
-        """Parameters of the LM head, which a tied embedding is too."""
+        """Parameters of the LM head. With `tied`, the embedding is the same matrix."""
         return self.vocab * self.hidden
 
     @property
@@ -56,19 +56,19 @@ class Shape:
 
     @property
     def step_parameters(self) -> int:
-        """Parameters that a decode step reads: all but the rows that an embedding leaves alone."""
+        """Parameters that a decode step reads: layers and LM head. Of an embedding it reads a few rows only."""
         return self.layer_parameters + self.head_parameters
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV memory of a token in 16 bits."""
+        """Bytes of KV memory per token, with 16-bit keys and values."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
     def prefill_flops(self, lengths: Sequence[int]) -> int:
-        """Floating-point operations to compute prompts of these lengths, with logits of their last tokens.
+        """Floating-point operations for prompts of these lengths, with the logits of their last tokens.
 
-        2 x layer parameters x tokens, 2 x head parameters x prompts, and for attention, causal, per layer
-        2 products of 2 x heads x head size x length^2 / 2.
+        The sum of 2 x layer parameters x tokens, 2 x head parameters x prompts, and for causal attention, per
+        layer, 2 products of 2 x heads x head size x length^2 / 2.
         """
         attention = sum(2 * self.layers * self.hidden * length * length for length in lengths)
         return 2 * self.layer_parameters * sum(lengths) + 2 * self.head_parameters * len(lengths) + attention
@@ -90,7 +90,7 @@ SHAPES = {
 
 
 def config_json(shape: Shape) -> dict[str, object]:
-    """What config.json says."""
+    """The contents of config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -140,7 +140,7 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint(shape: Shape, cache: Path = CACHE, seed: int = 0) -> Path:
-    """The shape's checkpoint in bfloat16, written if it is not there yet."""
+    """The folder of the shape's bfloat16 checkpoint; writes it on first use."""
     folder = cache / shape.name
     if folder.exists():
         return folder

@@ -11,10 +11,10 @@ from bench.protocol import Work
 
 
 def read_lengths(lines: Iterable[str], count: int, divisor: int) -> list[tuple[int, int]]:
-    """Prompt and output lengths of the first requests, divided, at least 1.
+    """Prompt and output lengths of the first `count` requests, divided by `divisor`, but at least 1.
 
-    The format is that of the Azure LLM inference traces: ContextTokens and GeneratedTokens under a head
-    (https://github.com/Azure/AzurePublicDataset).
+    The format is that of the Azure LLM inference traces: a CSV with the columns ContextTokens and
+    GeneratedTokens (https://github.com/Azure/AzurePublicDataset).
 
     Raises:
         ValueError: a column is missing, or there are fewer requests.

@@ -10,7 +10,7 @@ from engine.request import Request, SamplingParams
 
 
 class Ours:
-    """One rank with all threads."""
+    """An engine of one rank with all threads."""
 
     name = "Phalanx"
 
@@ -31,7 +31,7 @@ class Ours:
         self._served = 0
 
     def run(self, work: Work) -> Trace:
-        """All prompts at once; a step at a time."""
+        """Submit all prompts at once, then run step by step."""
         engine = self._engine
         recorder = Recorder(work)
         indices: dict[str, int] = {}

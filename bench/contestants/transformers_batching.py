@@ -21,8 +21,8 @@ DEFAULT_BATCH_TOKENS = 512
 class ContinuousBatching:
     """`continuous_batching_context_manager`, as `generate_batch` uses it, but with a length per request.
 
-    A step's queries see the keys of all its sequences under one mask, so its cost grows with their
-    product: more sequences in a step are not always faster.
+    One mask covers all queries and all keys of a step. So the cost of a step grows with the product of their
+    numbers, and more sequences per step are not always faster.
     """
 
     name = "transformers continuous batching"
@@ -38,10 +38,10 @@ class ContinuousBatching:
         )
 
     def run(self, work: Work) -> Trace:
-        """All prompts at once; the manager stamps every token with the time it came.
+        """Submit all prompts at once; the manager stamps every token with the time of its arrival.
 
         Raises:
-            ValueError: prompts are to arrive late, which nothing here can wait for.
+            ValueError: some prompts are to arrive late, which this contestant does not support.
             RuntimeError: a request failed.
         """
         if work.late:

@@ -1,6 +1,6 @@
-"""transformers' `generate` on a padded-free batch, as a contestant: its default attention, all threads.
+"""transformers' `generate` on a batch without padding, as a contestant: default attention, all threads.
 
-With a static cache it compiles itself, on a GPU.
+With a static cache on a GPU, it compiles the model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Generate:
         )
 
     def run(self, work: Work) -> Trace:
-        """All prompts at once: they must be equally long, so that there is nothing to pad."""
+        """Run all prompts in one call. They must have the same length, so that no padding is needed."""
         (new_tokens,) = set(work.new_tokens)
         recorder = Recorder(work)
-        # What is compiled cannot always take the tensors of inference mode.
+        # Compiled code cannot always use the tensors of inference mode.
         with torch.no_grad() if self._options else torch.inference_mode():
             ids = torch.tensor(work.prompts, device=self._model.device)
             self._model.generate(
@@ -49,7 +49,7 @@ class Generate:
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]  # transformers is not typed here
-    """Told of every step's tokens; the first call brings the prompts."""
+    """Records the tokens of every step. The first call brings the prompts, which are no new tokens."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder

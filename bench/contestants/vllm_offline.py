@@ -1,4 +1,4 @@
-"""vLLM's offline engine for CPUs, as a contestant; runs under the interpreter of vLLM's own environment."""
+"""vLLM's offline engine for CPUs, as a contestant. Runs under the interpreter of vLLM's own environment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from bench.protocol import Recorder, Setup, Trace, Work, serve
 
 
 class Offline:
-    """An engine with vLLM's defaults for the model, but for its memory, its threads and its prefix cache.
+    """An engine with vLLM's defaults, except for its memory, its threads and its prefix cache.
 
-    No two prompts of a measurement share a prefix, so the cache could only cost time.
+    The prefix cache is off: no two prompts of a measurement share a prefix, so it could only cost time.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -38,7 +38,7 @@ class Offline:
         self._served = 0
 
     def run(self, work: Work) -> Trace:
-        """All prompts at once; LLM.generate's own loop, with a clock in it."""
+        """Submit all prompts at once, then run the loop of `LLM.generate`, with a clock."""
         engine = self._llm.llm_engine
         recorder = Recorder(work)
         indices: dict[str, int] = {}
@@ -83,7 +83,7 @@ def _sampling(new_tokens: int) -> Any:
 
 
 def environment(setup: Setup) -> dict[str, str]:
-    """What vLLM reads from the environment: KV memory in whole GiB, a thread on every core, no network."""
+    """vLLM's environment variables: KV memory in whole GiB, a thread on every core, no network."""
     cores = sorted(os.sched_getaffinity(0))[: setup.threads]
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, setup.kv_bytes >> 30)),
