@@ -56,7 +56,7 @@ class Shape:
 
     @property
     def step_parameters(self) -> int:
-        """Parameters that a decode step reads: layers and LM head. Of an embedding it reads a few rows only."""
+        """Parameters that a decode step reads: layers and LM head; of an embedding, only some rows."""
         return self.layer_parameters + self.head_parameters
 
     @property

@@ -1,7 +1,8 @@
-"""Hurts a real cluster under load, again and again, and judges every stream from outside.
+"""Injects faults into a real cluster under load, again and again, and checks every stream from outside.
 
-Each repetition: wait until all streams are under way, do one fault, watch what notices it, how long clients
-wait, and when the replica serves again. Every answer is compared with the undisturbed one of its request.
+A repetition waits until all streams are under way and injects one fault. Then it measures when the store
+shows the fault, the longest gap of each client, and when the replica serves again. Every answer is compared
+with the undisturbed answer to the same request.
 
 Example: python -m tests.chaos --faults engine-kill worker-kill --repetitions 20 --report chaos
 """
@@ -39,7 +40,10 @@ LOG_CHARS = 1_000_000  # of each process
 
 @dataclass(slots=True)
 class Repetition:
-    """One fault: seconds after it until the store knew, until the replica served again, and clients' gaps."""
+    """One fault and its effects: when the store showed it, when the replica served again, the clients' gaps.
+
+    Times are seconds after the fault; `at` is on the monotonic clock.
+    """
 
     fault: str
     what: str
@@ -50,7 +54,7 @@ class Repetition:
 
 
 async def repeat(scene: Scene, load: Load, fault: str) -> Repetition:
-    """Do one fault and wait until the cluster is whole again."""
+    """Inject one fault and wait until the cluster is whole again."""
     async with asyncio.timeout(UNDER_WAY_WITHIN_S):
         while not (hit := load.under_way):
             await asyncio.sleep(0.002)
@@ -71,7 +75,7 @@ async def repeat(scene: Scene, load: Load, fault: str) -> Repetition:
 
 
 async def healed(observer: Observer, injury: Injury, done: Repetition) -> None:
-    """Wait until what was hurt is whole; notes when it was noticed and when it served."""
+    """Wait until the cluster is whole; set `done.noticed_s` and `done.reformed_s`."""
     if injury.replica:
         key = injury.replica, injury.epoch
         await observer.until(lambda: key in observer.failed, HEALED_WITHIN_S)
@@ -99,7 +103,7 @@ async def healed(observer: Observer, injury: Injury, done: Repetition) -> None:
 
 
 async def routed(cluster: Cluster, replicas: int) -> None:
-    """Wait until every gateway reaches every replica, those that were started again as well."""
+    """Wait until every gateway, also one that was restarted, reaches every replica."""
     for gateway in cluster.info()["gateways"]:
         async with asyncio.timeout(HEALED_WITHIN_S):
             while await asyncio.to_thread(_reached, gateway["http"]) != replicas:
@@ -115,7 +119,7 @@ def _reached(gateway: str) -> int:
 
 
 async def soak(scene: Scene, load: Load, every_s: float, faults: list[str]) -> list[Repetition]:
-    """A random fault every so often, whether the last has healed or not, until the load has ended."""
+    """Inject a random fault every `every_s` seconds, healed or not, until the load has ended."""
     done: list[Repetition] = []
     waking: set[asyncio.Task[None]] = set()
 
@@ -131,7 +135,7 @@ async def soak(scene: Scene, load: Load, every_s: float, faults: list[str]) -> l
         try:
             injury = FAULTS[fault](scene)
         except (IndexError, KeyError, FileNotFoundError, ProcessLookupError, StopIteration):
-            continue  # whom it would have hit has not come back yet
+            continue  # the fault's victim has not come back yet
         done.append(Repetition(fault, injury.what, at))
         if injury.wake:
             task = asyncio.create_task(wake(injury))
@@ -144,7 +148,7 @@ async def soak(scene: Scene, load: Load, every_s: float, faults: list[str]) -> l
 
 
 class Memory:
-    """Resident memory of the cluster's processes over time, each boot by itself."""
+    """Resident memory of the cluster's processes over time; each boot of a process has its own series."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -161,7 +165,7 @@ class Memory:
             await asyncio.sleep(2.0)
 
     def growth(self, after_s: float = 20.0, least_s: float = 60.0) -> dict[str, dict[str, float]]:
-        """Of each boot that lived long: MB once it was warm, and at the end."""
+        """For each boot that lived long: MB once it was warm, and at its end."""
         table = {}
         for name, series in self.samples.items():
             warm = [mb for at, mb in series if at >= series[0][0] + after_s]
@@ -180,7 +184,7 @@ def _resident_mb(pid: int) -> float:
 
 
 async def suffer(cluster: Cluster, options: argparse.Namespace) -> tuple[list[Repetition], Verdict, Load]:
-    """All repetitions on one cluster."""
+    """Run all repetitions on one cluster."""
     gateways = [gateway["grpc"] for gateway in cluster.info()["gateways"]]
     references = await undisturbed(gateways, cluster.model, options.max_tokens)
     store = EtcdStore(cluster.info()["etcd"])
@@ -230,7 +234,7 @@ def _line(one: Repetition) -> str:
 
 
 def summary(done: list[Repetition]) -> dict[str, dict[str, float]]:
-    """Per fault: medians and 99th percentiles, in milliseconds. Gaps are of all clients that were hit."""
+    """Per fault: median, 99th percentile and maximum, in milliseconds. Gaps are those of all clients hit."""
     table = {}
     for fault in dict.fromkeys(one.fault for one in done):
         mine = [one for one in done if one.fault == fault]
@@ -262,7 +266,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(".phalanx/demo-model"))
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--repetitions", type=int, default=3, help="of each fault")
-    parser.add_argument("--shuffle", action="store_true", help="faults in an order that the seed decides")
+    parser.add_argument("--shuffle", action="store_true", help="shuffle the faults, by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=400)
@@ -271,7 +275,7 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument(
-        "--soak", type=int, default=0, help="so many requests, a fault --every so many seconds"
+        "--soak", type=int, default=0, help="run so many requests, with a fault every --every seconds"
     )
     parser.add_argument("--etcd-stop-s", type=float, default=10.0, help="how long etcd-stop lasts")
     parser.add_argument("--every", type=float, default=3.0)

@@ -1,4 +1,4 @@
-"""What must hold of every answer, whatever happened: judged from outside, by comparison alone. Pure."""
+"""What must hold for every answer, whatever happened. Only compares answers; knows no cluster. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.chaos.load import Answer
 
 @dataclass(slots=True)
 class Verdict:
-    """How many answers were right, and what was wrong with the others."""
+    """The number of correct answers, and what was wrong with the others."""
 
     whole: int = 0
     lost: list[str] = field(default_factory=list)  # ended with an error, or without an end
@@ -24,7 +24,7 @@ class Verdict:
 
 
 def check(answers: Iterable[Answer], references: Sequence[Answer]) -> Verdict:
-    """Compare every answer with the undisturbed one of the same request."""
+    """Compare every answer with the undisturbed answer to the same request."""
     verdict = Verdict()
     for answer in answers:
         name = f"request {answer.number}, {len(answer.ids)} tokens"
@@ -50,9 +50,9 @@ def check(answers: Iterable[Answer], references: Sequence[Answer]) -> Verdict:
 
 
 def longest_gap(answer: Answer, since: float) -> float:
-    """The longest time between two events of a client of which the second came after `since`, in seconds.
+    """The longest time between two consecutive events of a client, in seconds.
 
-    The time to the first event counts for an answer that began after `since`.
+    Only gaps that end after `since` count. The wait for the first event is a gap, too.
     """
     times = [answer.began, *answer.arrivals]
     gaps = [later - earlier for earlier, later in pairwise(times) if later > since]
@@ -60,6 +60,6 @@ def longest_gap(answer: Answer, since: float) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
+    """The smallest value such that at least `share` of all values do not exceed it."""
     ordered = sorted(values)
     return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]

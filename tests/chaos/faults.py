@@ -1,4 +1,4 @@
-"""What is done to a running cluster: each fault hurts one process, or two, as an accident would."""
+"""The faults for a running cluster. Each hurts one or two processes, as an accident would."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.faults.hurt import can_limit_memory, cut_connections, limit_memory
 
 @dataclass(slots=True)
 class Injury:
-    """What was done: to whom, to which replica's which epoch (where one was hurt), and how to undo it."""
+    """A fault that was injected: what it did, the replica and epoch that it hit (if any), how to end it."""
 
     what: str
     replica: str = ""
     epoch: int = 0
-    wake: list[int] = field(default_factory=list)  # processes that stand still
+    wake: list[int] = field(default_factory=list)  # stopped processes, to be continued
     wake_after_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A cluster and what is known of it; `chance` decides whom it hits."""
+    """A cluster and its observer; `chance` picks the victims."""
 
     cluster: Cluster
     observer: Observer
@@ -39,7 +39,7 @@ class Scene:
         return self.chance.choice(sorted(ready))
 
     def injury(self, what: str, replica: str) -> Injury:
-        """An injury of a replica's present epoch."""
+        """An injury to a replica's current epoch."""
         return Injury(f"{what} of {replica}", replica, self.observer.snapshot.replicas[replica].epoch)
 
 
@@ -72,7 +72,7 @@ def kill_worker(scene: Scene) -> Injury:
 
 
 def stop_engine(scene: Scene) -> Injury:
-    """SIGSTOP of the engine of the last rank, for good: it lives, and computes no more."""
+    """SIGSTOP of the engine of the last rank, for good: the process lives, but computes nothing."""
     replica = scene.replica()
     shard = scene.observer.shards(replica)[-1]
     os.kill(shard.engine_pid, signal.SIGSTOP)
@@ -80,7 +80,7 @@ def stop_engine(scene: Scene) -> Injury:
 
 
 def stop_worker(scene: Scene) -> Injury:
-    """SIGSTOP of a leader's worker until its place has long been another's."""
+    """SIGSTOP of a leader's worker, until long after another worker has taken its place."""
     replica = scene.replica()
     pid = scene.observer.snapshot.workers[scene.observer.shards(replica)[0].worker].server_pid
     os.kill(pid, signal.SIGSTOP)
@@ -123,14 +123,14 @@ def kill_etcd(scene: Scene) -> Injury:
 
 
 def stop_etcd(scene: Scene) -> Injury:
-    """SIGSTOP of the only etcd for longer than every lease lives."""
+    """SIGSTOP of the only etcd, for longer than any lease lasts."""
     pid = scene.cluster.process("etcd-0")
     os.kill(pid, signal.SIGSTOP)
     return Injury("SIGSTOP of etcd", wake=[pid], wake_after_s=scene.etcd_stop_s)
 
 
 def cut_worker(scene: Scene) -> Injury:
-    """Every connection of a leader's worker breaks: to gateways, to the store, to its peers."""
+    """Break every connection of a leader's worker: to gateways, to the store, to its peers."""
     replica = scene.replica()
     worker = scene.observer.snapshot.workers[scene.observer.shards(replica)[0].worker]
     count = cut_connections(worker.server_pid)
@@ -138,14 +138,14 @@ def cut_worker(scene: Scene) -> Injury:
 
 
 def cut_gateway(scene: Scene) -> Injury:
-    """Every connection of a gateway breaks: its clients', and those to workers and the store."""
+    """Break every connection of a gateway: to clients, to workers and to the store."""
     name = scene.chance.choice(sorted(scene.observer.snapshot.gateways))
     count = cut_connections(scene.observer.snapshot.gateways[name].pid)
     return Injury(f"{count} connections of {name} cut")
 
 
 def limit_engine(scene: Scene) -> Injury:
-    """The engine of any rank may have no more memory."""
+    """Forbid the engine of a random rank to take more memory."""
     replica = scene.replica()
     shard = scene.chance.choice(scene.observer.shards(replica))
     limit_memory(shard.engine_pid)
@@ -153,7 +153,7 @@ def limit_engine(scene: Scene) -> Injury:
 
 
 def limit_worker(scene: Scene) -> Injury:
-    """The worker of any rank may have no more memory."""
+    """Forbid the worker of a random rank to take more memory."""
     replica = scene.replica()
     shard = scene.chance.choice(scene.observer.shards(replica))
     limit_memory(scene.observer.snapshot.workers[shard.worker].server_pid)

@@ -1,7 +1,7 @@
-"""Clients that stream all the time, and what each of them received when.
+"""Clients that stream all the time, and a record of what each received, and when.
 
-Every stream is one of a few requests whose undisturbed answer is known, so that `check` can compare each
-position. Time is `time.monotonic()`, which all processes of a machine share.
+There are only a few different requests. Their undisturbed answers are known, so `check` can compare every
+position. Times are `time.monotonic()`, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAMPLING: dict[str, Any] = {
 
 @dataclass(slots=True)
 class Answer:
-    """What one request's client received; one arrival for each event with tokens."""
+    """What the client of one request received. `arrivals` has the time of each event with tokens."""
 
     number: int
     began: float
@@ -44,20 +44,23 @@ class Answer:
     ended: float | None = None
 
     def same_as(self, other: Answer) -> bool:
-        """Whether both clients received the same."""
+        """Whether both clients received the same answer."""
         mine = (self.ids, self.text, self.finish, self.completion_tokens)
         return mine == (other.ids, other.text, other.finish, other.completion_tokens)
 
 
 @dataclass(slots=True)
 class Load:
-    """`streams` requests at a time, each followed by its next, until `stop` or until `total` have ended."""
+    """`streams` clients, each sending one request after another.
+
+    The load ends when the block of `run` is left, or with `total` after so many requests.
+    """
 
     gateways: Sequence[str]
     model: str
     streams: int
     max_tokens: int
-    total: int = 0  # 0: until `stop`
+    total: int = 0  # 0: until the block of `run` is left
     answers: list[Answer] = field(default_factory=list)
     running: dict[int, Answer] = field(default_factory=dict)  # by client
     stopping: bool = False
@@ -66,9 +69,9 @@ class Load:
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[Load]:
-        """The load is on inside the block; leaving it lets the last requests end."""
+        """Run the load inside the block. Leaving the block waits for the last requests."""
         async with contextlib.AsyncExitStack() as stack:
-            # Each half of the clients begins at another gateway.
+            # Half of the clients begin at one gateway, the others at another.
             clients = []
             for first in range(min(2, len(self.gateways))):
                 targets = [*self.gateways[first:], *self.gateways[:first]]
@@ -83,7 +86,7 @@ class Load:
 
     @property
     def under_way(self) -> list[Answer]:
-        """The streams that run and are far from their ends, once they are most, and all have begun."""
+        """The streams that are far from their ends, once all have begun and most are far; before, none."""
         begun = [answer for answer in self.running.values() if len(answer.ids) >= 4]
         far = [answer for answer in begun if len(answer.ids) <= 0.7 * self.max_tokens]
         return far if len(begun) == self.streams and len(far) >= 0.6 * self.streams else []
@@ -117,7 +120,7 @@ class Load:
 
 
 async def undisturbed(gateways: Sequence[str], model: str, max_tokens: int) -> list[Answer]:
-    """Every request's answer while nothing happens."""
+    """The answer to every request while no fault is injected."""
     load = Load(gateways, model, len(PROMPTS), max_tokens, total=len(PROMPTS))
     async with load.run():
         pass

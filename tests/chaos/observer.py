@@ -1,4 +1,4 @@
-"""What the store says of the replicas, with the time at which each word of it came."""
+"""Watches the replicas' state in the store, and records when each change arrived."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phalanx.store.records import Keys, ShardRecord, ShardState, Snapshot
 
 @dataclass(slots=True)
 class Observer:
-    """Follows one cluster's store. It watches as any process of the cluster would, and changes nothing."""
+    """Follows the store of one cluster, as any process of the cluster does. It writes nothing."""
 
     store: EtcdStore
     keys: Keys = field(default_factory=Keys)
@@ -35,26 +35,26 @@ class Observer:
                     self.ready.setdefault((name, assigned.epoch), now)
                 elif (name, assigned.epoch) in self.ready:
                     self.failed.setdefault((name, assigned.epoch), (now, "a shard's status is gone"))
-                # An epoch that is followed by another without a word has been noticed, too.
+                # An epoch that was replaced without a FAILED status has been noticed, too.
                 for replica, epoch in list(self.ready):
                     if replica == name and epoch < assigned.epoch:
                         self.failed.setdefault((name, epoch), (now, "formed anew"))
             self._news.set()
 
     def shards(self, replica: str) -> list[ShardRecord]:
-        """The shards of a replica's present epoch, by rank, as far as they have said something."""
+        """The shards of a replica's current epoch that have written a status, in order of rank."""
         assigned = self.snapshot.replicas[replica]
         found = [self.snapshot.shard(replica, rank) for rank in range(len(assigned.assignment.members))]
         return [shard for shard in found if shard is not None]
 
     def is_ready(self, replica: str) -> bool:
-        """Whether every shard of a replica's present epoch is ready."""
+        """Whether every shard of a replica's current epoch is ready."""
         members = self.snapshot.replicas[replica].assignment.members
         shards = self.shards(replica)
         return len(shards) == len(members) and all(shard.state is ShardState.READY for shard in shards)
 
     async def until(self, condition: Callable[[], bool], within_s: float) -> None:
-        """Return when `condition` holds after a change. Raises TimeoutError."""
+        """Return once `condition` holds; it is tested after each change. Raises TimeoutError."""
         async with asyncio.timeout(within_s):
             while not condition():
                 self._news.clear()

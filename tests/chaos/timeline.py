@@ -1,4 +1,4 @@
-"""A picture of a run: when each client received something, and when what was done."""
+"""A picture of a run: when each client received tokens, and when each fault was injected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GAP_S = 0.1  # shown as a break in a client's line
 
 
 def draw(done: Sequence[Repetition], answers: Sequence[Answer], path: Path) -> None:
-    """Write an SVG: a lane per concurrent stream, red lines for faults, light ones for served again."""
+    """Write an SVG: a lane per concurrent stream, a red line per fault, a green one when it served again."""
     if not done or not answers:
         return
     start = min(answer.began for answer in answers)
@@ -55,7 +55,7 @@ def draw(done: Sequence[Repetition], answers: Sequence[Answer], path: Path) -> N
 
 
 def _lanes(answers: Sequence[Answer]) -> list[int]:
-    """A lane for each answer, such that no two overlap."""
+    """A lane for each answer. Answers in one lane do not overlap in time."""
     free: list[float] = []
     lanes = [0] * len(answers)
     for index in sorted(range(len(answers)), key=lambda index: answers[index].began):
@@ -69,7 +69,7 @@ def _lanes(answers: Sequence[Answer]) -> list[int]:
 
 
 def _bursts(answer: Answer) -> list[tuple[float, float]]:
-    """Times in which events came without a gap."""
+    """The intervals in which events arrived without a gap."""
     bursts: list[tuple[float, float]] = []
     for when in answer.arrivals:
         if bursts and when - bursts[-1][1] < _GAP_S:

@@ -19,5 +19,5 @@ def cluster(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="package")
 def undisturbed(cluster: Cluster) -> dict[str, list[Stream]]:
-    """Every mode's streams in a cluster that nobody hurts."""
+    """The streams of every mode, without a fault."""
     return {mode: asyncio.run(stream_all(cluster, options)) for mode, options in MODES.items()}

@@ -1,7 +1,7 @@
-"""A cluster on two hosts that are network namespaces of this machine, with a wire between them to cut.
+"""A cluster on two hosts, near and far, that are network namespaces of this machine; the wire can be cut.
 
-Near, the machine itself, has etcd, the controller, the gateway and all workers but one; far has that one, in
-a process namespace of its own, so that its ranks cannot share memory with the others.
+Near is the machine itself. It runs etcd, the controller, the gateway and all workers but one. Far runs the
+last worker, in a process namespace of its own, so that its ranks cannot share memory with the others.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ def missing() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """What connects the hosts. Cut, it swallows packets, as a broken switch does: nobody is told."""
+    """The connection between the hosts. When cut it drops packets without an error, like a broken switch."""
 
     namespace: str
     end: str
 
     def cut(self) -> None:
-        """Nothing arrives any more."""
+        """Drop every packet."""
         _ip("-n", self.namespace, "link", "set", self.end, "down")
 
     def mend(self) -> None:
-        """As before."""
+        """Let packets pass again."""
         _ip("-n", self.namespace, "link", "set", self.end, "up")
 
 
 @contextlib.contextmanager
 def wire() -> Iterator[Wire]:
-    """The far host, and the wire to it."""
+    """Create the far host and the wire to it."""
     name = f"phalanx-{os.getpid()}"
     near, far = f"px{os.getpid()}n", f"px{os.getpid()}f"
     _ip("netns", "add", name)
@@ -77,7 +77,7 @@ def wire() -> Iterator[Wire]:
 
 
 class TwoHosts(Cluster):
-    """A cluster that `phalanx up` has not started."""
+    """A cluster that was started without `phalanx up`."""
 
     def phalanx(
         self, *arguments: str, environment: Mapping[str, str] | None = None
@@ -89,7 +89,7 @@ class TwoHosts(Cluster):
 
 @contextlib.contextmanager
 def two_hosts(model: Path, state_dir: Path, wire: Wire, near_workers: int) -> Iterator[Cluster]:
-    """The cluster, with nothing deployed."""
+    """Start the cluster, with nothing deployed."""
     (state_dir / "logs").mkdir()
     python = [sys.executable, "-m"]
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Injuries that no signal does: connections that break under a living process, memory that runs out."""
+"""Faults that no signal can cause: broken connections of a living process, and memory that runs out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import socket
 from pathlib import Path
 
 _PIDFD_GETFD = 438  # the number of the system call, on every architecture
-_LIMIT_BYTES = 4096  # the next page is one too many
+_LIMIT_BYTES = 4096  # one page; memory that a process already has stays charged to its old cgroup
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def cut_connections(pid: int) -> int:
-    """Shut down every TCP connection that a process has, as a firewall that forgot them would; how many."""
+    """Shut down every TCP connection of a process, as a firewall that loses its state; returns how many."""
     libc = ctypes.CDLL(None, use_errno=True)
     process, cut = os.pidfd_open(pid), 0
     try:
@@ -41,13 +41,13 @@ def _shut(fd: int) -> bool:
         try:
             theirs.getpeername()
             theirs.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it listens, or has been closed
+        except OSError:  # a listening socket, or one that was closed meanwhile
             return False
         return True
 
 
 def _memory_groups() -> tuple[Path, str] | None:
-    """The folder for groups with a memory limit and the limit's name; None where we cannot make any."""
+    """The cgroup folder for memory limits and the name of the limit's file; None where it is not writable."""
     if (_CGROUPS / "memory/memory.limit_in_bytes").exists():  # version 1
         found = _CGROUPS / "memory", "memory.limit_in_bytes"
     elif "memory" in _read(_CGROUPS / "cgroup.subtree_control"):
@@ -65,18 +65,18 @@ def _read(path: Path) -> str:
 
 
 def can_limit_memory() -> bool:
-    """Whether this process may put others into groups with a memory limit."""
+    """Whether this process may put others into a cgroup with a memory limit."""
     return _memory_groups() is not None
 
 
 def limit_memory(pid: int) -> None:
-    """Leave a process no memory beyond what it has: the kernel kills it when it needs another page.
+    """Forbid a process to take more memory: the kernel kills it when it needs another page.
 
     Raises OSError.
     """
     found = _memory_groups()
     if found is None:
-        raise OSError("there are no groups with a memory limit here, or only for another user")
+        raise OSError("no writable cgroup with a memory limit here")
     folder, limit = found
     group = folder / f"phalanx-chaos-{pid}"
     group.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def limit_memory(pid: int) -> None:
 
 
 def forget_limits() -> None:
-    """Remove the groups of processes that have gone."""
+    """Remove the cgroups of processes that have ended."""
     if found := _memory_groups():
         for group in found[0].glob("phalanx-chaos-*"):
             with contextlib.suppress(OSError):  # not yet empty

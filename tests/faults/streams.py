@@ -1,6 +1,6 @@
 """Streams over two replicas of two shards each, with real processes, a real etcd and a real model.
 
-Eight streams run, spread over both; something happens to one process when all of them are under way.
+Eight streams run, spread over both replicas. When all of them are under way, a test hurts one process.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from phalanx.client import Client
 from tests.cluster import Cluster
 
 STREAMS = 8
-TOKENS = 400  # a quarter of a second of the engine's time: it must not have ended when a client is slow
-HURT_AT = 4  # of the slowest stream; the fastest is then far from its end
+TOKENS = 400  # a quarter of a second of engine time: long enough that no stream ends before the fault
+HURT_AT = 4  # hurt when the slowest stream has so many tokens; the fastest is then far from its end
 PROMPTS = [
     "def __init__(self",
     "import ",
@@ -67,7 +67,7 @@ async def stream_all(
     on_time: Callable[[], None] | None = None,
     hurt_at: int = HURT_AT,
 ) -> list[Stream]:
-    """Run all streams to their ends; `on_time` is called once, when every one has `hurt_at` tokens."""
+    """Run all streams to their ends. Calls `on_time` once, when every stream has `hurt_at` tokens."""
     options = {"max_tokens": TOKENS, "ignore_eos": True} | options
     streams = [Stream() for _ in range(STREAMS)]
     hurt = False

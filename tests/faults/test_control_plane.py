@@ -1,4 +1,4 @@
-"""Neither etcd nor a controller answers: streams go on, and an engine that dies meanwhile comes back."""
+"""Neither etcd nor a controller answers: streams continue, and an engine that dies meanwhile comes back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections that break under processes that live on."""
+"""Connections break, but the processes at both ends live."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A replica that loses a worker for good, with none to spare, goes on in a smaller layout, and grows back."""
+"""A replica loses a worker for good, with no spare one: it runs in a smaller layout, and grows back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM of a worker: its requests end where they are, or are handed over when the time is up."""
+"""SIGTERM of a worker: its requests finish there, or are replayed elsewhere when the time is up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.faults.streams import MODES, counter, stream_all
 from tests.faults.workers import deploy, runs, worker
 from tests.until import until_sync
 
-LONG = MODES["sampled"] | {"max_tokens": 600}  # it takes longer than gateways take to look elsewhere
+LONG = MODES["sampled"] | {"max_tokens": 600}  # long enough that gateways see the drain before the end
 
 
 @pytest.mark.timeout(240)

@@ -1,4 +1,4 @@
-"""etcd has no space left: it refuses every write, and streams and a dead engine do without."""
+"""etcd has no space left and refuses every write: streams continue, and a dead engine is formed again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.until import until_sync
 
 QUOTA = 16 << 20
 FILLER = b"filler/"
-END = b"filler0"  # after every key that begins so
+END = b"filler0"  # the first key after all that begin with FILLER ("0" follows "/")
 
 
 @contextlib.contextmanager
 def small_etcd(folder: Path) -> Iterator[str]:
-    """The endpoint of an etcd that takes no more than QUOTA bytes."""
+    """Start an etcd with a quota of QUOTA bytes; yields its endpoint."""
     endpoint, peer = f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
     line = [*command(folder, f"http://{endpoint}", peer), f"--quota-backend-bytes={QUOTA}"]
     with subprocess.Popen(line) as process:
@@ -37,7 +37,7 @@ def small_etcd(folder: Path) -> Iterator[str]:
 
 
 def fill(endpoint: str) -> None:
-    """Write until etcd refuses to."""
+    """Write until etcd refuses."""
     with grpc.insecure_channel(endpoint) as channel:
         store = rpc.KVStub(channel)
         keys = (FILLER + b"%d" % number for number in range(2 * QUOTA >> 20))
@@ -48,7 +48,7 @@ def fill(endpoint: str) -> None:
 
 
 def make_room(endpoint: str) -> None:
-    """What an operator does: delete, compact, defragment, disarm."""
+    """Do what an operator does: delete, compact, defragment, disarm."""
     with grpc.insecure_channel(endpoint) as channel:
         store, upkeep = rpc.KVStub(channel), rpc.MaintenanceStub(channel)
         gone = store.DeleteRange(rpc.DeleteRangeRequest(key=FILLER, range_end=END), timeout=10.0)

@@ -1,4 +1,4 @@
-"""SIGKILL and SIGTERM of a gateway under load: its clients go on at the other one, and no token is lost."""
+"""SIGKILL and SIGTERM of a gateway under load: its clients resume at the other one, and no token is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.cluster import Cluster
 from tests.faults.streams import MODES, Stream, has_come_back, shards, stream_all
 from tests.until import until_sync
 
-LONG = 950  # tokens: seconds, so that every request has a checkpoint long before it ends
+LONG = 950  # tokens; they take seconds, so every request has a checkpoint long before it ends
 
 
 def serves(url: str) -> bool:
@@ -25,7 +25,7 @@ def serves(url: str) -> bool:
 
 
 def other_resumed(cluster: Cluster) -> float:
-    """Requests that the second gateway has taken over."""
+    """How many requests clients have resumed at the second gateway."""
     with urllib.request.urlopen(f"{cluster.info()['gateways'][1]['http']}/metrics") as response:
         lines = response.read().decode().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("phalanx_resumed_total "))

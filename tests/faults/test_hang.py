@@ -1,4 +1,4 @@
-"""SIGSTOP of an engine: it lives, and computes no more. No stream notices, and the replica is formed anew."""
+"""SIGSTOP of an engine: it lives, but computes nothing. No stream notices; the replica is formed again."""
 
 from __future__ import annotations
 

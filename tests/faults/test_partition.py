@@ -1,4 +1,4 @@
-"""A host is cut off in silence: streams go on elsewhere, nothing of it counts any more, and it comes back."""
+"""A host is cut off in silence: streams continue elsewhere, its frames are ignored, and it comes back."""
 
 from __future__ import annotations
 

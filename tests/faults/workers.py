@@ -1,4 +1,4 @@
-"""Workers that a test starts itself, so that nobody starts them again, and what it waits for."""
+"""Workers that a test starts itself, so that no supervisor restarts them, and conditions to wait for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.streams import replicas_reached
 
 @contextlib.contextmanager
 def worker(cluster: Cluster, name: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker of this cluster; killed at the end if it still runs."""
+    """Start a worker of this cluster; kills it at the end if it still runs."""
     etcd = ",".join(cluster.info()["etcd"])
     command = [sys.executable, "-m", "dataplane.shard.main", "--etcd", etcd, "--name", name, "--host", "here"]
     with (cluster.state_dir / "logs" / f"{name}.log").open("wb") as log:
@@ -26,7 +26,7 @@ def worker(cluster: Cluster, name: str, *arguments: str) -> Iterator[subprocess.
 
 
 def deploy(cluster: Cluster, **shape: int) -> None:
-    """Give the deployment another shape."""
+    """Change the shape of the deployment."""
     fields = {"name": cluster.model, "model": str(cluster.model_dir), **shape}
     document = cluster.state_dir / "deployment.yaml"
     document.write_text("".join(f"{name}: {value}\n" for name, value in fields.items()))
@@ -35,7 +35,7 @@ def deploy(cluster: Cluster, **shape: int) -> None:
 
 
 def runs(cluster: Cluster, tp: int, pp: int, state: str, replicas: int = 1) -> bool:
-    """Whether the deployment is in this state, and its replicas ready in this layout and reached."""
+    """Whether the deployment is in this state, and the gateway reaches all replicas, ready in this layout."""
     (deployment,) = cluster.get("deployments")
     found = [(one["state"], one["tp"], one["pp"]) for one in cluster.get("replicas")]
     whole = deployment["state"] == state and found == [("ready", tp, pp)] * replicas

@@ -1,4 +1,4 @@
-"""Simulates many seeds on all cores, and says how many found something.
+"""Simulates many seeds on all cores, and prints how many of them found a violation.
 
 Example: python -m tests.sim --seeds 20000
 """
@@ -18,7 +18,7 @@ from tests.sim.run import Outcome, run
 
 
 def fixed_hashes(module: str, arguments: Sequence[str]) -> None:
-    """Start again with hashes that do not differ from run to run: sets of the shells are iterated."""
+    """Restart this program with fixed hashes: the shells iterate over sets, so hashes change the order."""
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.execve(
             sys.executable,
@@ -28,13 +28,13 @@ def fixed_hashes(module: str, arguments: Sequence[str]) -> None:
 
 
 def find(bug: str, most: int) -> int | None:
-    """How many seeds it takes to find a planted bug; None when so many do not find it."""
+    """How many seeds it takes to find a planted bug; None if `most` seeds do not find it."""
     with BUGS[bug]():
         return next((seed + 1 for seed in range(most) if run(seed).violations), None)
 
 
 def tell(outcome: Outcome) -> None:
-    """Print a run that went wrong, as a regression test would repeat it."""
+    """Print a run with violations, and the call that repeats it."""
     print(f"seed {outcome.seed}: {outcome.violations[:5]}")
     print(f"  run({outcome.seed}, faults={outcome.faults})")
     for event in outcome.events:

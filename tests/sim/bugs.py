@@ -1,4 +1,4 @@
-"""Bugs planted on purpose, each as a context: the simulation must find every one of them."""
+"""Bugs planted on purpose, each a context manager. The simulation must find every one of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[Non
 
 @contextlib.contextmanager
 def epoch_not_checked() -> Iterator[None]:
-    """A leader admits gateways of any epoch, and the gateway takes frames of any."""
+    """A leader admits gateways of any epoch, and a gateway accepts frames of any epoch."""
 
     def admit(before: Any) -> Any:
         def any_epoch(self: ShardServer, first: Any) -> Any:
@@ -51,7 +51,7 @@ def epoch_not_checked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sampler_with_a_state() -> Iterator[None]:
-    """Noise is keyed by how many tokens this engine has drawn for the sequence, not by the position."""
+    """Noise is keyed by the number of tokens that this engine has sampled, not by the output position."""
 
     def sample(before: Any) -> Any:
         def counted(self: Rank, kept: int, seed: int, choice: int, position: int) -> int:
@@ -68,7 +68,7 @@ def sampler_with_a_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def resumed_at_the_wrong_index() -> Iterator[None]:
-    """A stream that is resumed begins one position early."""
+    """A resumed stream begins one position early."""
 
     def cursor(before: Any) -> Any:
         def early(self: Ticket, text: str) -> Cursor:
@@ -82,7 +82,7 @@ def resumed_at_the_wrong_index() -> Iterator[None]:
 
 @contextlib.contextmanager
 def finish_dropped() -> Iterator[None]:
-    """The finish is dropped from what another gateway is told of a request, so that nobody ends it."""
+    """A leader tells another gateway of a request without its finish reason, so the stream never ends."""
 
     def extend(before: Any) -> Any:
         def without(output: shard_pb2.Delta, news: shard_pb2.Delta) -> None:
@@ -97,7 +97,7 @@ def finish_dropped() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hung_engine_looks_healthy() -> Iterator[None]:
-    """A worker renews everything for an engine that computes no more."""
+    """A worker never notices that its engine has stopped computing."""
 
     def check(before: Any) -> Any:
         return lambda self, now: None

@@ -1,4 +1,4 @@
-"""Simulated engines and text processes, and how a worker holds them: what stands in for `process.Child`."""
+"""Simulated engines and text processes, and `SimChild`, which replaces `dataplane.shard.process.Child`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ STEP_S = (0.01, 0.03)
 
 
 class SimChild:
-    """See `dataplane.shard.process.Child`: a child is a process of its own, and dies with its worker."""
+    """Replaces `dataplane.shard.process.Child`. A child is a process of its own, and dies with its worker."""
 
-    world: World  # set before a run: a Child is made by a worker, which knows no world
+    world: World  # a class attribute, set before a run: the worker that creates a child knows no world
     numbers = itertools.count(1)
 
     def __init__(
@@ -66,7 +66,7 @@ class SimChild:
         self._killed = False
 
     def send(self, message: Message) -> None:
-        """To the child, in order."""
+        """Send to the child; messages arrive in order."""
         self._pass("down", self.process, self._take, message)
 
     def kill(self) -> None:
@@ -75,7 +75,7 @@ class SimChild:
         self.process.die()
 
     async def run(self) -> str:
-        """Start the child and wait for its end."""
+        """Start the child and wait until it ends; returns how it ended."""
         if self._killed:
             return "was never started"
         self.process.on_death.append(self._dead)
@@ -99,7 +99,7 @@ class SimChild:
         self._program.take(message)
 
     def _say(self, message: Message) -> None:
-        """From the child, in order."""
+        """Send from the child to the worker; messages arrive in order."""
         self._pass("up", self._worker, self._on_message, message)
 
     def _dead(self) -> None:
@@ -112,7 +112,7 @@ class SimChild:
 
 
 class SimText:
-    """A text process: a text is its code points, a token t is the piece "<t>"."""
+    """A text process. Token ids of a prompt are its code points; the text of token t is "<t>"."""
 
     def __init__(self, world: World, process: Process, say: Callable[[Message], None]) -> None:
         self._say, self._fake = say, FakeText.__new__(FakeText)
@@ -127,7 +127,7 @@ class SimText:
 
 
 class SimEngine:
-    """One rank. The first runs the real scheduler; no step ends before every rank has answered."""
+    """One rank. Rank 0 runs the real scheduler. A step ends only when every rank has answered."""
 
     def __init__(self, world: World, process: Process, say: Callable[[Message], None]) -> None:
         self._world, self._process, self._say = world, process, say
@@ -171,7 +171,7 @@ class SimEngine:
         while len(self._group) < self._size:
             await asyncio.sleep(0.02)
         for one in self._group:
-            # A rank that goes closes its sockets: the others meet the end of the file.
+            # A rank that dies closes its sockets, so the other ranks read EOF.
             one._process.on_death.append(self._peer_gone)
 
     def _peer_gone(self) -> None:
@@ -184,7 +184,7 @@ class SimEngine:
         self._process.later(PIPE_S * 2, self._process.die)
 
     async def _all_ranks(self) -> None:
-        """A collective: it ends when every rank has taken part."""
+        """A collective operation: ends when every rank has taken part."""
         waiting = []
         for one in self._group[1:]:
             answered = self._process.loop.create_future()

@@ -1,4 +1,4 @@
-"""Simulated clients: they resume what breaks, and see that no token is repeated, skipped or changed."""
+"""Simulated clients: they resume broken streams, and check that no token is repeated, skipped or changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FINISH = {"stop": types_pb2.FINISH_REASON_STOP, "length": types_pb2.FINISH_REAS
 
 
 class SimClient:
-    """One request from its beginning to its end, in the way of `phalanx.client.Client`."""
+    """The client of one request. It behaves like `phalanx.client.Client`, with more patience."""
 
     def __init__(self, world: World, number: int) -> None:
         draw = world.chance
@@ -56,7 +56,8 @@ class SimClient:
     async def _attempt(self, gateway: str) -> None:
         net, ends = self._world.net, [await self._world.net.connect(self.process, gateway)]
         try:
-            if self.cursor and not self.token:  # nobody holds it any more: it begins anew, and is taken over
+            # UNKNOWN_REQUEST: send it again, read until it has caught up, then resume that new stream.
+            if self.cursor and not self.token:
                 net.send(ends[0], self._request())
                 self.token = await self._catch_up(ends[0])
                 ends.append(await net.connect(self.process, gateway))
@@ -72,7 +73,7 @@ class SimClient:
                 net.close(end)
 
     async def _catch_up(self, end: End) -> str:
-        """Read a stream that was begun anew until it is where this one was; its resume token."""
+        """Read the new stream until it has as many tokens as this one had; returns its resume token."""
         token, counts = "", [0] * self.n
         while not token or any(count < len(ids) for count, ids in zip(counts, self.ids, strict=True)):
             event = await end.get()
@@ -111,7 +112,7 @@ class SimClient:
                 self.check(whole=True)
 
     def check(self, *, whole: bool) -> None:
-        """Compare with an undisturbed run what has been delivered; all of it where it is `whole`."""
+        """Compare the delivered tokens with an undisturbed run; with `whole`, also the text and the end."""
         for choice in range(self.n):
             ids, text, finish = expected(self.prompt, self.seed, choice, self.max_tokens, self.stop)
             got = self.ids[choice]

@@ -1,7 +1,7 @@
-"""An event loop without a clock and without I/O: when nothing is left to do now, it is the next timer's time.
+"""An event loop with a simulated clock and no I/O: when no callback is ready, time jumps to the next timer.
 
-What runs in it belongs to a process, by the context in which it was started. A process can stand still, and
-then goes on with all that has come due meanwhile; or die, and then nothing of it runs any more.
+Every callback belongs to a simulated process, found by its context. A process can be stopped; when it wakes,
+it runs all callbacks that have become due meanwhile. A process can die; then none of its callbacks runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Process:
         return self.loop.create_task(work, context=self.context)
 
     def later(self, delay_s: float, call: Callable[..., object], *arguments: object) -> None:
-        """Call a function of this process after a while, unless it is dead by then."""
+        """Call a function of this process after a delay, unless the process is dead by then."""
         self.loop.call_later(delay_s, call, *arguments, context=self.context)
 
     def stand(self) -> None:
@@ -50,7 +50,7 @@ class Process:
         self.held.clear()
 
     def die(self) -> None:
-        """SIGKILL. Others hear of it by what they have registered in `on_death`."""
+        """SIGKILL. Calls the functions in `on_death`, by which others notice."""
         if self.alive:
             self.alive = False
             self.held.clear()
@@ -62,12 +62,12 @@ _CURRENT: contextvars.ContextVar[Process] = contextvars.ContextVar("process")
 
 
 def current() -> Process:
-    """The process that runs now."""
+    """The process whose callback is running."""
     return _CURRENT.get()
 
 
 class SimLoop(asyncio.BaseEventLoop):
-    """The loop. Time begins at 1000 s and is that of every process."""
+    """The event loop of all processes. Simulated time begins at 1000 s."""
 
     _ready: Any
     _scheduled: Any
@@ -83,18 +83,18 @@ class SimLoop(asyncio.BaseEventLoop):
         return self._now
 
     def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        """See BaseEventLoop. Tasks are kept: one that was collected would run its `finally` in no process."""
+        """See BaseEventLoop. Keeps every task: a collected one runs its `finally` outside any process."""
         task = super().create_task(coro, **options)
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         self._tasks.append(task)
         return task
 
     def bury(self) -> None:
-        """Let go of everything that is suspended for ever."""
+        """Close all coroutines that are still suspended."""
         hook, sys.unraisablehook = (
             sys.unraisablehook,
             lambda _: None,
-        )  # what it does on its way out is of no world
+        )  # ignore exceptions of closing coroutines: the run is over
         try:
             for task in self._tasks:
                 coroutine = task.get_coro()
@@ -110,7 +110,7 @@ class SimLoop(asyncio.BaseEventLoop):
             sys.unraisablehook = hook
 
     def put_back(self, handle: asyncio.Handle) -> None:
-        """Run a handle that was held up."""
+        """Schedule a handle that waited while its process was stopped."""
         self._ready.append(handle)
 
     def _run_once(self) -> None:

@@ -1,4 +1,4 @@
-"""The model of simulated engines: what a token is depends on all before it, the seed, choice and position."""
+"""The model of simulated engines: a token is a hash of the tokens before it, seed, choice and position."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def _kept(token: int, before: int) -> int:
 
 
 def draw(kept: int, seed: int, choice: int, position: int) -> int:
-    """The token at an output position, given what is kept of everything before it."""
+    """The token at an output position; `kept` is the hash of all tokens before it (the model's KV)."""
     return zlib.crc32(array("Q", (kept, seed, choice, position)).tobytes()) % VOCABULARY
 
 
 def expected(
     prompt: Sequence[int], seed: int, choice: int, max_tokens: int, stop: bool
 ) -> tuple[list[int], str, str]:
-    """An undisturbed run's tokens, text and reason of its end. With `stop`, STOP_PIECE ends it."""
+    """The tokens, text and finish reason of an undisturbed run. With `stop`, STOP_PIECE ends it."""
     kept = 0
     for token in prompt:
         kept = _kept(token, kept)
@@ -56,7 +56,7 @@ def expected(
 
 
 class Rank:
-    """Executes plans as the sampling rank does; its cache holds what is kept of the token in each slot."""
+    """Executes plans as the sampling rank does. Its KV cache holds, for each place of a block, a hash."""
 
     def __init__(self) -> None:
         self._cache: dict[tuple[int, int], int] = {}
@@ -65,7 +65,7 @@ class Rank:
         self.step = 0
 
     def run(self, plan: StepPlan) -> Sampled:
-        """Apply a plan."""
+        """Execute a plan."""
         assert plan.step == self.step + 1
         self.step = plan.step
         for slot in plan.freed_slots:
@@ -97,5 +97,5 @@ class Rank:
         return self.sample(before, seed, choice, row.start + len(row.token_ids) - prompt_len)
 
     def sample(self, kept: int, seed: int, choice: int, position: int) -> int:
-        """Draw a token."""
+        """Sample a token."""
         return draw(kept, seed, choice, position)

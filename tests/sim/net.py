@@ -1,4 +1,4 @@
-"""The network between simulated processes: ordered connections that break, are late, or are cut."""
+"""The network between simulated processes: ordered connections that can break, be late, or be cut."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _CLOSED = object()
 
 @dataclass
 class End:
-    """One end of a connection, in its process."""
+    """One end of a connection; belongs to a process."""
 
     process: Process
     inbox: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     other: End | None = None
-    arrives: float = 0.0  # when the last thing sent to this end does
+    arrives: float = 0.0  # arrival time of the last item sent to this end
     late: list[Any] = field(default_factory=list)  # sent while the network was cut
     closed: bool = False
     why: object = None
 
     async def get(self) -> Any:
-        """The next thing that the other side sent. Raises ConnectionError when it is closed, `why` set."""
+        """The next item from the other side. Raises ConnectionError when closed; `why` has the reason."""
         item = await self.inbox.get()
         if item is _CLOSED:
             self.closed = True
-            self.inbox.put_nowait(_CLOSED)  # for whoever asks again
+            self.inbox.put_nowait(_CLOSED)  # later calls must see it, too
             raise ConnectionError
         return item
 
 
 class Network:
-    """Latencies are drawn; what was sent over one connection arrives in order."""
+    """Latencies are random; the items of one connection arrive in order."""
 
     def __init__(self, loop: SimLoop, chance: random.Random) -> None:
         self._loop, self._chance = loop, chance
@@ -48,11 +48,11 @@ class Network:
         self.latency_s = 0.001
 
     def listen(self, address: str, process: Process, serve: Callable[[End], Awaitable[None]]) -> None:
-        """Let others connect; the last to listen at an address has it."""
+        """Accept connections at an address. A later listener replaces an earlier one."""
         self._servers[address] = process, serve
 
     async def connect(self, process: Process, address: str) -> End:
-        """A connection. Raises ConnectionError."""
+        """Connect to an address; returns this side's end. Raises ConnectionError."""
         await asyncio.sleep(self._delay())
         server = self._servers.get(address)
         if server is None or not server[0].alive:
@@ -83,7 +83,7 @@ class Network:
             self._deliver(other, item)
 
     def close(self, end: End, why: object = None) -> None:
-        """Close from this end; what was sent before arrives before."""
+        """Close from this end. Items sent before still arrive, before the other side sees the end."""
         if end.closed:
             return
         end.closed = True
@@ -96,17 +96,17 @@ class Network:
         end.inbox.put_nowait(_CLOSED)
 
     def is_cut(self, one: Process, other: Process) -> bool:
-        """Whether nothing passes between two processes."""
+        """Whether the network between two processes is cut."""
         return frozenset((_host(one), _host(other))) in self._cut
 
     def cut(self, one: str, other: str) -> None:
-        """Let nothing pass between two hosts until `mend`."""
+        """Cut the network between two hosts until `mend`."""
         pair = frozenset((one, other))
         self._cut.add(pair)
         self._loop.call_later(KEEPALIVE_S, self._missed, pair)
 
     def mend(self, one: str, other: str) -> None:
-        """What was sent meanwhile arrives now, in its order."""
+        """Mend a cut. Items sent meanwhile arrive now, in order."""
         pair = frozenset((one, other))
         self._cut.discard(pair)
         for connection in self._connections:
@@ -117,7 +117,7 @@ class Network:
                         self._deliver(end, item)
 
     def break_between(self, host: str, others: str) -> None:
-        """Break the connections of a host with those whose names begin so. Both sides live on."""
+        """Break the connections between a host and those whose names begin with `others`. Both sides live."""
         for connection in list(self._connections):
             one, other = (_host(end.process) for end in connection)
             if (one == host and other.startswith(others)) or (other == host and one.startswith(others)):
@@ -132,7 +132,7 @@ class Network:
                         self._broken_at(end)
 
     def _broken(self, dead: End) -> None:
-        """A process is gone: the other side hears of it, if the network lets it."""
+        """A process has died: the other side sees its connection end, unless the network is cut."""
         dead.closed = True
         other = dead.other
         assert other is not None

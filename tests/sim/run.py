@@ -1,6 +1,6 @@
-"""One simulated run: what happens is drawn from a seed, or given as a list; then everything must be well.
+"""One simulated run: inject faults, drawn from a seed or given as a list; then check that all is well.
 
-A run that goes wrong prints its faults as a list that `run(seed, faults=...)` takes: a regression test.
+A run with violations prints its faults as a list. `run(seed, faults=...)` repeats it: a regression test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.sim.client import SimClient
 from tests.sim.world import RETENTION_S, World, simulated
 
 FAULTS_WITHIN_S = 3.0
-CALM_WITHIN_S = 150.0  # more than any patience of the cluster
+CALM_WITHIN_S = 150.0  # longer than any timeout of the cluster
 KINDS = (
     "crash worker", "crash worker", "drain worker", "pause worker",
     "crash engine", "crash engine", "stop engine",
@@ -31,7 +31,7 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that happens `at` seconds after the first request, to number `whom`, for `seconds`."""
+    """A fault `at` seconds after the first request, for `seconds`. The number `whom` picks the victim."""
 
     at: float
     kind: str
@@ -41,7 +41,7 @@ class Fault:
 
 @dataclass
 class Outcome:
-    """What came of a run."""
+    """The result of a run."""
 
     seed: int
     faults: list[Fault]
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def draw_faults(chance: random.Random) -> list[Fault]:
-    """What a seed does to its cluster."""
+    """Draw 1 to 4 random faults."""
     faults = []
     for _ in range(chance.randint(1, 4)):
         at = round(chance.uniform(0.0, FAULTS_WITHIN_S), 3)
@@ -75,7 +75,7 @@ def run(seed: int, faults: Sequence[Fault] | None = None) -> Outcome:
         asyncio.set_event_loop(world.loop)
         try:
             world.loop.run_until_complete(_live(world, outcome))
-        except Exception as error:  # a bug of a shell ends the run, and is one of its findings
+        except Exception as error:  # an exception out of a shell is a violation, too
             outcome.violations.append(f"the run broke: {error!r}")
         finally:
             outcome.simulated_s = world.loop.time() - 1000
@@ -104,7 +104,8 @@ async def _live(world: World, outcome: Outcome) -> None:
     last = max((fault.at + fault.seconds for fault in outcome.faults), default=0.0)
     await asyncio.sleep(max(0.0, began + last - world.loop.time()) + 0.1)
     await _until(world, world.is_whole, 60.0, "the cluster did not become whole again")
-    await asyncio.sleep(2 * RETENTION_S + 0.5)  # as an orphan, and once it has finished
+    # Retention timers run twice: while an attempt is an orphan, and again once it has finished.
+    await asyncio.sleep(2 * RETENTION_S + 0.5)
     _judge(world, outcome, clients)
 
 
@@ -127,7 +128,7 @@ def _judge(world: World, outcome: Outcome, clients: list[SimClient]) -> None:
         client.check(whole=False)
         outcome.finished += client.ended
         outcome.failed += bool(client.error)
-        # Every attempt that is lost needs a fault of its own.
+        # Every lost attempt needs a fault of its own, so four faults may exhaust the attempts.
         if client.error and not (client.error == "ATTEMPTS_EXHAUSTED" and len(outcome.faults) >= 4):
             world.violations.append(f"{client.process} ended with {client.error}")
     for name in world.gateway_names:
@@ -161,13 +162,13 @@ def _judge(world: World, outcome: Outcome, clients: list[SimClient]) -> None:
 
 
 class Do:
-    """Does faults."""
+    """Injects faults."""
 
     def __init__(self, world: World) -> None:
         self._world = world
 
     def do(self, fault: Fault) -> None:
-        """Do one, and what ends it."""
+        """Inject a fault, and schedule its end."""
         world, kind = self._world, fault.kind
         worker = world.worker_names[fault.whom % len(world.worker_names)]
         gateway = world.gateway_names[(fault.whom >> 4) % len(world.gateway_names)]
@@ -223,14 +224,14 @@ class Do:
             process.on_death.append(lambda: self._again(name, self._world.boot_worker, seconds))
 
     def _again(self, name: str, boot: Any, seconds: float) -> None:
-        """Boot it after a while, unless it has been."""
+        """Boot a process after a while, unless it has been booted."""
         world = self._world
 
         def again() -> None:
             if not world.processes[name].alive:
                 boot(name)
 
-        # In nobody's context: that of a process that has died runs no more.
+        # In an empty context: a callback in the context of a dead process never runs.
         world.loop.call_later(seconds, again, context=contextvars.Context())
 
     def _pause(self, name: str, seconds: float) -> None:

@@ -1,6 +1,6 @@
-"""A short version of `python -m tests.sim`: some seeds with no violation, and every planted bug found.
+"""A short version of `python -m tests.sim`: some seeds without a violation, and every planted bug found.
 
-The bugs are looked for with faults that bring them out; `--bugs` finds them by chance, too.
+Here each bug gets faults that provoke it. `python -m tests.sim --bugs` finds the bugs with random faults.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A whole cluster in one thread: real cores and shells over simulated clock, network, store and engines.
+"""A whole cluster in one thread: real cores and shells over a simulated clock, network, store and engines.
 
 Real: gateway, dispatcher, journal, checkpoints; worker, supervisor, watchdog, request book, leader, server,
-registration; reconciler, election; the scheduler. Simulated: time, processes, what lies between, the model.
+registration; reconciler, election; the scheduler. Simulated: time, processes, the network, the model.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Clock:
 
 @contextlib.contextmanager
 def simulated(world: World) -> Iterator[None]:
-    """Put the world in the place of clocks, sockets and child processes."""
+    """Replace clocks, sockets and child processes of the shells by those of the world."""
     clock = _Clock(world.loop)
     gateway, worker = dataplane.gateway.gateway, dataplane.shard.worker
     replaced: list[tuple[Any, str, Any]] = [
@@ -94,7 +94,7 @@ def simulated(world: World) -> Iterator[None]:
 
 
 class SimStore:
-    """The store as one process reaches it."""
+    """The store as seen by one process: with latency, and away while the process is cut off from it."""
 
     def __init__(self, world: World, process: Process) -> None:
         self._world, self._process = world, process
@@ -123,7 +123,7 @@ class SimStore:
         return revision
 
     async def _answered(self) -> None:
-        """The answer may be lost on its way: what was asked has been done all the same."""
+        """The answer may be lost on its way. The write has been done all the same."""
         await asyncio.sleep(0.001)
         if not self._reachable():
             raise StoreUnavailableError("the store's answer did not come")
@@ -180,7 +180,7 @@ class _Context:
 
 
 class SimReplicaStream:
-    """See `dataplane.gateway.replica_stream.ReplicaStream`."""
+    """Replaces `dataplane.gateway.replica_stream.ReplicaStream`."""
 
     world: World
 
@@ -193,7 +193,7 @@ class SimReplicaStream:
 
     def send(self, frame: shard_pb2.ServeRequest) -> None:
         assert self._end is not None
-        # A copy, as the wire makes one.
+        # Send a copy: over a real wire, the two sides share no object.
         copy = shard_pb2.ServeRequest.FromString(frame.SerializeToString())
         self.world.net.send(self._end, copy)
 
@@ -229,7 +229,7 @@ class SimReplicaStream:
 
 
 class SimWorker(Worker):
-    """A worker without its gRPC server: gateways come over the simulated network."""
+    """A worker without its gRPC server: gateways connect over the simulated network."""
 
     async def _call(self, address: str, request: shard_pb2.FormRequest | shard_pb2.PendingRequest) -> Any:
         world = SimChild.world
@@ -244,7 +244,7 @@ class SimWorker(Worker):
         return answer
 
     async def live(self, world: World, process: Process, address: str) -> None:
-        """What `Worker.run` does."""
+        """Do what `Worker.run` does."""
         self._record = WorkerRecord(
             self._identity.name, self.incarnation, self._identity.host, address, "cpu", world.pid(process)
         )
@@ -263,8 +263,8 @@ class SimWorker(Worker):
             call = asyncio.ensure_future(
                 self._service.Serve(None, _Context(world, end))  # type: ignore[arg-type]
             )
-            call.add_done_callback(lambda done: done.cancelled() or done.exception())  # as gRPC: nobody asks
-            # A call is cancelled when its client is gone.
+            call.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved, as in gRPC
+            # As in gRPC, a call is cancelled when its client is gone.
             while not call.done() and not end.closed:
                 await asyncio.sleep(0.05)
             call.cancel()
@@ -275,7 +275,7 @@ class SimWorker(Worker):
                 self._tasks.create_task(work)
 
     async def leave(self, process: Process) -> None:
-        """What `Worker.run` does once it is told to stop."""
+        """Do what `Worker.run` does once it is told to stop."""
         await self._drain(DRAIN_S)
         self._handle(Stop())
         await self._registration.close()
@@ -283,7 +283,7 @@ class SimWorker(Worker):
 
 
 class World:
-    """The cluster, and what is known of it from outside."""
+    """The cluster, and the view of it from outside."""
 
     def __init__(
         self, seed: int, *, replicas: int = 2, tp: int = 2, workers: int = 4, gateways: int = 2
@@ -384,7 +384,7 @@ class World:
         process.start(leader.run(store, KEYS, view, record, clock=clock))
 
     def store_goes(self, *, frozen: bool) -> None:
-        """Nobody reaches the store; its leases wait for it (`frozen`), or end while it is away."""
+        """Make the store unreachable. With `frozen` its leases stand still meanwhile, else they run out."""
         self.store_away = True
         self._frozen_since = self.loop.time() if frozen else None
 
@@ -395,13 +395,13 @@ class World:
             self._frozen += self.loop.time() - self._frozen_since
 
     async def _answer(self, gateway: Gateway, end: End) -> None:
-        """One call of a client, as `dataplane.gateway.server` answers it."""
+        """Answer one call of a client, as `dataplane.gateway.server` does."""
         request = await end.get()
         answering = asyncio.ensure_future(self._events(gateway, request, end))
         try:
             while not answering.done() and not end.closed:
                 with contextlib.suppress(ConnectionError):
-                    await end.get()  # a client says nothing more: only its end comes
+                    await end.get()  # a client sends nothing more: this waits for its end
                 end.closed = True
         finally:
             answering.cancel()
@@ -432,7 +432,7 @@ class World:
 
     @contextlib.contextmanager
     def watched(self, stream: SimReplicaStream, frame: shard_pb2.StepFrame) -> Iterator[None]:
-        """A frame reaches a gateway: one of another epoch than the gateway believes in must be dropped."""
+        """Check one frame at a gateway: it must be dropped if its epoch is not the one the gateway knows."""
         counters = self.gateways[stream.gateway].dispatcher.counters
         dropped = counters.stale_frames_dropped
         yield
@@ -443,11 +443,11 @@ class World:
 
     @property
     def snapshot(self) -> Snapshot:
-        """The cluster's state as the store has it."""
+        """The cluster's state in the store."""
         return Snapshot.of(self.store._listing(KEYS.root), KEYS)
 
     def is_whole(self) -> bool:
-        """Whether the cluster is what its deployment wants, and every gateway reaches all of it."""
+        """Whether the cluster is what its deployment asks for, and every gateway reaches all replicas."""
         snapshot = self.snapshot
         names = [f"d-{i}" for i in range(self.replicas)]
         if sorted(snapshot.replicas) != names:
@@ -460,6 +460,6 @@ class World:
         return all(self.gateways[name].dispatcher.router.connected == epochs for name in self.gateway_names)
 
     def end(self) -> None:
-        """Nothing of this world runs any more."""
+        """Kill every process of this world."""
         for process in [*self.processes.values(), *self.children.values()]:
             process.alive = False

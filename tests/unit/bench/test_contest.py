@@ -1,4 +1,4 @@
-"""Who takes part, and traces as contestants record them."""
+"""Contestants, their environment and memory, and the traces that they record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `bench.gpu` asks of an engine and of its peers, on a CPU: the figures mean nothing there."""
+"""The measurements of `bench.gpu`, run on a CPU with a tiny model: only the code is tested, not the speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of traces."""
+"""Figures from traces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bench.measures import (
 from bench.protocol import Trace, Work
 from bench.shapes import SHAPES, Shape
 
-# Two prompts; the second gets its first token while the first decodes already.
+# Two prompts. The second gets its first token while the first is already decoding.
 TRACE = Trace(
     token_ids=[[5, 5, 5, 5], [6, 6]],
     submitted=[0.0, 0.5],

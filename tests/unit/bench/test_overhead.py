@@ -1,4 +1,4 @@
-"""What `bench.overhead` makes of its rounds."""
+"""The statistics of `bench.overhead`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bench.overhead import change, interval_rank
 
 
 def test_the_interval_of_a_median_is_the_exact_one() -> None:
-    # Of tables of the sign test: 6 values are the fewest; of 100 the 40th and the 61st.
+    # From tables of the sign test: at least 6 values are needed; of 100 values, take the 40th and the 61st.
     assert interval_rank(5) is None
     assert interval_rank(6) == 0
     assert interval_rank(20) == 5

@@ -1,4 +1,4 @@
-"""A whole measurement of a tiny shape, with a process of each kind."""
+"""A whole measurement of a tiny model, with a process of each kind."""
 
 from __future__ import annotations
 
