@@ -17,7 +17,7 @@ help: ## Show the targets
 
 setup: $(ENV) $(STUBS) ## Build .venv with everything in it
 
-demo: setup ## Kill an engine under a stream and compare its tokens with the undisturbed run
+demo: setup ## Kill an engine during a stream, and compare its tokens with the undisturbed run
 	$(BIN)/phalanx demo --model $(MODEL)
 
 up: setup $(MODEL) ## Serve the demo model from two replicas on this machine, until Ctrl-C
@@ -29,10 +29,10 @@ down: setup ## Stop what `make up` or `phalanx up` started
 test: lint ## Lint, then run every test, as many at a time as there are cores (PYTEST="-k name" ...)
 	$(BIN)/python -m pytest -n logical --dist loadgroup $(PYTEST)
 
-sim: setup ## Simulate the whole cluster for SEEDS= seeds (20000) on all cores, and look for the planted bugs
+sim: setup ## Simulate a whole cluster, with faults, for SEEDS= seeds (20000) on all cores; find the planted bugs
 	$(BIN)/python -m tests.sim --bugs --seeds $(or $(SEEDS),20000)
 
-chaos: setup $(MODEL) ## Hurt a cluster under load in every way; timeline and figures in .phalanx/chaos (SEED=, REPETITIONS=)
+chaos: setup $(MODEL) ## Inject every fault into a cluster under load; figures in .phalanx/chaos (SEED=, REPETITIONS=)
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.chaos --model $(MODEL) --shuffle --seed $(or $(SEED),0) \
 		--repetitions $(or $(REPETITIONS),3) --report .phalanx/chaos
@@ -48,14 +48,14 @@ fmt: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generated: $(ENV) ## Make phalanx/v1 and phalanx/internal/v1 from protos/ and the libraries of engine/kernels
+generated: $(ENV) ## Generate phalanx/v1 and phalanx/internal/v1 from protos/, compile the C++ of engine/kernels
 	$(BIN)/python hatch_build.py
 
 bench: setup ## List the measurements and how to run them
 	@grep -l '__main__' bench/*.py | xargs awk -F '"""' 'FNR == 1 {split(FILENAME, part, /[\/.]/); \
 		printf "  $(BIN)/python -m bench.%s: %s\n", part[2], $$2}'
 
-bench-engine: setup ## Measure the engine beside transformers and vLLM (VLLM_PYTHON=...); TRACE=... adds real traffic
+bench-engine: setup ## Measure the engine beside transformers and vLLM (VLLM_PYTHON=...); TRACE=... adds mixed traffic
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -m bench.engine $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python -m bench.engine --only phalanx phalanx@int8 phalanx@int4 --shapes 1.1b --batches 1 --prefill-prompts
@@ -65,20 +65,20 @@ bench-engine: setup ## Measure the engine beside transformers and vLLM (VLLM_PYT
 	$(BIN)/python -m bench.latency $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(if $(TRACE),$(BIN)/python -m bench.mixed --trace $(TRACE) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)))
 
-# GPU_PYTHON=python3 takes the torch and pytest of a host that nothing can be installed on.
+# GPU_PYTHON=python3 uses the torch and pytest of a host on which nothing can be installed.
 GPU_RUN := $(or $(GPU_PYTHON),$(BIN)/python)
 GPU_TESTS := $(if $(GPU_PYTHON),-c /dev/null --rootdir=. --confcutdir=tests/gpu --import-mode=importlib) \
 	-o timeout=300 $(or $(TESTS),tests/gpu)
 
-gpu-check: $(if $(GPU_PYTHON),,setup) ## On a GPU: kernels, models in every layout, speed against its limits (GPU="--only decode ...")
+gpu-check: $(if $(GPU_PYTHON),,setup) ## On a GPU: check kernels and models in every layout, measure speed (GPU="--only decode ...")
 	failed=0; $(GPU_RUN) -m pytest $(GPU_TESTS) || failed=1; $(GPU_RUN) -m bench.gpu $(GPU) && exit $$failed
 
-profile: $(if $(GPU_PYTHON),,setup) ## Take steps apart: a timeline and GB/s of each kernel in .phalanx/profile (PROFILE="--batch 1 ...")
+profile: $(if $(GPU_PYTHON),,setup) ## Profile steps: a timeline and GB/s of each kernel in .phalanx/profile (PROFILE="--batch 1 ...")
 	$(GPU_RUN) -m bench.profile $(PROFILE)
 	$(if $(shell command -v nsys),nsys profile --force-overwrite=true -t cuda$(comma)nvtx -o .phalanx/profile/nsight \
 		$(GPU_RUN) -m bench.profile --ranges-only $(PROFILE))
 
-clean: ## Remove what the targets above made
+clean: ## Remove everything that the other targets made
 	rm -rf $(VENV) .phalanx phalanx/v1 phalanx/internal/v1 engine/kernels/*.so
 
 $(ENV): pyproject.toml hatch_build.py
@@ -87,7 +87,7 @@ $(ENV): pyproject.toml hatch_build.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Building $(VENV): a minute or two'
 	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev]'
-	@# On all cores, and once: every engine imports torch, also where PYTHONDONTWRITEBYTECODE is set.
+	@# Compile once, on all cores: every engine imports torch, even where PYTHONDONTWRITEBYTECODE is set.
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@ $(STUBS)
 
