@@ -1,7 +1,7 @@
 """A wrapper around kernels: a named profiler range for each call, and the bytes that the call must move.
 
-The ranges show up in torch's profiler and, on a GPU, as NVTX ranges in Nsight Systems. A CUDA graph has no
-ranges inside, so no graph is captured while this wrapper is in use.
+Ranges show up in torch's profiler and, on a GPU, as NVTX in Nsight Systems. Steps are not captured in CUDA
+graphs meanwhile: a graph has no ranges inside.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFIX = "phalanx: "
 
 
 class Annotated:
-    """Implements `engine.kernels.Kernels` by calling other kernels. Counts bytes only while `counting`."""
+    """`engine.kernels.interface.Kernels` around others. Counts nothing until `counting`."""
 
     recordable = False
 

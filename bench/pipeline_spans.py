@@ -22,10 +22,10 @@ from engine.processes import rank as process
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One step on one rank. Times are nanoseconds of the monotonic clock, which all processes share.
+    """One step on one rank, by the monotonic clock, which all processes of a machine share.
 
-    The rank computes from `begin` to `end`; before `begin` it waited for the previous stage. `reducing` is
-    the part of that time that all-reduces took, including the wait for other ranks.
+    The rank computes from `begin` to `end`, in nanoseconds; before, it waited for the stage before it.
+    `reducing` of these passed in all-reduces, waiting for the other ranks included.
     """
 
     rank: int
