@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from controlplane.reconcile import Action, Forget, Form, MarkReady, Prune, Remove
 from phalanx.store.interface import Condition, Created, Delete, Modified, Operation, Put
-from phalanx.store.records import Keys, encode
+from phalanx.store.keys import Keys
+from phalanx.store.records import encode
 
 MAX_ACTIONS = 50  # of at most two operations and one condition each; etcd takes 128 of either
 

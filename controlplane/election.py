@@ -13,7 +13,8 @@ import logging
 from collections.abc import AsyncIterator
 
 from controlplane.actions import Leadership
-from phalanx.store.interface import Created, LeaseLostError, Put, Store, StoreUnavailableError, back_off
+from phalanx.store.backoff import back_off
+from phalanx.store.interface import Created, LeaseLostError, Put, Store, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 

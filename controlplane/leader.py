@@ -12,8 +12,10 @@ from controlplane.actions import Leadership, guarded, transactions
 from controlplane.election import lead
 from controlplane.reconcile import Action, Form, Memory, Remove, reconcile
 from controlplane.view import View
-from phalanx.store.interface import LeaseLostError, Listing, Store, StoreUnavailableError, back_off
-from phalanx.store.records import Keys, LeaderRecord, encode
+from phalanx.store.backoff import back_off
+from phalanx.store.interface import LeaseLostError, Listing, Store, StoreUnavailableError
+from phalanx.store.keys import Keys
+from phalanx.store.records import ControllerRecord, encode
 
 log = logging.getLogger(__name__)
 
@@ -22,14 +24,14 @@ async def run(
     store: Store,
     keys: Keys,
     view: View,
-    record: LeaderRecord,
+    record: ControllerRecord,
     *,
     ttl_s: int = 3,
     clock: Callable[[], float] = time.time,
 ) -> None:
     """Campaign, lead until the leadership is lost, and again, without end."""
     while True:
-        async with lead(store, keys.leader, encode(record), ttl_s) as leadership:
+        async with lead(store, keys.controller_lock, encode(record), ttl_s) as leadership:
             await _rule(store, keys, view, leadership, clock)
 
 
@@ -43,7 +45,7 @@ async def _rule(
         listing, snapshot, now = view.listing, view.snapshot, clock()
         wait_s: float | None = None
         if listing is not None and listing.revision >= leadership.fence:
-            held = listing.entries.get(keys.leader)
+            held = listing.entries.get(keys.controller_lock)
             if held is None or held.create_revision != leadership.fence:
                 log.warning("another controller leads", extra={"fence": leadership.fence})
                 return

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from phalanx.store.records import AssignmentRecord, Snapshot
+from phalanx.store.records import AssignmentRecord
+from phalanx.store.snapshot import Snapshot
 
 AT_ONCE_S = 1.5  # leases are renewed every second, so that is how far apart they end
 

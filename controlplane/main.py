@@ -13,7 +13,8 @@ from controlplane.server import SERVICE, ControlService
 from controlplane.view import View
 from phalanx.runtime import logs, ready, rpc, telemetry
 from phalanx.store.etcd import EtcdStore
-from phalanx.store.records import Keys, LeaderRecord
+from phalanx.store.keys import Keys
+from phalanx.store.records import ControllerRecord
 from phalanx.v1 import control_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ async def serve(etcd: list[str], listen: str, name: str, cluster: str, ready_fd:
             ready.announce(ready_fd, {"grpc": bound})
             log.info("serving", extra={"grpc": bound})
             marking = group.create_task(_mark_serving(view, health))
-            leading = group.create_task(leader.run(store, keys, view, LeaderRecord(name, bound)))
+            leading = group.create_task(leader.run(store, keys, view, ControllerRecord(name, bound)))
             await stop.wait()
             log.info("stopping")
             await rpc.set_serving(health, ["", SERVICE], serving=False)

@@ -46,14 +46,8 @@ from controlplane.replicas import (
     wanted,
     was_ready,
 )
-from phalanx.store.records import (
-    AssignmentRecord,
-    DeploymentRecord,
-    MemberRecord,
-    ReadyRecord,
-    Snapshot,
-    WorkerRecord,
-)
+from phalanx.store.records import AssignmentRecord, DeploymentRecord, MemberRecord, ReadyRecord, WorkerRecord
+from phalanx.store.snapshot import Snapshot
 
 BACK_OFF_FIRST_S = 1.0
 BACK_OFF_CAP_S = 30.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 
-from phalanx.store.records import AssignmentRecord, DeploymentRecord, ShardState, Snapshot
+from phalanx.store.records import AssignmentRecord, DeploymentRecord, ShardState
+from phalanx.store.snapshot import Snapshot
 
 
 class ReplicaState(enum.Enum):

@@ -18,7 +18,8 @@ from controlplane.view import View
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.store.interface import Delete, Entry, Listing, Modified, Put, Store, StoreUnavailableError
-from phalanx.store.records import DeploymentRecord, Keys, LayoutRecord, decode, encode
+from phalanx.store.keys import Keys
+from phalanx.store.records import DeploymentRecord, LayoutRecord, decode, encode
 from phalanx.v1 import control_pb2, control_pb2_grpc
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name

@@ -13,7 +13,8 @@ from controlplane.replicas import (
     replica_name,
     same_shape,
 )
-from phalanx.store.records import AssignmentRecord, DeploymentRecord, ShardRecord, ShardState, Snapshot
+from phalanx.store.records import AssignmentRecord, DeploymentRecord, ShardRecord, ShardState
+from phalanx.store.snapshot import Snapshot
 from phalanx.v1 import control_pb2
 
 _SHARD_STATES = {
@@ -116,7 +117,7 @@ def _deployment_state(
     }
     for state, reasons in found.items():
         if reasons:
-            nobody = "; no controller leads" if snapshot.leader is None else ""
+            nobody = "; no controller leads" if snapshot.active_controller is None else ""
             return state, "; ".join(reasons) + nobody
     return "ready", ""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from phalanx.store.interface import Listing, Store
-from phalanx.store.records import Keys, Snapshot
+from phalanx.store.keys import Keys
+from phalanx.store.snapshot import Snapshot
 
 
 class View:

@@ -31,7 +31,7 @@ from phalanx.store.interface import (
     StoreError,
     StoreUnavailableError,
 )
-from phalanx.store.records import Keys
+from phalanx.store.keys import Keys
 
 AFTER_S = 1.0
 EVERY_S = 2.0

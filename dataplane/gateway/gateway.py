@@ -28,7 +28,8 @@ from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime import telemetry
 from phalanx.runtime.errors import PhalanxError
 from phalanx.store.interface import Store, StoreUnavailableError
-from phalanx.store.records import Keys, Snapshot
+from phalanx.store.keys import Keys
+from phalanx.store.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span

@@ -17,7 +17,8 @@ from dataplane.gateway.http import application
 from dataplane.gateway.server import SERVICE, InferenceService
 from phalanx.runtime import logs, ready, rpc, telemetry
 from phalanx.store.etcd import EtcdStore
-from phalanx.store.records import GatewayRecord, Keys
+from phalanx.store.keys import Keys
+from phalanx.store.records import GatewayRecord
 from phalanx.store.registration import Registration
 from phalanx.v1 import inference_pb2_grpc
 

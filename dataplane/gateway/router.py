@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from phalanx.internal.v1 import shard_pb2
-from phalanx.store.records import ShardState, Snapshot
+from phalanx.store.records import ShardState
+from phalanx.store.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dataplane.gateway.resume import Cursor, Ticket, format_cursor
 from dataplane.gateway.router import Router
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.store.records import Snapshot
+from phalanx.store.snapshot import Snapshot
 from phalanx.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataplane.shard.events import Assigned, Event, PeerFailed, RendezvousSeen, Unassigned
-from phalanx.store.records import ShardState, Snapshot
+from phalanx.store.records import ShardState
+from phalanx.store.snapshot import Snapshot
 
 
 def observe(snapshot: Snapshot, worker: str, incarnation: str) -> list[Event]:

@@ -72,8 +72,10 @@ from phalanx.internal.v1 import shard_pb2, shard_pb2_grpc
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.store.interface import Store
-from phalanx.store.records import Keys, ShardRecord, ShardState, Snapshot, WorkerRecord
+from phalanx.store.keys import Keys
+from phalanx.store.records import ShardRecord, ShardState, WorkerRecord
 from phalanx.store.registration import LEASE_TTL_S, Registration
+from phalanx.store.snapshot import Snapshot
 
 PATIENCE_S, PATIENCE_CAP_S = 0.5, 30.0
 """How long a controller has to form anew what has failed: it may know of a better place, or that nobody wants

@@ -1,32 +1,32 @@
-"""The store that the cluster's truth lives in, as a protocol.
+"""The `Store` protocol: keys, transactions, leases and watches, as etcd defines them.
 
-Two implementations pass one contract suite: `phalanx.store.etcd` and `phalanx.store.memory`. Keys are
-text, values are bytes. Every write has a revision that grows by at least one.
+`phalanx.store.etcd` and `phalanx.store.memory` implement it and pass one contract suite
+(tests/store/test_contract.py). Keys are text, values are bytes. Each write gets a revision that is
+higher than every earlier one.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 
 class StoreError(Exception):
-    """Something is wrong with the store or with how it was used."""
+    """The store failed, or a call was invalid."""
 
 
 class StoreUnavailableError(StoreError):
-    """The store cannot be reached now; a write may or may not have happened."""
+    """The store cannot be reached now. A write that raised this may or may not have happened."""
 
 
 class LeaseLostError(StoreError):
-    """The lease has expired or was revoked: everything under it is gone."""
+    """The lease has expired or was revoked, and every key under it is deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A value with the revisions at which its key was created and last written."""
+    """A value, and the revisions at which its key was created and last written."""
 
     value: bytes
     create_revision: int
@@ -43,9 +43,9 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A listing and what differs from the one before it; `None` marks a deleted key.
+    """A listing, and its difference from the listing before; `None` marks a deleted key.
 
-    Keys rewritten with the same value count as changed too, since their `mod_revision` moved.
+    A key that was rewritten with the same value is in `changed` too, because its `mod_revision` moved.
     """
 
     listing: Listing
@@ -54,7 +54,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """Holds when the key was created at `revision`; 0 means that it does not exist."""
+    """True when the key was created at `revision`; 0 means that the key does not exist."""
 
     key: str
     revision: int
@@ -62,7 +62,7 @@ class Created:
 
 @dataclass(frozen=True, slots=True)
 class Modified:
-    """Holds when the key was last written at `revision`; 0 means that it does not exist."""
+    """True when the key was last written at `revision`; 0 means that the key does not exist."""
 
     key: str
     revision: int
@@ -70,7 +70,7 @@ class Modified:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Write a value, under a lease where one is given."""
+    """Write a value. With a lease, the key is deleted when the lease ends."""
 
     key: str
     value: bytes
@@ -79,7 +79,7 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove a key; nothing happens when it does not exist."""
+    """Delete a key. Does nothing when the key does not exist."""
 
     key: str
 
@@ -89,10 +89,10 @@ Operation = Put | Delete
 
 
 class Store(Protocol):
-    """Every method raises StoreUnavailableError when the store cannot be reached."""
+    """Every method but `watch` and `close` raises StoreUnavailableError when the store cannot be reached."""
 
     async def get(self, key: str) -> Entry | None:
-        """The entry at a key."""
+        """The entry at a key, or None when the key does not exist."""
         ...
 
     async def list(self, prefix: str) -> Listing:
@@ -100,38 +100,34 @@ class Store(Protocol):
         ...
 
     async def txn(self, when: Sequence[Condition], then: Sequence[Operation]) -> int | None:
-        """Do all of `then` if all of `when` holds: the revision, or None when it does not hold."""
+        """Apply all of `then` if every condition in `when` is true; returns the revision, else None.
+
+        Raises:
+            LeaseLostError: a `Put` names a lease that has ended; nothing was written.
+        """
         ...
 
     def watch(self, prefix: str) -> AsyncGenerator[Change, None]:
-        """The listing now (every entry in `changed`), then each change, without end and without gaps.
+        """The current listing (every entry in `changed`), then each change. Never ends, misses no change.
 
-        Survives broken connections (resumes after the last revision) and compaction (lists again and
-        yields the difference). While the store is away it yields nothing: what was known stays known.
-        Close it (`contextlib.aclosing`) when leaving before the task ends.
+        A broken connection resumes after the last revision. After a compaction the watch lists again
+        and yields the difference. While the store is unreachable the watch yields nothing. Close the
+        generator (`contextlib.aclosing`) to stop watching before the task ends.
         """
         ...
 
     async def grant(self, ttl_s: int) -> int:
-        """A new lease's id. The lease ends `ttl_s` seconds after its last refresh."""
+        """Create a lease; returns its id. The lease ends `ttl_s` seconds after its last refresh."""
         ...
 
     async def refresh(self, lease: int) -> float:
-        """Renew a lease; returns its new time to live in seconds. Raises LeaseLostError."""
+        """Renew a lease; returns its new time to live in seconds. Raises LeaseLostError when it has ended."""
         ...
 
     async def revoke(self, lease: int) -> None:
-        """End a lease and delete every key under it; nothing happens when it has ended."""
+        """End a lease and delete every key under it. Does nothing when the lease has ended."""
         ...
 
     async def close(self) -> None:
-        """Release connections. Leases are left to expire."""
+        """Release connections. Leases stay until they expire."""
         ...
-
-
-_BACK_OFF_FIRST_S, _BACK_OFF_CAP_S = 0.1, 1.0
-
-
-def back_off(failures: int) -> float:
-    """Seconds before the next try after `failures`: with full jitter, so that not all return together."""
-    return random.uniform(0, min(_BACK_OFF_CAP_S, _BACK_OFF_FIRST_S * 2.0 ** min(failures - 1, 10)))

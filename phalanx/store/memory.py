@@ -1,4 +1,4 @@
-"""The store in this process's memory: for tests and for a cluster that is one process."""
+"""The store in this process's memory, for tests and the simulation."""
 
 from __future__ import annotations
 
@@ -33,12 +33,11 @@ class _Lease:
 class MemoryStore:
     """A `Store` within one event loop.
 
-    Owns: entries, leases and their expiry, watchers' queues.
-    Does not own: durability, other processes, compaction (every change since a watch began is kept
-    for it).
+    Owns: entries, leases and their expiry, one queue per watch.
+    Does not own: durability, access from other processes, compaction (a watch's queue is unbounded).
 
-    Leases end by `clock`. With the default clock a timer ends them; with another, `expire` or the
-    next call does.
+    Leases expire by `clock`. With the default clock a timer expires them. With another clock, `expire`
+    or the next call does.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,11 +64,11 @@ class MemoryStore:
         """See `Store.txn`."""
         self.expire()
         _check_keys(then)
-        if not all(self._holds(condition) for condition in when):
+        if not all(self._is_true(condition) for condition in when):
             return None
         for operation in then:
             if isinstance(operation, Put) and operation.lease is not None:
-                self._lease(operation.lease)
+                self._live_lease(operation.lease)
         self._apply(then)
         return self._revision
 
@@ -97,10 +96,10 @@ class MemoryStore:
     async def refresh(self, lease: int) -> float:
         """See `Store.refresh`."""
         self.expire()
-        held = self._lease(lease)
-        held.expires_at = self._clock() + held.ttl_s
+        live = self._live_lease(lease)
+        live.expires_at = self._clock() + live.ttl_s
         self._set_timer()
-        return float(held.ttl_s)
+        return float(live.ttl_s)
 
     async def revoke(self, lease: int) -> None:
         """See `Store.revoke`."""
@@ -115,23 +114,23 @@ class MemoryStore:
             self._timer = None
 
     def expire(self) -> None:
-        """End the leases whose time is over."""
+        """End every lease whose time to live is over."""
         now = self._clock()
-        for lease in [lease for lease, held in self._leases.items() if held.expires_at <= now]:
+        for lease in [lease for lease, live in self._leases.items() if live.expires_at <= now]:
             self._end(lease)
 
-    def _holds(self, condition: Condition) -> bool:
+    def _is_true(self, condition: Condition) -> bool:
         entry = self._entries.get(condition.key)
         if entry is None:
             return condition.revision == 0
         actual = entry.create_revision if isinstance(condition, Created) else entry.mod_revision
         return actual == condition.revision
 
-    def _lease(self, lease: int) -> _Lease:
-        held = self._leases.get(lease)
-        if held is None:
+    def _live_lease(self, lease: int) -> _Lease:
+        live = self._leases.get(lease)
+        if live is None:
             raise LeaseLostError(f"lease {lease} has ended")
-        return held
+        return live
 
     def _end(self, lease: int) -> None:
         self._apply([Delete(key) for key in sorted(self._leases[lease].keys)])
@@ -165,9 +164,9 @@ class MemoryStore:
 
     def _publish(self, changed: Mapping[str, Entry | None]) -> None:
         for queue, prefix in self._watchers.items():
-            seen = {key: entry for key, entry in changed.items() if key.startswith(prefix)}
-            if seen:
-                queue.put_nowait(Change(self._listing(prefix), MappingProxyType(seen)))
+            matching = {key: entry for key, entry in changed.items() if key.startswith(prefix)}
+            if matching:
+                queue.put_nowait(Change(self._listing(prefix), MappingProxyType(matching)))
 
     def _listing(self, prefix: str) -> Listing:
         entries = {key: self._entries[key] for key in sorted(self._entries) if key.startswith(prefix)}
@@ -178,7 +177,7 @@ class MemoryStore:
             self._timer.cancel()
             self._timer = None
         if self._leases and self._clock is time.monotonic:
-            next_end = min(held.expires_at for held in self._leases.values())
+            next_end = min(live.expires_at for live in self._leases.values())
             delay_s = max(0.0, next_end - self._clock())
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
 
@@ -188,7 +187,7 @@ class MemoryStore:
 
 
 def _check_keys(operations: Sequence[Operation]) -> None:
-    """Refuse, as etcd does, a transaction that puts a key which it puts or deletes elsewhere."""
+    """Refuse, as etcd does, a transaction that writes one key twice."""
     puts = [operation.key for operation in operations if isinstance(operation, Put)]
     deletes = {operation.key for operation in operations if isinstance(operation, Delete)}
     if len(set(puts)) < len(puts) or deletes.intersection(puts):

@@ -1,27 +1,20 @@
-"""The cluster's state: immutable records, their keys and bytes, and a snapshot of all of them.
+"""The values that the store holds, as immutable records, and their bytes.
 
-Owns: the mapping between store keys, `phalanx.v1` state messages and records.
-Does not own: decisions (`reconcile`), I/O (`etcd`, `memory`), what each record means to a person
-(`protos/phalanx/v1/state.proto` documents every field).
+Owns: the conversion between records and `phalanx.internal.v1` state messages, and the checks of a record.
+Does not own: keys (`keys`), the whole cluster (`snapshot`), the meaning of each field
+(`protos/phalanx/internal/v1/state.proto` documents all of them).
 """
 
 from __future__ import annotations
 
 import enum
 import functools
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from types import MappingProxyType
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError
-
 from phalanx.internal.v1 import state_pb2
-from phalanx.store.interface import Listing
 
-log = logging.getLogger(__name__)
-SHAPE_LIMIT = 1024  # the most replicas, and the largest tp and pp, that a deployment may have
+SHAPE_LIMIT = 1024  # upper bound of a deployment's replicas, tp and pp
 
 
 class ShardState(enum.IntEnum):
@@ -34,7 +27,7 @@ class ShardState(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LayoutRecord:
-    """A layout of a deployment's model."""
+    """One TP x PP layout; `weights` counts the numbers in the weights of the rank that has most of them."""
 
     tp: int
     pp: int
@@ -61,13 +54,13 @@ class DeploymentRecord:
 
     @property
     def shards(self) -> int:
-        """Workers that one replica takes."""
+        """Workers, one per rank, that one replica needs."""
         return self.tp * self.pp
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """One boot of a shard server."""
+    """One incarnation of a worker."""
 
     worker: str
     incarnation: str
@@ -82,7 +75,7 @@ class WorkerRecord:
 
 @dataclass(frozen=True, slots=True)
 class GatewayRecord:
-    """One boot of a gateway."""
+    """One incarnation of a gateway."""
 
     gateway: str
     incarnation: str
@@ -94,7 +87,7 @@ class GatewayRecord:
 
 @dataclass(frozen=True, slots=True)
 class MemberRecord:
-    """The worker, and the boot of it, that holds a rank."""
+    """The worker, and its incarnation, that holds a rank."""
 
     worker: str
     incarnation: str
@@ -103,7 +96,7 @@ class MemberRecord:
 
 @dataclass(frozen=True, slots=True)
 class AssignmentRecord:
-    """Who forms a replica. Members are in rank order: rank = pp_rank * tp + tp_rank."""
+    """The workers that form a replica, in rank order: rank = pp_rank * tp + tp_rank."""
 
     replica: str
     deployment: DeploymentRecord
@@ -114,7 +107,7 @@ class AssignmentRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReadyRecord:
-    """The epoch of a replica that was ready last, and since when."""
+    """The last epoch of a replica that became ready, and when it did."""
 
     replica: str
     epoch: int
@@ -142,8 +135,8 @@ class ShardRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class LeaderRecord:
-    """The controller that may write."""
+class ControllerRecord:
+    """The active controller: the one that holds the lock."""
 
     controller: str
     address: str
@@ -158,7 +151,7 @@ Record = (
     | AssignmentRecord
     | ReadyRecord
     | ShardRecord
-    | LeaderRecord
+    | ControllerRecord
 )
 R = TypeVar("R", bound=Record)
 
@@ -172,19 +165,20 @@ _SHARD_STATES = frozenset(ShardState)
 
 
 def encode(record: Record) -> bytes:
-    """The record as the bytes of its `phalanx.v1` message."""
+    """The record as the bytes of its protobuf message."""
     return _to_message(record).SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(4096)  # whoever follows the cluster reads all of it on every change of one record
+@functools.lru_cache(4096)  # every change of one record decodes the whole listing again
 def decode(cls: type[R], value: bytes) -> R:
     """The record in `value`.
 
-    A shard's state that is not known here, as one of a newer worker, is STARTING: nothing routes to it.
+    A shard state that this version does not know, written by a newer worker, reads as STARTING, so
+    that no gateway routes to the shard.
 
     Raises:
-        google.protobuf.message.DecodeError: the bytes hold no such record.
-        ValueError: they hold one that cannot be, such as a deployment without a shape.
+        google.protobuf.message.DecodeError: the bytes are not such a message.
+        ValueError: the message breaks a rule, for example a deployment without a shape.
     """
     record = _from_message(cls, getattr(state_pb2, cls.__name__).FromString(value))
     if isinstance(record, DeploymentRecord):
@@ -192,7 +186,7 @@ def decode(cls: type[R], value: bytes) -> R:
     elif isinstance(record, AssignmentRecord):
         _check_shape(record.deployment)
         if len(record.members) not in (0, record.deployment.shards):
-            raise ValueError("an assignment has one member per rank, or none")
+            raise ValueError("an assignment has one member per rank, or no member")
     return record
 
 
@@ -201,14 +195,7 @@ def _check_shape(deployment: DeploymentRecord) -> None:
     if not all(
         1 <= size <= SHAPE_LIMIT for size in (deployment.replicas, deployment.tp, deployment.pp, *layouts)
     ):
-        raise ValueError(f"replicas, tp and pp are from 1 to {SHAPE_LIMIT}")
-
-
-def _rank(text: str) -> int:
-    rank = int(text)
-    if rank < 0 or str(rank) != text:
-        raise ValueError("a rank is a plain number")
-    return rank
+        raise ValueError(f"replicas, tp and pp must be from 1 to {SHAPE_LIMIT}")
 
 
 def _to_message(record: Any) -> Any:
@@ -236,131 +223,3 @@ def _from_message(cls: type[R], message: Any) -> R:
             )
         values[name] = value
     return cls(**values)
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """Where records live in the store."""
-
-    cluster: str = "default"
-
-    @property
-    def root(self) -> str:
-        """The prefix of everything."""
-        return f"/phalanx/{self.cluster}/"
-
-    def checkpoints(self, resume_key: str) -> str:
-        """The prefix of a request's checkpoint. Not below `root`, which everybody watches."""
-        return f"/phalanx.requests/{self.cluster}/{resume_key}/"
-
-    def checkpoint(self, resume_key: str, gateway: str, part: int) -> str:
-        """A part of a request's checkpoint, as one boot of a gateway wrote it."""
-        return f"{self.checkpoints(resume_key)}{gateway}/{part:08d}"
-
-    @property
-    def leader(self) -> str:
-        """The controllers' election."""
-        return f"{self.root}controller/leader"
-
-    def deployment(self, name: str) -> str:
-        """A deployment."""
-        return f"{self.root}deployments/{name}"
-
-    def worker(self, worker: str) -> str:
-        """A worker's registration."""
-        return f"{self.root}workers/{worker}"
-
-    def gateway(self, gateway: str) -> str:
-        """A gateway's registration."""
-        return f"{self.root}gateways/{gateway}"
-
-    def assignment(self, replica: str) -> str:
-        """A replica's assignment."""
-        return f"{self.root}replicas/{replica}/assignment"
-
-    def ready(self, replica: str) -> str:
-        """The epoch of a replica that was ready last."""
-        return f"{self.root}replicas/{replica}/ready"
-
-    def shard(self, replica: str, rank: int) -> str:
-        """A shard's status."""
-        return f"{self.root}replicas/{replica}/shards/{rank}"
-
-
-@dataclass(frozen=True, slots=True)
-class Assigned:
-    """An assignment with its epoch, which is the key's mod_revision."""
-
-    epoch: int
-    assignment: AssignmentRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The whole cluster at one revision. Mappings are by name; shards by (replica, rank).
-
-    `unreadable`: the mod_revision of each record that was passed over, by its key without the root.
-    """
-
-    revision: int = 0
-    deployments: Mapping[str, DeploymentRecord] = field(default_factory=dict)
-    workers: Mapping[str, WorkerRecord] = field(default_factory=dict)
-    gateways: Mapping[str, GatewayRecord] = field(default_factory=dict)
-    replicas: Mapping[str, Assigned] = field(default_factory=dict)
-    shards: Mapping[tuple[str, int], ShardRecord] = field(default_factory=dict)
-    leader: LeaderRecord | None = None
-    ready: Mapping[str, ReadyRecord] = field(default_factory=dict)
-    unreadable: Mapping[str, int] = field(default_factory=dict)
-
-    @staticmethod
-    def of(listing: Listing, keys: Keys) -> Snapshot:
-        """Read a listing of the cluster's root. Keys of other kinds are passed over.
-
-        So are malformed records: one of them must not take down whoever reads the cluster.
-        """
-        deployments: dict[str, DeploymentRecord] = {}
-        workers: dict[str, WorkerRecord] = {}
-        gateways: dict[str, GatewayRecord] = {}
-        replicas: dict[str, Assigned] = {}
-        shards: dict[tuple[str, int], ShardRecord] = {}
-        leader: LeaderRecord | None = None
-        ready: dict[str, ReadyRecord] = {}
-        unreadable: dict[str, int] = {}
-        for key, entry in listing.entries.items():
-            path = key.removeprefix(keys.root)
-            try:
-                match path.split("/"):
-                    case ["deployments", name]:
-                        deployments[name] = decode(DeploymentRecord, entry.value)
-                    case ["workers", name]:
-                        workers[name] = decode(WorkerRecord, entry.value)
-                    case ["gateways", name]:
-                        gateways[name] = decode(GatewayRecord, entry.value)
-                    case ["replicas", name, "assignment"]:
-                        replicas[name] = Assigned(entry.mod_revision, decode(AssignmentRecord, entry.value))
-                    case ["replicas", name, "ready"]:
-                        ready[name] = decode(ReadyRecord, entry.value)
-                    case ["replicas", name, "shards", rank]:
-                        shards[name, _rank(rank)] = decode(ShardRecord, entry.value)
-                    case ["controller", "leader"]:
-                        leader = decode(LeaderRecord, entry.value)
-            except (ValueError, DecodeError):
-                unreadable[path] = entry.mod_revision
-        if unreadable:
-            log.warning("unreadable records passed over", extra={"keys": sorted(unreadable)})
-        return Snapshot(
-            listing.revision,
-            MappingProxyType(deployments),
-            MappingProxyType(workers),
-            MappingProxyType(gateways),
-            MappingProxyType(replicas),
-            MappingProxyType(shards),
-            leader,
-            MappingProxyType(ready),
-            MappingProxyType(unreadable),
-        )
-
-    def shard(self, replica: str, rank: int) -> ShardRecord | None:
-        """The status of a shard in the replica's current epoch, if its member has written one."""
-        shard, assigned = self.shards.get((replica, rank)), self.replicas.get(replica)
-        return shard if shard and assigned and shard.epoch == assigned.epoch else None

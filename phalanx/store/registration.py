@@ -1,10 +1,11 @@
-"""A process's presence in the store: its lease, its registration and, for a worker, its shard's status.
+"""Keeps one worker or gateway registered: a lease, and the keys under it.
 
-Owns: the lease and the keys under it, from the first registration to the last revocation.
-Does not own: what the status is (`supervisor`), what the cluster makes of it (the controller).
+Owns: the lease, the registration and, for a worker, the key with its shard's status.
+Does not own: the content of the status (the worker's supervisor), the reaction to it (the controller).
 
-The incarnation stays the same as long as the process lives: a worker that was cut off and comes back with
-its engine still running is the same worker. A new process is a new one, even at the same address.
+The incarnation stays the same for the life of the process. A worker that lost its lease and registers
+again with its engine still running is the same incarnation. A new process is a new incarnation, even
+at the same address.
 """
 
 from __future__ import annotations
@@ -23,57 +24,58 @@ from phalanx.store.interface import (
     Store,
     StoreUnavailableError,
 )
-from phalanx.store.records import GatewayRecord, Keys, ShardRecord, WorkerRecord, encode
+from phalanx.store.keys import Keys
+from phalanx.store.records import GatewayRecord, ShardRecord, WorkerRecord, encode
 
 LEASE_TTL_S = 3
-_RETRY_S = (0.05, 0.5)  # a random pause, so that a fleet does not come back to the store in one instant
+_RETRY_S = (0.05, 0.5)  # a random pause, so that a fleet does not return to the store all at once
 _REVOKE_TIMEOUT_S = 1.0
 
 log = logging.getLogger(__name__)
 
 
 class Registration:
-    """Keeps one worker or gateway known to the cluster."""
+    """Registers one process and stays registered until `close`."""
 
     def __init__(
         self,
         store: Store,
         keys: Keys,
-        who: WorkerRecord | GatewayRecord,
+        process: WorkerRecord | GatewayRecord,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._keys, self._who, self._clock = store, keys, who, clock
-        self._known: WorkerRecord | GatewayRecord | None = None  # as last written
+        self._store, self._keys, self._process, self._clock = store, keys, process, clock
+        self._written_process: WorkerRecord | GatewayRecord | None = None
         self._lease: int | None = None
-        self._record: ShardRecord | None = None
+        self._status: ShardRecord | None = None
         self._changed = asyncio.Event()
-        self.renew_at = clock()  # when the lease is to be renewed, by `clock`
-        # The statuses written and not yet removed: key and revision.
-        self._written: dict[str, int] = {}
+        self.renew_at = clock()  # when to renew the lease, by `clock`
+        # The revision of each status that this process wrote and has not deleted, by key.
+        self._written_statuses: dict[str, int] = {}
 
-    def announce(self, who: WorkerRecord | GatewayRecord) -> None:
-        """Make this what the cluster knows of the process, soon."""
-        self._who = who
+    def announce(self, process: WorkerRecord | GatewayRecord) -> None:
+        """Replace the registration; `run` writes it. The latest call wins."""
+        self._process = process
         self._changed.set()
 
-    def publish(self, record: ShardRecord | None) -> None:
-        """Make this the shard's status in the store soon; None removes it. The latest wins."""
-        self._record = record
+    def publish(self, status: ShardRecord | None) -> None:
+        """Replace the shard's status; `run` writes it. None deletes it. The latest call wins."""
+        self._status = status
         self._changed.set()
 
     async def run(self) -> None:
-        """Register and stay registered, through lost leases and an absent store, until cancelled."""
+        """Register and stay registered until cancelled. A lost lease or a lost store is retried."""
         while True:
             try:
                 await self._register()
-                await self._stay()
+                await self._stay_registered()
             except (LeaseLostError, StoreUnavailableError) as error:
                 log.warning("registration lost", extra={"reason": repr(error)})
             await asyncio.sleep(random.uniform(*_RETRY_S))
 
     async def close(self) -> None:
-        """Leave the cluster: everything under the lease goes at once, not when it expires."""
+        """Revoke the lease, so that its keys are deleted now and not when the lease expires."""
         if self._lease is None:
             return
         try:
@@ -83,60 +85,59 @@ class Registration:
             log.warning("lease left to expire", extra={"reason": repr(error)})
 
     async def _register(self) -> None:
-        # A new lease on every try: the one before may have expired in the meantime, and a write under it
-        # would fail for ever.
-        sent = self._clock()
+        # Each attempt takes a new lease: the last one may have expired, and no write under it can succeed.
+        sent_at = self._clock()
         self._lease = await self._store.grant(LEASE_TTL_S)
-        await self._write_who(self._lease)
-        self._renewed(sent, LEASE_TTL_S)
-        self._changed.set()  # the status moves to the new lease
-        log.info("registered", extra={"lease": self._lease, "incarnation": self._who.incarnation})
+        await self._write_process(self._lease)
+        self._schedule_renewal(sent_at, LEASE_TTL_S)
+        self._changed.set()  # rewrite the status under the new lease
+        log.info("registered", extra={"lease": self._lease, "incarnation": self._process.incarnation})
 
-    async def _stay(self) -> None:
+    async def _stay_registered(self) -> None:
         assert self._lease is not None
         while True:
             try:
                 async with asyncio.timeout(self.renew_at - self._clock()):
                     await self._changed.wait()
             except TimeoutError:
-                sent = self._clock()
-                self._renewed(sent, await self._store.refresh(self._lease))
+                sent_at = self._clock()
+                self._schedule_renewal(sent_at, await self._store.refresh(self._lease))
                 continue
             self._changed.clear()
-            if self._known is not self._who:
-                await self._write_who(self._lease)
-            await self._write(self._lease)
+            if self._written_process is not self._process:
+                await self._write_process(self._lease)
+            await self._write_status(self._lease)
 
-    async def _write_who(self, lease: int) -> None:
-        who = self._who
+    async def _write_process(self, lease: int) -> None:
+        process = self._process
         key = (
-            self._keys.worker(who.worker)
-            if isinstance(who, WorkerRecord)
-            else self._keys.gateway(who.gateway)
+            self._keys.worker(process.worker)
+            if isinstance(process, WorkerRecord)
+            else self._keys.gateway(process.gateway)
         )
-        await self._store.txn([], [Put(key, encode(who), lease)])
-        self._known = who
+        await self._store.txn([], [Put(key, encode(process), lease)])
+        self._written_process = process
 
-    def _renewed(self, sent: float, ttl_s: float) -> None:
-        # Counted from when the renewal was sent: the store may have renewed at any time since.
-        self.renew_at = sent + ttl_s / 3
+    def _schedule_renewal(self, sent_at: float, ttl_s: float) -> None:
+        # The store counts from when it handled the request, which may be as early as `sent_at`.
+        self.renew_at = sent_at + ttl_s / 3
 
-    async def _write(self, lease: int) -> None:
-        """Bring the store's copy of the status up to date."""
-        record = self._record
-        key = None if record is None else self._keys.shard(record.replica, record.rank)
-        for old in [old for old in self._written if old != key]:
-            # Only what this process wrote: the next holder of the rank may have written since.
-            await self._store.txn([Modified(old, self._written[old])], [Delete(old)])
-            del self._written[old]
-        if record is None or key is None:
+    async def _write_status(self, lease: int) -> None:
+        """Delete the statuses of ranks that this worker held before, and write the current one."""
+        status = self._status
+        key = None if status is None else self._keys.shard(status.replica, status.rank)
+        for old in [old for old in self._written_statuses if old != key]:
+            # Delete only this worker's write: the rank's next worker may have overwritten it.
+            await self._store.txn([Modified(old, self._written_statuses[old])], [Delete(old)])
+            del self._written_statuses[old]
+        if status is None or key is None:
             return
-        # A status of a past epoch must not cover that of the present one.
-        current = Modified(self._keys.assignment(record.replica), record.epoch)
-        revision = await self._store.txn([current], [Put(key, encode(record), lease)])
+        # The epoch guard: a status of a past epoch must not overwrite one of the current epoch.
+        epoch_is_current = Modified(self._keys.assignment(status.replica), status.epoch)
+        revision = await self._store.txn([epoch_is_current], [Put(key, encode(status), lease)])
         if revision is None:
             log.info(
-                "status of a past epoch dropped", extra={"replica": record.replica, "epoch": record.epoch}
+                "status of a past epoch dropped", extra={"replica": status.replica, "epoch": status.epoch}
             )
         else:
-            self._written[key] = revision
+            self._written_statuses[key] = revision

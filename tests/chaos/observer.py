@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from phalanx.store.etcd import EtcdStore
-from phalanx.store.records import Keys, ShardRecord, ShardState, Snapshot
+from phalanx.store.keys import Keys
+from phalanx.store.records import ShardRecord, ShardState
+from phalanx.store.snapshot import Snapshot
 
 
 @dataclass(slots=True)

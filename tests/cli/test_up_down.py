@@ -19,7 +19,8 @@ from phalanx.cli.local import embedded_etcd as embedded
 from phalanx.cli.local import processes
 from phalanx.store.etcd import EtcdStore
 from phalanx.store.interface import Operation, Put
-from phalanx.store.records import DeploymentRecord, Keys, encode
+from phalanx.store.keys import Keys
+from phalanx.store.records import DeploymentRecord, encode
 from tests.cluster import PHALANX, Cluster
 from tests.until import until_sync
 

@@ -17,11 +17,11 @@ from dataplane.gateway.server import InferenceService
 from phalanx.client import Client
 from phalanx.runtime import rpc
 from phalanx.store.interface import Put
+from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
 from phalanx.store.records import (
     AssignmentRecord,
     DeploymentRecord,
-    Keys,
     MemberRecord,
     ShardRecord,
     ShardState,

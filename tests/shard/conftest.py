@@ -15,17 +15,17 @@ from dataplane.shard.worker import Commands, Identity, Worker
 from phalanx.internal.v1 import shard_pb2, shard_pb2_grpc
 from phalanx.runtime import rpc
 from phalanx.store.interface import Delete, Put
+from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
 from phalanx.store.records import (
     AssignmentRecord,
     DeploymentRecord,
-    Keys,
     MemberRecord,
     ShardRecord,
     ShardState,
-    Snapshot,
     encode,
 )
+from phalanx.store.snapshot import Snapshot
 
 HERE = Path(__file__).parent
 FAKES = Commands(

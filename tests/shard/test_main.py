@@ -10,7 +10,8 @@ from pathlib import Path
 from phalanx.cli.local import embedded_etcd as embedded
 from phalanx.runtime import rpc
 from phalanx.store.etcd import EtcdStore
-from phalanx.store.records import Keys, Snapshot
+from phalanx.store.keys import Keys
+from phalanx.store.snapshot import Snapshot
 
 from .conftest import DEADLINE_S
 

@@ -19,7 +19,7 @@ import dataplane.gateway.checkpoints
 import dataplane.gateway.gateway
 import dataplane.shard.requests
 import dataplane.shard.worker
-import phalanx.store.interface
+import phalanx.store.backoff
 from controlplane import leader
 from controlplane.view import View
 from dataplane.gateway import server as gateway_server
@@ -34,18 +34,18 @@ from engine.weights.layouts import smaller_sizes
 from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 from phalanx.store.interface import Change, Condition, Entry, Listing, Operation, Put, StoreUnavailableError
+from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
 from phalanx.store.records import (
+    ControllerRecord,
     DeploymentRecord,
     GatewayRecord,
-    Keys,
     LayoutRecord,
-    LeaderRecord,
-    Snapshot,
     WorkerRecord,
     encode,
 )
 from phalanx.store.registration import Registration
+from phalanx.store.snapshot import Snapshot
 from phalanx.v1 import inference_pb2
 from tests.sim.children import SimChild
 from tests.sim.loop import Process, SimLoop, current
@@ -77,7 +77,7 @@ def simulated(world: World) -> Iterator[None]:
         (worker, "time", clock),
         (worker, "Child", SimChild),
         (dataplane.shard.requests, "RETENTION_S", RETENTION_S),
-        (phalanx.store.interface, "random", world.chance),
+        (phalanx.store.backoff, "random", world.chance),
         (phalanx.store.registration, "random", world.chance),
         (SimChild, "world", world),
         (SimChild, "numbers", itertools.count(1)),
@@ -376,7 +376,7 @@ class World:
         store = SimStore(self, process)
         view = View(store, KEYS)
         process.start(view.follow())
-        record = LeaderRecord(name, name)
+        record = ControllerRecord(name, name)
 
         def clock() -> float:
             return self.loop.time() + self.skew.get(name, 0.0)

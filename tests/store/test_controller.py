@@ -17,7 +17,9 @@ from phalanx.cli.local.embedded_etcd import Etcd, running
 from phalanx.runtime import rpc
 from phalanx.store.etcd import EtcdStore
 from phalanx.store.interface import Put
-from phalanx.store.records import Keys, LeaderRecord, Snapshot, WorkerRecord, decode, encode
+from phalanx.store.keys import Keys
+from phalanx.store.records import ControllerRecord, WorkerRecord, decode, encode
+from phalanx.store.snapshot import Snapshot
 from phalanx.v1 import control_pb2, control_pb2_grpc
 from tests.store.conftest import DEADLINE_S, until
 
@@ -56,17 +58,17 @@ async def store(etcd: Etcd) -> AsyncIterator[EtcdStore]:
     await held.close()
 
 
-async def led_by(store: EtcdStore, name: str) -> LeaderRecord:
+async def led_by(store: EtcdStore, name: str) -> ControllerRecord:
     """Wait until a controller leads."""
-    async with contextlib.aclosing(store.watch(KEYS.leader)) as changes:
+    async with contextlib.aclosing(store.watch(KEYS.controller_lock)) as changes:
         seen = await until(
             changes,
             lambda change: any(
-                decode(LeaderRecord, entry.value).controller == name
+                decode(ControllerRecord, entry.value).controller == name
                 for entry in change.listing.entries.values()
             ),
         )
-    return decode(LeaderRecord, seen[-1].listing.entries[KEYS.leader].value)
+    return decode(ControllerRecord, seen[-1].listing.entries[KEYS.controller_lock].value)
 
 
 async def formed(store: EtcdStore, replica: str) -> Snapshot:
@@ -99,7 +101,7 @@ async def test_a_controller_leads_forms_and_resigns_at_sigterm(etcd: Etcd, store
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(DEADLINE_S):
             assert await process.wait() == 0
-        assert await store.get(KEYS.leader) is None
+        assert await store.get(KEYS.controller_lock) is None
 
 
 async def test_another_controller_takes_over_from_one_that_was_killed(etcd: Etcd, store: EtcdStore) -> None:

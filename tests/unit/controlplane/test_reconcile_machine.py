@@ -12,7 +12,8 @@ from controlplane.reconcile import Form, reconcile
 from controlplane.replicas import ReplicaState, health, same_shape, wanted
 from engine.weights.layouts import smaller_sizes
 from phalanx.store.interface import Listing
-from phalanx.store.records import LayoutRecord, ShardState, Snapshot
+from phalanx.store.records import LayoutRecord, ShardState
+from phalanx.store.snapshot import Snapshot
 from tests.unit.controlplane.world import World
 
 WORKERS = [f"w{index}" for index in range(7)]

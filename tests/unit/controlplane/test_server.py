@@ -21,8 +21,9 @@ from engine.weights.tensors import tensor_shapes
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.store.interface import Listing, Put, StoreUnavailableError
+from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
-from phalanx.store.records import Keys, LeaderRecord, WorkerRecord, encode
+from phalanx.store.records import ControllerRecord, WorkerRecord, encode
 from phalanx.v1 import control_pb2, control_pb2_grpc
 
 KEYS = Keys()
@@ -252,7 +253,7 @@ async def test_a_leader_places_what_was_applied_and_the_lists_show_it(controller
         ],
     )
     leading = asyncio.create_task(
-        leader.run(controller.store, KEYS, controller.view, LeaderRecord("c0", "127.0.0.1:1"))
+        leader.run(controller.store, KEYS, controller.view, ControllerRecord("c0", "127.0.0.1:1"))
     )
     await controller.apply(tp=2)
     seen: Listing | None = None

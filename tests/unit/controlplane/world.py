@@ -8,19 +8,19 @@ from typing import Any, TypeVar
 from controlplane.actions import Leadership, guarded, transactions
 from controlplane.reconcile import Decision, Memory, reconcile
 from phalanx.store.interface import Created, Delete, Listing, Put
+from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
 from phalanx.store.records import (
+    ControllerRecord,
     DeploymentRecord,
-    Keys,
     LayoutRecord,
-    LeaderRecord,
     Record,
     ShardRecord,
     ShardState,
-    Snapshot,
     WorkerRecord,
     encode,
 )
+from phalanx.store.snapshot import Snapshot
 
 T = TypeVar("T")
 
@@ -41,13 +41,12 @@ class World:
         self.store = MemoryStore(clock=lambda: self.now)
         self._boots = 0
         self.memory = Memory()
-        value = encode(LeaderRecord("controller-0", "127.0.0.1:1"))
+        value = encode(ControllerRecord("controller-0", "127.0.0.1:1"))
         lease = instantly(self.store.grant(10**9))
-        fence = instantly(
-            self.store.txn([Created(self.keys.leader, 0)], [Put(self.keys.leader, value, lease)])
-        )
+        key = self.keys.controller_lock
+        fence = instantly(self.store.txn([Created(key, 0)], [Put(key, value, lease)]))
         assert fence is not None
-        self.leadership = Leadership(self.keys.leader, value, lease, fence)
+        self.leadership = Leadership(key, value, lease, fence)
 
     @property
     def listing(self) -> Listing:
@@ -135,7 +134,7 @@ class World:
         listing = listing or self.listing
         decision = reconcile(Snapshot.of(listing, self.keys), self.now, self.memory)
         self.memory = decision.memory
-        modified: int | None = listing.entries[self.keys.leader].mod_revision
+        modified: int | None = listing.entries[self.keys.controller_lock].mod_revision
         for group in transactions(decision.actions):
             if modified is not None:
                 txn = self.store.txn(*guarded(group, self.keys, self.leadership, modified))

@@ -18,8 +18,8 @@ from dataplane.gateway.checkpoints import (
 )
 from dataplane.gateway.journal import Journal
 from phalanx.internal.v1 import shard_pb2
+from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
-from phalanx.store.records import Keys
 from phalanx.v1 import types_pb2
 from tests.until import until
 

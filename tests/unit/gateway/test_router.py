@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from dataplane.gateway.router import Router, Target, draining
 from phalanx.internal.v1 import shard_pb2
-from phalanx.store.records import (
-    Assigned,
-    AssignmentRecord,
-    DeploymentRecord,
-    MemberRecord,
-    Snapshot,
-    WorkerRecord,
-)
+from phalanx.store.records import AssignmentRecord, DeploymentRecord, MemberRecord, WorkerRecord
+from phalanx.store.snapshot import ReplicaEpoch, Snapshot
 
 
 def router(*replicas: str, model_hash: str = "m") -> Router:
@@ -48,10 +42,10 @@ def test_a_replica_drains_with_any_of_its_workers_but_not_with_their_past_boots(
     def worker(name: str, boot: str, leaves: bool) -> WorkerRecord:
         return WorkerRecord(name, boot, "h", f"{name}:1", "cpu", 1, draining=leaves)
 
-    def replica(name: str, *members: str) -> Assigned:
+    def replica(name: str, *members: str) -> ReplicaEpoch:
         records = tuple(MemberRecord(member, "boot-1", f"{member}:1") for member in members)
         deployment = DeploymentRecord("d", 1, "/m", tp=len(members))
-        return Assigned(5, AssignmentRecord(name, deployment, records))
+        return ReplicaEpoch(5, AssignmentRecord(name, deployment, records))
 
     workers = [worker("w0", "boot-1", False), worker("w1", "boot-1", True), worker("w2", "boot-2", True)]
     snapshot = Snapshot(

@@ -4,21 +4,14 @@ from dataclasses import replace
 
 from dataplane.shard import events
 from dataplane.shard.observe import observe
-from phalanx.store.records import (
-    Assigned,
-    AssignmentRecord,
-    DeploymentRecord,
-    MemberRecord,
-    ShardRecord,
-    ShardState,
-    Snapshot,
-)
+from phalanx.store.records import AssignmentRecord, DeploymentRecord, MemberRecord, ShardRecord, ShardState
+from phalanx.store.snapshot import ReplicaEpoch, Snapshot
 
 DEPLOYMENT = DeploymentRecord(
     "d", 1, "/m", tp=2, dtype="float32", max_model_len=64, load_format="dummy", quantization="int8"
 )
 MEMBERS = (MemberRecord("w0", "boot-0", "h:1"), MemberRecord("w1", "boot-1", "h:2"))
-FORMED = Assigned(10, AssignmentRecord("d-0", DEPLOYMENT, MEMBERS))
+FORMED = ReplicaEpoch(10, AssignmentRecord("d-0", DEPLOYMENT, MEMBERS))
 RANK_0 = ShardRecord("d-0", 0, 10, "w0", "boot-0", ShardState.STARTING, rendezvous="h:9")
 PLACE = events.Assigned(
     "d-0",
@@ -44,7 +37,7 @@ def test_another_boot_of_the_same_worker_holds_nothing() -> None:
 
 
 def test_of_two_places_the_newer_counts() -> None:
-    old = Assigned(5, AssignmentRecord("e-0", DEPLOYMENT, MEMBERS))
+    old = ReplicaEpoch(5, AssignmentRecord("e-0", DEPLOYMENT, MEMBERS))
     (place,) = observe(Snapshot(replicas={"e-0": old, "d-0": FORMED}), "w1", "boot-1")
     assert place == PLACE
 

@@ -7,18 +7,18 @@ from dataclasses import replace
 import pytest
 
 from phalanx.store.interface import Condition, Operation, Put, StoreUnavailableError
+from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
 from phalanx.store.records import (
     AssignmentRecord,
     DeploymentRecord,
-    Keys,
     ShardRecord,
     ShardState,
-    Snapshot,
     WorkerRecord,
     encode,
 )
 from phalanx.store.registration import LEASE_TTL_S, Registration
+from phalanx.store.snapshot import Snapshot
 
 KEYS = Keys()
 WORKER = WorkerRecord("w0", "boot", "host", "127.0.0.1:1", "cpu", 1)
