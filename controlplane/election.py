@@ -1,8 +1,8 @@
-"""Leader election among controllers.
+"""Election of the active controller: the one that holds the lock.
 
-The leader's key is created under a lease; its create_revision is the fence that every write of the
-leader compares. A lease alone is no mutual exclusion: the fence is the guarantee, and the leader's own
-deadline makes it stop before the lease can end.
+The lock is a key that a controller creates under a lease. The lease alone is no mutual exclusion: a
+paused controller may wake up after its lease has ended. `controlplane.fencing` guarantees that its writes
+fail. The deadline kept here makes it stop before the lease can end.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 
-from controlplane.actions import Leadership
+from controlplane.fencing import Lock
 from phalanx.store.backoff import back_off
 from phalanx.store.interface import Created, LeaseLostError, Put, Store, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
 _REFRESHES_PER_TTL = 4
-# Stop this part of the time to live before the lease ends: clocks do not run alike.
+# Stop when this fraction of the time to live is left: the clocks of controller and store may differ in speed.
 _MARGIN = 0.1
 
 
 @contextlib.asynccontextmanager
-async def lead(store: Store, key: str, value: bytes, ttl_s: int = 3) -> AsyncIterator[Leadership]:
-    """Wait to be elected and lead within the context; on leaving it, resign.
+async def hold_lock(store: Store, key: str, value: bytes, ttl_s: int = 3) -> AsyncIterator[Lock]:
+    """Wait until this controller holds the lock, hold it within the context, release it on exit.
 
-    When the leadership is lost, the body is cancelled where it awaits and the context ends without an
-    error; so let the body run until then. Lost means that the lease may end soon as far as this process
-    can know, or has ended.
+    When the lock is lost, the body is cancelled at its current await and the context ends without an error.
+    So the body should run until then. Lost means that the lease has ended, or may end soon because it
+    could not be refreshed.
     """
-    leadership, deadline = await _campaign(store, key, value, ttl_s)
-    log.info("leading", extra={"fence": leadership.fence})
+    lock, deadline = await _acquire(store, key, value, ttl_s)
+    log.info("leading", extra={"fence": lock.fence})
     try:
         async with asyncio.timeout_at(deadline) as term:
             async with asyncio.TaskGroup() as tasks:
-                keeper = tasks.create_task(_keep(store, leadership.lease, ttl_s, term))
-                yield leadership
-                keeper.cancel()
-    except TimeoutError:  # the term's: what the body raises comes in an ExceptionGroup
-        log.warning("leadership lost", extra={"fence": leadership.fence})
+                refresher = tasks.create_task(_keep_refreshed(store, lock.lease, ttl_s, term))
+                yield lock
+                refresher.cancel()
+    except TimeoutError:  # from `term`: an error of the body arrives inside an ExceptionGroup
+        log.warning("leadership lost", extra={"fence": lock.fence})
     finally:
-        await _resign(store, leadership.lease)
+        await _release(store, lock.lease)
 
 
-async def _campaign(store: Store, key: str, value: bytes, ttl_s: int) -> tuple[Leadership, float]:
-    """The leadership, and the time of the event loop until which it holds."""
+async def _acquire(store: Store, key: str, value: bytes, ttl_s: int) -> tuple[Lock, float]:
+    """Create the lock once nobody holds it; returns it and its first deadline in event loop time."""
     loop, failures = asyncio.get_running_loop(), 0
     while True:
         try:
@@ -54,43 +54,43 @@ async def _campaign(store: Store, key: str, value: bytes, ttl_s: int) -> tuple[L
                 async for change in changes:
                     if key in change.listing.entries:
                         continue
-                    asked = loop.time()
+                    asked_at = loop.time()
                     lease = await store.grant(ttl_s)
                     fence = await store.txn([Created(key, 0)], [Put(key, value, lease)])
                     if fence is not None:
-                        return Leadership(key, value, lease, fence), asked + ttl_s * (1 - _MARGIN)
+                        return Lock(key, value, lease, fence), asked_at + ttl_s * (1 - _MARGIN)
                     await store.revoke(lease)
         except (StoreUnavailableError, LeaseLostError) as error:
-            # A lease that was granted, and a key that was created all the same, end by themselves.
+            # The lease, and the key if the failed call created it after all, expire without help.
             failures += 1
             log.warning("election waits for the store", extra={"reason": str(error)})
             await asyncio.sleep(back_off(failures))
 
 
-async def _keep(store: Store, lease: int, ttl_s: int, term: asyncio.Timeout) -> None:
-    """Refresh the lease and move the end of the term; let it pass when that does not succeed."""
+async def _keep_refreshed(store: Store, lease: int, ttl_s: int, term: asyncio.Timeout) -> None:
+    """Refresh the lease, and move the deadline of `term` with each success."""
     loop, failures = asyncio.get_running_loop(), 0
     wait_s = ttl_s / _REFRESHES_PER_TTL
     while not term.expired():
         await asyncio.sleep(wait_s)
-        asked = loop.time()
+        asked_at = loop.time()
         try:
             left_s = await store.refresh(lease)
         except LeaseLostError:
-            deadline: float = asked
+            deadline: float = asked_at  # now in the past: `term` expires at once
         except StoreUnavailableError as error:
             failures += 1
             wait_s = back_off(failures)
             log.warning("lease not refreshed", extra={"reason": str(error)})
             continue
         else:
-            deadline = asked + left_s * (1 - _MARGIN)
+            deadline = asked_at + left_s * (1 - _MARGIN)
         wait_s, failures = ttl_s / _REFRESHES_PER_TTL, 0
         if not term.expired():
             term.reschedule(deadline)
 
 
-async def _resign(store: Store, lease: int) -> None:
-    """Let the next leader begin at once; without the store it waits for the lease."""
+async def _release(store: Store, lease: int) -> None:
+    """Revoke the lease, so that the next controller takes over now; without the store it expires."""
     with contextlib.suppress(StoreUnavailableError):
         await store.revoke(lease)

@@ -8,7 +8,7 @@ import signal
 
 import click
 
-from controlplane import leader
+from controlplane import active_controller
 from controlplane.server import SERVICE, ControlService
 from controlplane.view import View
 from phalanx.runtime import logs, ready, rpc, telemetry
@@ -22,7 +22,7 @@ _GRACE_S = 1.0
 
 
 async def serve(etcd: list[str], listen: str, name: str, cluster: str, ready_fd: int | None) -> None:
-    """Serve operators and stand for election until SIGTERM or SIGINT; resign on the way out."""
+    """Serve operators and compete for the lock until SIGTERM or SIGINT; release the lock before the exit."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -39,12 +39,13 @@ async def serve(etcd: list[str], listen: str, name: str, cluster: str, ready_fd:
             ready.announce(ready_fd, {"grpc": bound})
             log.info("serving", extra={"grpc": bound})
             marking = group.create_task(_mark_serving(view, health))
-            leading = group.create_task(leader.run(store, keys, view, ControllerRecord(name, bound)))
+            record = ControllerRecord(name, bound)
+            controlling = group.create_task(active_controller.run(store, keys, view, record))
             await stop.wait()
             log.info("stopping")
             await rpc.set_serving(health, ["", SERVICE], serving=False)
-            leading.cancel()
-            await asyncio.wait([leading])
+            controlling.cancel()
+            await asyncio.wait([controlling])  # the lock is released before the server stops
             await server.stop(_GRACE_S)
             for task in (following, marking):
                 task.cancel()
@@ -54,7 +55,7 @@ async def serve(etcd: list[str], listen: str, name: str, cluster: str, ready_fd:
 
 
 async def _mark_serving(view: View, health: rpc.Health) -> None:
-    """Be healthy from the first view of the cluster on."""
+    """Report this controller as healthy once it has its first view of the cluster."""
     await view.newer(None)
     await rpc.set_serving(health, ["", SERVICE])
 
@@ -64,7 +65,7 @@ async def _mark_serving(view: View, health: rpc.Health) -> None:
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="Where to serve gRPC.")
 @click.option("--name", default="controller-0", show_default=True, help="This controller's name.")
 @click.option("--cluster", default="default", show_default=True, help="The cluster's name in the store.")
-@click.option("--ready-fd", type=int, help="Inherited descriptor to announce the address on.")
+@click.option("--ready-fd", type=int, help="Inherited file descriptor to announce the address on.")
 def main(etcd: str, listen: str, name: str, cluster: str, ready_fd: int | None) -> None:
     """Run a controller."""
     logs.setup("controller", name)

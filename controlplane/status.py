@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlplane.reconcile import Decision, Memory, reconcile
-from controlplane.replicas import (
-    ReplicaState,
-    health,
-    is_degraded,
-    lost_members,
-    replica_name,
-    same_shape,
-)
+from controlplane.decisions.cycle import History
+from controlplane.decisions.desired import replica_name
+from controlplane.decisions.health import ReplicaState, health, lost_members
+from controlplane.decisions.reconcile import Decision, reconcile
+from controlplane.decisions.shapes import is_degraded, same_shape
 from phalanx.store.records import AssignmentRecord, DeploymentRecord, ShardRecord, ShardState
 from phalanx.store.snapshot import Snapshot
 from phalanx.v1 import control_pb2
@@ -37,7 +33,7 @@ class Views:
 def views(snapshot: Snapshot, now: float) -> Views:
     """Everything, at `now` in seconds since the Unix epoch."""
     # What is wrong now, whether or not the leader still hopes that it passes.
-    decision = reconcile(snapshot, now, Memory(suspect=dict.fromkeys(snapshot.replicas, 0.0)))
+    decision = reconcile(snapshot, now, History(suspect_since=dict.fromkeys(snapshot.replicas, 0.0)))
     replicas = {name: _replica(snapshot, name, decision, now) for name in sorted(snapshot.replicas)}
     return Views(
         {

@@ -20,7 +20,7 @@ import dataplane.gateway.gateway
 import dataplane.shard.requests
 import dataplane.shard.worker
 import phalanx.store.backoff
-from controlplane import leader
+from controlplane import active_controller
 from controlplane.view import View
 from dataplane.gateway import server as gateway_server
 from dataplane.gateway.gateway import Gateway
@@ -381,7 +381,7 @@ class World:
         def clock() -> float:
             return self.loop.time() + self.skew.get(name, 0.0)
 
-        process.start(leader.run(store, KEYS, view, record, clock=clock))
+        process.start(active_controller.run(store, KEYS, view, record, clock=clock))
 
     def store_goes(self, *, frozen: bool) -> None:
         """Make the store unreachable. With `frozen` its leases stand still meanwhile, else they run out."""

@@ -1,4 +1,4 @@
-"""Leader election on both stores."""
+"""The election of the active controller, on both stores."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.actions import Leadership
-from controlplane.election import lead
+from controlplane.decisions.actions import MarkReady
+from controlplane.election import hold_lock
+from controlplane.fencing import Lock, fenced
 from phalanx.cli.local.embedded_etcd import running
 from phalanx.store.etcd import EtcdStore
-from phalanx.store.interface import Created, Put, Store, StoreUnavailableError
+from phalanx.store.interface import Delete, Put, Store, StoreUnavailableError
+from phalanx.store.keys import Keys
+from phalanx.store.records import ReadyRecord
 from tests.store.conftest import DEADLINE_S, until
 
 
 class Candidate:
-    """Campaigns in a task of its own, and says when it leads and when it does no longer."""
+    """Competes for the lock in its own task; `elected` and `ended` tell how it goes."""
 
     def __init__(self, store: Store, key: str, name: bytes, ttl_s: int = 2) -> None:
-        self.leadership: Leadership | None = None
+        self.lock: Lock | None = None
         self.elected = asyncio.Event()
         self.ended = asyncio.Event()
         self.task = asyncio.create_task(self._run(store, key, name, ttl_s))
 
     async def _run(self, store: Store, key: str, name: bytes, ttl_s: int) -> None:
-        async with lead(store, key, name, ttl_s) as self.leadership:
+        async with hold_lock(store, key, name, ttl_s) as self.lock:
             self.elected.set()
             await asyncio.Event().wait()
         self.ended.set()
 
-    async def leads(self) -> Leadership:
+    async def leads(self) -> Lock:
         async with asyncio.timeout(DEADLINE_S):
             await self.elected.wait()
-        assert self.leadership is not None
-        return self.leadership
+        assert self.lock is not None
+        return self.lock
 
     async def resign(self) -> None:
         self.task.cancel()
@@ -60,10 +63,10 @@ Start = Callable[[bytes], Candidate]
 
 
 async def test_the_fence_is_the_keys_create_revision(store: Store, root: str, candidates: Start) -> None:
-    leadership = await candidates(b"one").leads()
+    lock = await candidates(b"one").leads()
     entry = await store.get(root + "leader")
     assert entry is not None
-    assert (entry.value, entry.create_revision) == (b"one", leadership.fence)
+    assert (entry.value, entry.create_revision) == (b"one", lock.fence)
 
 
 async def test_one_leads_and_the_next_follows_when_it_resigns(
@@ -83,11 +86,19 @@ async def test_one_leads_and_the_next_follows_when_it_resigns(
 
 
 async def test_a_former_leader_cannot_write(store: Store, root: str, candidates: Start) -> None:
-    first = candidates(b"one")
-    old = await first.leads()
-    await first.resign()
-    await candidates(b"two").leads()
-    assert await store.txn([Created(old.key, old.fence)], [Put(root + "written", b"")]) is None
+    """Not even with a live lease and the lock's newest mod_revision: only the fencing token is old."""
+    keys = Keys(root.strip("/"))
+    old = await candidates(b"one").leads()
+    assignment = keys.assignment("a-0")
+    epoch = await store.txn([], [Put(assignment, b"")])
+    assert epoch is not None
+    mark = MarkReady(ReadyRecord("a-0", epoch, 0.0))
+    await store.txn([], [Delete(old.key)])  # as an operator may; the lease of "one" stays
+    new = await candidates(b"two").leads()
+    assert await store.txn(*fenced([mark], keys, old, new.fence)) is None
+    assert await store.get(keys.ready("a-0")) is None
+    assert await store.refresh(old.lease) > 0
+    assert await store.txn(*fenced([mark], keys, new, new.fence)) is not None
 
 
 async def test_a_leader_that_does_nothing_stays(store: Store, root: str, candidates: Start) -> None:
@@ -111,7 +122,7 @@ async def test_a_leader_whose_lease_ended_stops(store: Store, candidates: Start)
 
 async def test_an_error_in_the_body_is_raised_and_resigns(store: Store, root: str) -> None:
     with pytest.raises(ExceptionGroup) as failure:
-        async with lead(store, root + "leader", b"one"):
+        async with hold_lock(store, root + "leader", b"one"):
             raise ValueError("of the body")
     assert isinstance(failure.value.exceptions[0], ValueError)
     assert await store.get(root + "leader") is None

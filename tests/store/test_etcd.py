@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -111,6 +112,26 @@ async def test_a_watch_lists_again_when_its_revision_was_compacted(
         revision = await put(other, "/c/after", b"")
         assert (await anext(changes)).listing.revision == revision
         await other.close()
+
+
+async def test_a_watch_lists_again_when_etcd_has_another_history(
+    etcd: Etcd, store: EtcdStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a restore from a backup: etcd is behind the watch and will never send what it waits for."""
+    caplog.set_level("INFO")
+    await put(store, "/h/old", b"1")
+    await put(store, "/h/old", b"2")
+    async with aclosing(store.watch("/h/")) as changes:
+        await anext(changes)
+        etcd.kill()
+        shutil.rmtree(tmp_path / "etcd")
+        waiting = asyncio.create_task(until(changes, lambda change: True))
+        await etcd.restart()
+        (change,) = await waiting
+        assert dict(change.changed) == {"/h/old": None}
+        assert "lists again" in caplog.text
+        revision = await put(store, "/h/new", b"")
+        assert (await anext(changes)).listing.revision == revision
 
 
 async def _restarted_and_compacted(etcd: Etcd) -> EtcdStore:

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from controlplane import leader
+from controlplane import active_controller
 from controlplane.server import SERVICE, ControlService
 from controlplane.view import View
 from engine.weights.checkpoint import write_header
@@ -253,7 +253,7 @@ async def test_a_leader_places_what_was_applied_and_the_lists_show_it(controller
         ],
     )
     leading = asyncio.create_task(
-        leader.run(controller.store, KEYS, controller.view, ControllerRecord("c0", "127.0.0.1:1"))
+        active_controller.run(controller.store, KEYS, controller.view, ControllerRecord("c0", "127.0.0.1:1"))
     )
     await controller.apply(tp=2)
     seen: Listing | None = None

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.reconcile import DEGRADE_AFTER_S, RETURN_AFTER_S
+from controlplane.decisions.degrade import DEGRADE_AFTER_S
+from controlplane.decisions.reshape import GROW_AFTER_S
 from controlplane.status import Views, views
 from phalanx.store.records import GatewayRecord, LayoutRecord, ShardState
 from phalanx.v1 import control_pb2
@@ -85,7 +86,7 @@ def test_a_deployment_in_a_smaller_layout_is_degraded_and_says_what_it_needs(wor
     assert deployment(world).reason.startswith("a-0 runs in tp=1 x pp=1")
     world.ready("a-0")
     world.settle()
-    world.now += RETURN_AFTER_S
+    world.now += GROW_AFTER_S
     shown = deployment(world)
     assert (shown.state, shown.ready_replicas) == ("degraded", 1)
     assert shown.reason == "a-0 runs in tp=1 x pp=1: needs 2 workers (tp=2 x pp=1), 1 is free"

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from controlplane.actions import Leadership, guarded, transactions
-from controlplane.reconcile import Decision, Memory, reconcile
+from controlplane.decisions.actions import FormReplica
+from controlplane.decisions.cycle import History
+from controlplane.decisions.degrade import DEGRADE_AFTER_S
+from controlplane.decisions.reconcile import Decision, reconcile
+from controlplane.fencing import Lock, batches, fenced
 from phalanx.store.interface import Created, Delete, Listing, Put
 from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
@@ -23,6 +26,7 @@ from phalanx.store.records import (
 from phalanx.store.snapshot import Snapshot
 
 T = TypeVar("T")
+FALLBACKS = (LayoutRecord(2, 1, 10 << 20), LayoutRecord(1, 2, 10 << 20), LayoutRecord(1, 1, 20 << 20))
 
 
 def instantly(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -40,13 +44,13 @@ class World:
         self.keys = Keys()
         self.store = MemoryStore(clock=lambda: self.now)
         self._boots = 0
-        self.memory = Memory()
+        self.history = History()
         value = encode(ControllerRecord("controller-0", "127.0.0.1:1"))
         lease = instantly(self.store.grant(10**9))
         key = self.keys.controller_lock
         fence = instantly(self.store.txn([Created(key, 0)], [Put(key, value, lease)]))
         assert fence is not None
-        self.leadership = Leadership(key, value, lease, fence)
+        self.lock = Lock(key, value, lease, fence)
 
     @property
     def listing(self) -> Listing:
@@ -132,12 +136,12 @@ class World:
     def reconcile(self, listing: Listing | None = None) -> tuple[Decision, bool]:
         """Decide on a listing (now's by default) and write; returns whether all of it was written."""
         listing = listing or self.listing
-        decision = reconcile(Snapshot.of(listing, self.keys), self.now, self.memory)
-        self.memory = decision.memory
+        decision = reconcile(Snapshot.of(listing, self.keys), self.now, self.history)
+        self.history = decision.history
         modified: int | None = listing.entries[self.keys.controller_lock].mod_revision
-        for group in transactions(decision.actions):
+        for batch in batches(decision.actions):
             if modified is not None:
-                txn = self.store.txn(*guarded(group, self.keys, self.leadership, modified))
+                txn = self.store.txn(*fenced(batch, self.keys, self.lock, modified))
                 modified = instantly(txn)
         return decision, modified is not None
 
@@ -145,9 +149,42 @@ class World:
         """Reconcile and check that nothing is left to do at this time."""
         decision, written = self.reconcile()
         assert written
-        again = reconcile(self.snapshot, self.now, self.memory)
+        again = reconcile(self.snapshot, self.now, self.history)
         assert again.actions == ()
         return decision
 
     def members(self, replica: str) -> list[str]:
         return [member.worker for member in self.snapshot.replicas[replica].assignment.members]
+
+    def formed(self) -> list[str]:
+        """Settle; the replicas that were formed."""
+        actions = self.settle().actions
+        return [action.assignment.replica for action in actions if isinstance(action, FormReplica)]
+
+    def serve(
+        self,
+        name: str,
+        replicas: int,
+        tp: int = 1,
+        pp: int = 1,
+        fallbacks: tuple[LayoutRecord, ...] = (),
+    ) -> None:
+        """Apply a deployment and let its replicas become ready."""
+        self.apply(name, replicas, tp, pp, fallbacks=fallbacks)
+        self.settle()
+        self.ready(*(f"{name}-{index}" for index in range(replicas)))
+        self.settle()
+
+    def degrade(self) -> None:
+        """Let a replica of four workers lose one for good."""
+        self.boot("w0", "w1", "w2", "w3")
+        self.serve("a", 1, tp=2, pp=2, fallbacks=FALLBACKS)
+        self.die("w1")
+        self.settle()
+        self.now += DEGRADE_AFTER_S
+        assert self.formed() == ["a-0"]
+
+    def layout(self, replica: str = "a-0") -> tuple[int, int]:
+        """TP and PP of the replica's current epoch."""
+        deployment = self.snapshot.replicas[replica].assignment.deployment
+        return deployment.tp, deployment.pp

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from controlplane.reconcile import Form, Remove
+from controlplane.decisions.actions import FormReplica, RemoveReplica
 from controlplane.status import views
 from phalanx.internal.v1 import state_pb2
 from phalanx.store.interface import Put
@@ -111,7 +111,7 @@ def test_an_assignment_with_too_few_members_is_passed_over(world: World) -> None
 def test_a_wanted_replica_whose_assignment_cannot_be_read_is_formed_over_it(world: World) -> None:
     epoch = write(world, "replicas/a-0/assignment")
     (form, *_) = world.settle().actions
-    assert isinstance(form, Form)
+    assert isinstance(form, FormReplica)
     assert (form.assignment.replica, form.epoch) == ("a-0", epoch)
     assert world.members("a-0")
 
@@ -124,7 +124,7 @@ def test_an_assignment_that_names_no_worker_is_formed_again(world: World) -> Non
 
 def test_an_unwanted_assignment_that_cannot_be_read_is_removed(world: World) -> None:
     epoch = write(world, "replicas/b-0/assignment")
-    assert world.settle().actions == (Remove("b-0", epoch),)
+    assert world.settle().actions == (RemoveReplica("b-0", epoch),)
     assert not world.snapshot.unreadable
 
 
@@ -134,7 +134,7 @@ def test_a_replica_whose_name_has_no_index_is_removed(world: World, name: str) -
     record = AssignmentRecord(name, world.snapshot.deployments["a"], (member,))
     epoch = write(world, f"replicas/{name}/assignment", encode(record))
     views(world.snapshot, world.now)
-    assert Remove(name, epoch) in world.settle().actions
+    assert RemoveReplica(name, epoch) in world.settle().actions
     assert list(world.snapshot.replicas) == ["a-0"]
 
 

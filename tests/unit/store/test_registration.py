@@ -31,6 +31,7 @@ class FlakyStore(MemoryStore):
         super().__init__()
         self.away = False
         self.tries = asyncio.Event()
+        self.outcomes: asyncio.Queue[int | None] = asyncio.Queue()
 
     def _reach(self) -> None:
         if self.away:
@@ -39,7 +40,9 @@ class FlakyStore(MemoryStore):
 
     async def txn(self, when: Sequence[Condition], then: Sequence[Operation]) -> int | None:
         self._reach()
-        return await super().txn(when, then)
+        revision = await super().txn(when, then)
+        self.outcomes.put_nowait(revision)
+        return revision
 
     async def grant(self, ttl_s: int) -> int:
         self._reach()
@@ -104,7 +107,13 @@ async def test_a_status_of_a_past_epoch_never_covers_the_present_one(
     past, present = await formed(store), await formed(store)
     registration.publish(present)
     await until(store, lambda snapshot: bool(snapshot.shards))
+    while not store.outcomes.empty():
+        store.outcomes.get_nowait()
     registration.publish(replace(past, state=ShardState.FAILED))
+    async with asyncio.timeout(5):
+        assert await store.outcomes.get() is None
+    snapshot = await until(store, lambda _: True)
+    assert snapshot.shard("d-0", 0) == present
     registration.publish(None)
     snapshot = await until(store, lambda snapshot: not snapshot.shards)
     assert snapshot.workers

@@ -1,8 +1,8 @@
-"""Which workers form a replica. Pure.
+"""Decides which workers form a replica. Pure.
 
-Weights are already in the page cache of the host that held a replica before, and collectives are
-fastest within one host: so keep what is left of the last assignment, then stay on its hosts, then
-choose the one host that fits most tightly.
+The host of the previous epoch has the weights in its page cache, and collectives are fastest within one
+host. So placement keeps the previous workers that are left, then prefers their hosts, then the host with
+the fewest free workers that are still enough (best fit).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def place(
 ) -> tuple[MemberRecord, ...] | Shortage:
     """Members in rank order for one replica of `deployment`, from `free` workers by name.
 
-    Draining workers are never chosen. `previous` are the workers that held the ranks before: each one
-    that is still free keeps its rank. The same arguments always give the same answer.
+    Draining workers are never chosen. `previous` are the workers of the previous epoch in rank order; each
+    one that is still free keeps its rank. The result depends on the arguments only.
     """
     usable = {name: worker for name, worker in free.items() if not worker.draining}
     needed = deployment.shards
@@ -47,7 +47,7 @@ def place(
 def _by_preference(
     candidates: Sequence[WorkerRecord], needed: int, hosts: Collection[str]
 ) -> list[WorkerRecord]:
-    """Candidates on `hosts` first, then host by host: the tightest that fits, else the emptiest."""
+    """Candidates on `hosts` first, then host by host: best fit, else the most free workers first."""
     room = Counter(worker.host for worker in candidates)
 
     def rank(worker: WorkerRecord) -> tuple[bool, bool, int, str, str]:

@@ -1,7 +1,7 @@
-"""Whether a layout fits into the memory of the workers that would run it. Pure.
+"""Decides whether a layout fits into the memory of the workers that would run it. Pure.
 
-Only what is known counts: a model that the controller could not read, or a device whose memory a worker does
-not say, is given the benefit of the doubt. An engine that does not fit after all says so when it starts.
+An unknown size counts as fitting: the weights of a model that the controller cannot read, or the memory of
+a device that its worker does not report. An engine that does not fit after all fails when it starts.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from engine.config import EngineConfig
 from phalanx.store.records import DeploymentRecord, LayoutRecord, WorkerRecord
 
-RANK_BYTES = 3 << 29  # beside its weights: runtime, activations, and the 1 GiB of KV cache of a CPU's rank
-USABLE = 0.9  # of a device's memory
+RANK_BYTES = 3 << 29  # per rank beside the weights: runtime, activations, and a CPU's KV cache of 1 GiB
+USABLE = 0.9  # fraction of a device's memory
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-_QUANTIZED_BYTES = {"int8": 1.1, "fp8": 1.1, "int4": 0.65}  # with scales, and what is never quantized
+# Includes scales, and the tensors that stay unquantised.
+_QUANTIZED_BYTES = {"int8": 1.1, "fp8": 1.1, "int4": 0.65}
 
 
 def fits(deployment: DeploymentRecord, layout: LayoutRecord, workers: Sequence[WorkerRecord]) -> bool:
-    """Whether these workers, one per rank, have the memory. CPU workers of a host share that of the host.
+    """Whether these workers, one per rank, have enough memory. The CPU workers of a host share its memory.
 
-    What other replicas take there is not known here, nor how long a sequence the KV cache must hold.
+    Ignores other replicas on the same devices, and how long a sequence the KV cache must hold.
     """
     needed: Counter[tuple[str, str]] = Counter()
     known = {}
@@ -33,7 +34,7 @@ def fits(deployment: DeploymentRecord, layout: LayoutRecord, workers: Sequence[W
 
 
 def _weight_bytes(deployment: DeploymentRecord, device: str) -> float:
-    """Bytes that one number takes."""
+    """Bytes per weight element."""
     if deployment.quantization:
         return _QUANTIZED_BYTES.get(deployment.quantization, 4.0)
     return _DTYPE_BYTES.get(EngineConfig("", device=device, dtype=deployment.dtype).dtype_name, 4.0)

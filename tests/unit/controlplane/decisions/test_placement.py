@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.placement import Shortage, place
+from controlplane.decisions.placement import Shortage, place
 from phalanx.store.records import DeploymentRecord, MemberRecord, WorkerRecord
 
 

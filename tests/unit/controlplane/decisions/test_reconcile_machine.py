@@ -8,8 +8,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from controlplane.reconcile import Form, reconcile
-from controlplane.replicas import ReplicaState, health, same_shape, wanted
+from controlplane.decisions.actions import FormReplica
+from controlplane.decisions.desired import desired_replicas
+from controlplane.decisions.health import ReplicaState, health
+from controlplane.decisions.reconcile import reconcile
+from controlplane.decisions.shapes import same_shape
 from engine.weights.layouts import smaller_sizes
 from phalanx.store.interface import Listing
 from phalanx.store.records import LayoutRecord, ShardState
@@ -78,9 +81,13 @@ class Reconciling(RuleBasedStateMachine):
         before = self.world.snapshot
         decision, written = self.world.reconcile()
         assert written
-        self._check_members([action for action in decision.actions if isinstance(action, Form)], before)
-        self._check_taken_down([action for action in decision.actions if isinstance(action, Form)], before)
-        again = reconcile(self.world.snapshot, self.world.now, decision.memory)
+        self._check_members(
+            [action for action in decision.actions if isinstance(action, FormReplica)], before
+        )
+        self._check_taken_down(
+            [action for action in decision.actions if isinstance(action, FormReplica)], before
+        )
+        again = reconcile(self.world.snapshot, self.world.now, decision.history)
         assert again.actions == ()
 
     @invariant()
@@ -102,25 +109,25 @@ class Reconciling(RuleBasedStateMachine):
             if decision.wake_at is not None:
                 self.world.now = max(self.world.now, decision.wake_at)
                 continue
-            again = reconcile(self.world.snapshot, self.world.now, decision.memory)
+            again = reconcile(self.world.snapshot, self.world.now, decision.history)
             if not again.actions and again.wake_at is None:
                 break
         snapshot = self.world.snapshot
-        decision = reconcile(snapshot, self.world.now, self.world.memory)
+        decision = reconcile(snapshot, self.world.now, self.world.history)
         assert decision.actions == ()
         assert decision.wake_at is None
         assert decision.retries == {}
-        assert set(snapshot.replicas) <= set(wanted(snapshot))
+        assert set(snapshot.replicas) <= set(desired_replicas(snapshot))
         self._check_shortages(snapshot, set(decision.shortages))
 
-    def _check_members(self, forms: list[Form], before: Snapshot) -> None:
+    def _check_members(self, forms: list[FormReplica], before: Snapshot) -> None:
         for form in forms:
             assert len(form.assignment.members) == form.assignment.deployment.shards
             for member in form.assignment.members:
                 worker = before.workers[member.worker]
                 assert (worker.incarnation, worker.draining) == (member.incarnation, False)
 
-    def _check_taken_down(self, forms: list[Form], before: Snapshot) -> None:
+    def _check_taken_down(self, forms: list[FormReplica], before: Snapshot) -> None:
         """On purpose: at most one serving replica of a deployment, when the new ones all serve."""
         serving = [
             form
@@ -134,7 +141,8 @@ class Reconciling(RuleBasedStateMachine):
                 same = same_shape(assigned.assignment.deployment, form.assignment.deployment)
                 if same and assigned.assignment.deployment.name == form.assignment.deployment.name:
                     assert (
-                        replica not in wanted(before) or health(before, replica).state is ReplicaState.READY
+                        replica not in desired_replicas(before)
+                        or health(before, replica).state is ReplicaState.READY
                     )
 
     def _check_shortages(self, snapshot: Snapshot, lacking: set[str]) -> None:
@@ -145,7 +153,7 @@ class Reconciling(RuleBasedStateMachine):
             for worker in snapshot.workers.values()
             if worker.worker not in used and not worker.draining
         ]
-        for name, deployment in wanted(snapshot).items():
+        for name, deployment in desired_replicas(snapshot).items():
             shape_is_right = name in healthy and same_shape(
                 snapshot.replicas[name].assignment.deployment, deployment
             )

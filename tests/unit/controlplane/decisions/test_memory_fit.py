@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.planner import RANK_BYTES, fits
+from controlplane.decisions.memory_fit import RANK_BYTES, fits
 from phalanx.store.records import DeploymentRecord, LayoutRecord, WorkerRecord
 
 GIB = 1 << 30
