@@ -1,6 +1,6 @@
-"""Makes what is generated into the source tree: the protobuf modules and the engine's CPU kernels.
+"""Generates the protobuf modules and compiles the engine's CPU kernels, into the source tree.
 
-Hatchling runs it for wheels and for editable installs; `make generated` runs it by hand.
+Hatchling runs this file for wheels and editable installs; `make generated` runs it by hand.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ ROOT = Path(__file__).parent
 KERNELS = "engine/kernels"
 GENERATED = ("phalanx/v1", "phalanx/internal/v1")
 SOURCES = ("linear.cpp", "attention.cpp", "weights.cpp", "draw.cpp")
-# Instruction sets that engine/kernels/native.py chooses from, as the compiler names them.
+# The instruction sets that engine/kernels/native.py chooses from, with their names for the compiler.
 CPUS = {"avx512_bf16": "x86_64_v4+avx512bf16", "avx512": "x86_64_v4", "avx2": "x86_64_v3"}
 FLAGS = [
     *("-target", "x86_64-linux-gnu.2.17", "-std=c++20", "-O3", "-fPIC", "-shared", "-s", "-lpthread"),
     *("-nostdlib++", "-fno-exceptions", "-fno-rtti", "-fno-sanitize=all", "-Wall", "-Wextra", "-Werror"),
-    "-ffp-contract=off",  # every fused multiply-add is written as one
+    "-ffp-contract=off",  # the compiler must not fuse: sources write each fused multiply-add explicitly
 ]
 
 
 def generate_protos(root: Path) -> list[str]:
-    """Write `*_pb2*.py[i]` into the packages of `GENERATED`; returns their paths, relative to `root`."""
-    from grpc_tools import protoc  # only there in the build environment
+    """Write `*_pb2*.py[i]` into the packages of `GENERATED`; returns the paths relative to `root`."""
+    from grpc_tools import protoc  # installed in the build environment only
 
     sources = sorted(str(path.relative_to(root / "protos")) for path in (root / "protos").rglob("*.proto"))
     well_known = importlib.resources.files("grpc_tools") / "_proto"
-    # protoc finds its mypy plugins on PATH, where an unactivated environment's scripts are not.
+    # protoc finds its mypy plugins on PATH, which lacks the scripts of an environment that is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     outputs = [f"--{plugin}_out={root}" for plugin in ("python", "grpc_python", "mypy", "mypy_grpc")]
     code = protoc.main(["protoc", f"-I{root / 'protos'}", f"-I{well_known}", *outputs, *sources])
@@ -45,10 +45,11 @@ def generate_protos(root: Path) -> list[str]:
 
 
 def build_kernels(root: Path) -> list[str]:
-    """Compile the kernels for every instruction set that they may meet; returns the paths of the libraries.
+    """Compile the kernels once per instruction set; returns the libraries' paths relative to `root`.
 
-    The compiler is clang, from the `ziglang` wheel, so that every machine builds the same. Elsewhere than
-    on x86-64 Linux the engine does without. A library newer than its source is kept.
+    The compiler is clang from the `ziglang` wheel, so every machine builds the same code. On other systems
+    than x86-64 Linux nothing is compiled, and the engine runs without native kernels. A library that is
+    newer than its sources is not compiled again.
     """
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return []
@@ -73,17 +74,17 @@ def build_kernels(root: Path) -> list[str]:
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-except ImportError:  # run by hand, outside a build
+except ImportError:  # run by hand, without hatchling
     pass
 else:
 
     class GeneratedFilesHook(BuildHookInterface):  # type: ignore[type-arg]
-        """The hook that hatchling looks for."""
+        """The build hook; hatchling finds it by its base class."""
 
         PLUGIN_NAME = "custom"
 
         def initialize(self, version: str, build_data: dict[str, object]) -> None:
-            """Generate before files are collected, and collect what git ignores."""
+            """Generate before hatchling collects files; add the generated files, which git ignores."""
             libraries = build_kernels(Path(self.root))
             build_data["artifacts"] = [*generate_protos(Path(self.root)), *libraries]
             if libraries:

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """A briefly trained demo model, kept until its recipe changes."""
-    recipe = [ROOT / "phalanx/cli/demo_model.py", ROOT / "phalanx/cli/training.py"]
+    recipe = [ROOT / f"phalanx/cli/{name}.py" for name in ("demo_model", "demo_llama", "demo_training")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in recipe)).hexdigest()[:12]
     cache = ROOT / ".phalanx/test-model"
     model = cache / digest

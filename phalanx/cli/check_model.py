@@ -1,4 +1,4 @@
-"""`phalanx check-model`: whether a model directory can be served, and what is wrong with it."""
+"""`phalanx check-model`: checks whether a model directory can be served, and names what is wrong."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from phalanx.cli.failure import Failure
 
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--check-nan", is_flag=True, help="Also read every value; refuse what is NaN or infinite.")
+@click.option("--check-nan", is_flag=True, help="Also read every value, and refuse NaN and infinite ones.")
 def check_model(model: Path, check_nan: bool) -> None:
-    """See that MODEL has every tensor of its architecture, whole and of the right shape.
+    """Check that MODEL has every tensor of its architecture, complete and of the right shape.
 
-    What is wrong is named: file, tensor, and with --check-nan the first place in it.
+    An error names the file, the tensor and, with --check-nan, the first wrong element.
     """
     from rich.progress import Progress
 

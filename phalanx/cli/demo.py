@@ -1,4 +1,4 @@
-"""`phalanx demo`: kill an engine under a stream, and compare its tokens with the undisturbed run's."""
+"""`phalanx demo`: kills the engine of a stream, and compares the tokens with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _PHALANX = [sys.executable, "-m", "phalanx.cli"]
     type=click.Path(path_type=Path),
     default=Path(".phalanx/demo-model"),
     show_default=True,
-    help="The model to serve; trained first where there is none.",
+    help="The model to serve. It is trained first if it does not exist.",
 )
 def demo(model: Path) -> None:
-    """Show that a stream outlives its engine.
+    """Show that a stream survives the death of its engine.
 
-    Serves a model from two replicas, streams a completion, kills the engine under it with SIGKILL, and
-    exits 0 only if every token equals the undisturbed run's.
+    Serves a model from two replicas, streams a completion, kills its engine with SIGKILL, and exits 0 only
+    if every token equals the token of an undisturbed run.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not model.exists():
@@ -67,7 +67,7 @@ def demo(model: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Killed:
-    """A completion whose engine was killed after `at` of its tokens had arrived."""
+    """A completion whose engine was killed after `at` tokens; `gap_s` is the failover's gap in seconds."""
 
     completion: sse.Completion
     at: int
@@ -77,14 +77,14 @@ class Killed:
 def undisturbed_run(url: str, model: str) -> sse.Completion:
     """Stream the demo's request and print its text."""
     completion = sse.Completion()
-    for completion, text in sse.stream(url, REQUEST | {"model": model}):  # noqa: B007  # used after the loop
+    for completion, text in sse.stream(url, REQUEST | {"model": model}):  # noqa: B007  # the last one is returned
         click.echo(text, nl=False)
     click.echo()
     return completion
 
 
 def killed_run(url: str, model: str, state_dir: Path) -> Killed:
-    """Stream, and kill in the middle. The longest gap after the kill is the failover's."""
+    """Stream, and kill the engine in the middle. The longest gap after the kill counts as the failover's."""
     workers = json.loads(
         _phalanx("get", "workers", "-o", "json", "--state-dir", str(state_dir), capture=True)
     )
@@ -106,12 +106,12 @@ def killed_run(url: str, model: str, state_dir: Path) -> Killed:
 
 
 def gaps_of(completion: sse.Completion) -> list[float]:
-    """Seconds between one event with tokens and the next."""
+    """Seconds between each event with tokens and the next one."""
     return [later - earlier for earlier, later in pairwise(completion.arrivals)]
 
 
 def _report(undisturbed: sse.Completion, killed: Killed, failovers: float) -> None:
-    """Print the comparison. Raises Failure unless every token is the same and the kill was felt."""
+    """Print the comparison. Raises Failure unless all tokens are equal and the stream failed over."""
     _heading("The comparison")
     again = killed.completion
     equal = sum(a == b for a, b in zip(undisturbed.token_ids, again.token_ids, strict=False))
@@ -133,7 +133,7 @@ def _report(undisturbed: sse.Completion, killed: Killed, failovers: float) -> No
 
 @contextlib.contextmanager
 def two_replicas(model: Path, state_dir: Path) -> Iterator[cluster.Cluster]:
-    """Two replicas, stopped on exit whatever happens."""
+    """A local cluster with two replicas of `model`; stopped on exit, also after an error."""
     place = ["--state-dir", str(state_dir)]
     try:
         shape = ["--model", str(model), "--replicas", "2", "--http-port", "0", "--grpc-port", "0"]
@@ -146,7 +146,7 @@ def two_replicas(model: Path, state_dir: Path) -> Iterator[cluster.Cluster]:
 
 
 def _phalanx(*arguments: str, capture: bool = False) -> str:
-    """Run another command; what it says goes to the terminal unless captured."""
+    """Run another `phalanx` command; returns its output if `capture`, else prints it."""
     done = subprocess.run([*_PHALANX, *arguments], stdout=subprocess.PIPE if capture else None, text=True)
     if done.returncode:
         raise Failure(f"`phalanx {arguments[0]}` failed")

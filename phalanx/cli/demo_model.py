@@ -1,4 +1,4 @@
-"""`phalanx demo-model`: a small language model of Python, made from this machine's standard library."""
+"""`phalanx demo-model`: trains a small language model on this machine's Python standard library."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import click
 from phalanx.cli.failure import Failure
 
 if TYPE_CHECKING:
-    from phalanx.cli.training import Progress, Shape
+    from phalanx.cli.demo_llama import Shape
+    from phalanx.cli.demo_training import Progress
 
 END = "<|end|>"
-CHARS_PER_S = 40_000  # two cores read less than this in training, so nothing is seen often
+CHARS_PER_S = 40_000  # corpus size per second of training; two cores train on fewer, so no text repeats much
 _TOKENIZER_CHARS = 1_000_000
-_SAVE_S = 1.5  # kept back from the time box for writing
+_SAVE_S = 1.5  # part of the given time that is reserved for writing
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
-_MOST_DIGITS = 0.1  # files with a larger share of digits are tables, not code
+_MAX_DIGITS = 0.1  # a file with a larger share of digits is a table, not code
 _PARTIAL = ".partial"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -34,13 +35,17 @@ _CHAT_TEMPLATE = (
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--seconds", type=click.FloatRange(min=5), default=75.0, show_default=True, help="Time for everything."
+    "--seconds",
+    type=click.FloatRange(min=5),
+    default=75.0,
+    show_default=True,
+    help="Time for everything, from reading to writing.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo_model(out: Path, seconds: float, seed: int) -> None:
     """Train a small Llama on this Python's standard library and write it to OUT.
 
-    OUT is an ordinary Hugging Face model directory. It takes two cores little more than a minute.
+    OUT is an ordinary Hugging Face model directory. The default time suits two cores.
     """
     deadline = time.monotonic() + seconds
     if out.exists():
@@ -61,13 +66,14 @@ def demo_model(out: Path, seconds: float, seed: int) -> None:
 
 
 def make(out: Path, deadline: float, seed: int, report: Callable[[Progress], None]) -> tuple[float, int]:
-    """Train until `deadline` on time.monotonic's clock and write a model directory in one step.
+    """Train until `deadline`, a time of time.monotonic, and write a model directory atomically.
 
     Returns the last loss in nats per token and the number of parameters.
     """
     import torch
 
-    from phalanx.cli.training import Shape, train
+    from phalanx.cli.demo_llama import Shape
+    from phalanx.cli.demo_training import train
 
     shape = Shape()
     texts = _head(corpus(seed), int(CHARS_PER_S * (deadline - time.monotonic())))
@@ -86,18 +92,18 @@ def make(out: Path, deadline: float, seed: int, report: Callable[[Progress], Non
 
 
 def corpus(seed: int) -> Iterator[str]:
-    """Source files of the standard library in an order drawn from `seed`."""
+    """Source files of the standard library in random order, by `seed`."""
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(p for p in library.rglob("*.py") if not _SKIPPED & set(p.relative_to(library).parts))
     random.Random(seed).shuffle(paths)
     for path in paths:
         text = path.read_text(encoding="utf-8", errors="ignore")
-        if sum(map(text.count, "0123456789")) < _MOST_DIGITS * len(text):
+        if sum(map(text.count, "0123456789")) < _MAX_DIGITS * len(text):
             yield text
 
 
 def _tokenizer(texts: list[str], vocab: int) -> Any:
-    """A byte-level BPE tokeniser for code: `def ` is one token, and so is a line's end with its indent."""
+    """A byte-level BPE tokeniser for code: `def ` or a line break with its indent can be one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -119,7 +125,7 @@ def _tokenizer(texts: list[str], vocab: int) -> Any:
 
 
 def _head(texts: Iterable[str], chars: int) -> list[str]:
-    """The first texts that together have about this many characters."""
+    """The first texts that together have at least `chars` characters, or all texts."""
     taken: list[str] = []
     for text in texts:
         if chars <= 0:
@@ -130,7 +136,7 @@ def _head(texts: Iterable[str], chars: int) -> list[str]:
 
 
 def _write(folder: Path, shape: Shape, tokenizer: Any, weights: dict[str, Any]) -> None:
-    """An ordinary Hugging Face model directory."""
+    """Write an ordinary Hugging Face model directory."""
     from safetensors.torch import save_file
 
     end = tokenizer.token_to_id(END)

@@ -1,4 +1,4 @@
-"""`phalanx shard-model`: one weights file per rank, for hosts that load only their own."""
+"""`phalanx shard-model`: writes one weights file per rank, so that a host needs only its own ranks' files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 def shard_model(source: Path, destination: Path, tp: int, pp: int) -> None:
     """Write the model in SOURCE to DESTINATION as one file per rank of a layout.
 
-    The files are `pp{i}_tp{j}.safetensors`; a host needs those of its own ranks, the JSON files and the
-    tokeniser. Replicas that load them go on with requests of replicas that load SOURCE, and the other way
-    round: they are the same model.
+    The files are `pp{i}_tp{j}.safetensors`. A host needs the files of its own ranks, the JSON files and the
+    tokeniser. The identity of the model stays: a request can move between replicas that load SOURCE and
+    replicas that load DESTINATION.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

@@ -44,27 +44,35 @@ PORT = click.IntRange(0, 65535)
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the engine's choice]"
 )
 @click.option(
-    "--quantization", type=click.Choice(["int8", "fp8", "int4"]), help="Of weights.  [default: as they are]"
+    "--quantization",
+    type=click.Choice(["int8", "fp8", "int4"]),
+    help="Quantisation of the weights.  [default: none]",
 )
 @click.option(
     "--load-format",
     type=click.Choice(["auto", "dummy"]),
     default="auto",
     show_default=True,
-    help="dummy draws random weights from config.json alone.",
+    help="dummy makes random weights from config.json alone.",
 )
 @click.option(
-    "--http-port", type=PORT, default=8000, show_default=True, help="0 picks a free one; further gateways do."
+    "--http-port",
+    type=PORT,
+    default=8000,
+    show_default=True,
+    help="0 picks a free port, as all further gateways do.",
 )
 @click.option("--grpc-port", type=PORT, default=8001, show_default=True, help="As --http-port.")
 @click.option("--etcd", metavar="HOST:PORT,...", help="Use this etcd instead of starting one.")
 @click.option(
-    "--cluster", "name_in_etcd", default="default", show_default=True, help="Its name within the etcd."
+    "--cluster", "name_in_etcd", default="default", show_default=True, help="The cluster's name within etcd."
 )
 @click.option(
     "--timeout", type=float, default=300.0, show_default=True, help="Seconds until every replica is ready."
 )
-@click.option("--detach", is_flag=True, help="Return once every replica is ready; `phalanx down` stops it.")
+@click.option(
+    "--detach", is_flag=True, help="Return once every replica is ready; `phalanx down` stops the cluster."
+)
 @options.state_dir
 def up(
     model: Path,
@@ -88,8 +96,8 @@ def up(
 ) -> None:
     """Start etcd, a controller, workers and gateways on this machine and serve a model.
 
-    Everything listens on loopback. Processes that die are started again. Without --detach it runs
-    until Ctrl-C. Other commands find the cluster by its state directory.
+    Everything listens on loopback. A process that dies is started again. Without --detach the cluster
+    runs until Ctrl-C. Other commands find the cluster by its state directory.
     """
     from phalanx.v1 import control_pb2
 
@@ -119,7 +127,7 @@ def up(
 
 
 def _run(spec: LocalSpec, deployment: Any, timeout_s: float, detach: bool) -> None:
-    """Bring the cluster up, then leave it, or keep it until a signal; whatever fails leaves nothing."""
+    """Start the cluster; leave it running with --detach, else stop it at a signal. A failure stops it too."""
     say = Speaker()
     starter = Starter(spec)
     try:
@@ -138,7 +146,7 @@ def _run(spec: LocalSpec, deployment: Any, timeout_s: float, detach: bool) -> No
 
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
-    """Do the work; SIGINT and SIGTERM cancel it."""
+    """Run `work`; SIGINT and SIGTERM cancel it."""
     task = asyncio.current_task()
     assert task is not None
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -149,11 +157,11 @@ async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
 async def _serve(
     starter: Starter, spec: LocalSpec, deployment: Any, timeout_s: float, detach: bool, say: Say
 ) -> None:
-    """Follow the supervisor until the deployment is ready, and on without --detach."""
+    """Wait until the deployment is ready; without --detach also until the supervisor ends."""
     ended = Failure(f"the supervisor ended; see {log_path(spec, 'supervisor')}")
-    news = starter.news()
+    progress = starter.progress()
     async with asyncio.timeout(timeout_s):
-        async for item in news:
+        async for item in progress:
             if "failed" in item:
                 raise Failure(item["failed"])
             if "up" in item:
@@ -169,26 +177,26 @@ async def _serve(
     if detach:
         starter.release()
         return
-    async for _ in news:
+    async for _ in progress:
         pass
     raise ended
 
 
 class Speaker:
-    """Says how it goes on standard error, each thing once."""
+    """Prints progress on standard error, without repeating a line."""
 
     def __init__(self) -> None:
         self.last = "starting"
 
     def __call__(self, line: str) -> None:
-        """Say a line unless it was the last one said."""
+        """Print a line unless it equals the last one."""
         if line != self.last:
             self.last = line
             click.echo(line, err=True)
 
 
 def deployment_name(model: Path) -> str:
-    """A deployment's name from a directory's: lower-case letters, digits, '-' and '.'."""
+    """A deployment name made from the directory's name: lower-case letters, digits, '-' and '.'."""
     name = re.sub(r"[^a-z0-9.-]+", "-", model.name.lower()).strip("-.")
     if not name:
         raise Failure(f"{model.name} makes no deployment name; give one with --name", USAGE)
@@ -196,7 +204,7 @@ def deployment_name(model: Path) -> str:
 
 
 def _devices() -> int:
-    """CUDA devices on this machine. Raises Failure where there are none."""
+    """The number of CUDA devices on this machine. Raises Failure when there is none."""
     import pynvml
 
     try:

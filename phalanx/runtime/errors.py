@@ -1,4 +1,4 @@
-"""Failures that callers can act on, and how they look as gRPC status and as HTTP."""
+"""Typed errors: the reason, and the gRPC status, HTTP status and retryability that belong to it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ _KINDS: dict[str, tuple[grpc.StatusCode, int, bool]] = {
 
 
 class PhalanxError(Exception):
-    """One failure with its `reason` (a key of the table above) and a message for people."""
+    """A failure with a `reason` for programs (a key of `_KINDS`) and a `message` for people.
+
+    `param`: the name of the request field that is wrong. `retryable` overrides the table.
+    """
 
     def __init__(
         self, reason: str, message: str, *, param: str | None = None, retryable: bool | None = None
@@ -52,4 +55,4 @@ class PhalanxError(Exception):
         self.param = param
         self.code, self.http_status, self.retryable = _KINDS.get(reason, _KINDS["INTERNAL"])
         if retryable is not None:
-            self.retryable = retryable  # a peer's own word, for a reason that may be newer than this table
+            self.retryable = retryable  # a newer peer may send a reason that is not in this table

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line on standard error. Never prompts, never tokens."""
+"""Structured logs: one JSON object per line on standard error. Log no prompts and no tokens."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class JsonFormatter(logging.Formatter):
-    """`extra={...}` fields of a record become fields of the line."""
+    """Writes a log record as a JSON object; the fields of `extra={...}` become fields of the object."""
 
     def __init__(self, role: str, name: str) -> None:
         super().__init__()
-        self._who = {"role": role, "name": name}
+        self._process = {"role": role, "name": name}
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line without a line break."""
+        """Format a record as one line."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, object] = {
             "time": f"{stamp}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
-            **self._who,
+            **self._process,
             "event": record.getMessage(),
         }
         line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
@@ -33,7 +33,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def setup(role: str, name: str, level: int = logging.INFO) -> None:
-    """Send this process's logs to standard error, each line naming its role and name."""
+    """Send this process's logs to standard error, with its role and name in each line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(role, name))
     logging.basicConfig(level=level, handlers=[handler], force=True)

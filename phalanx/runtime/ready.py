@@ -1,4 +1,4 @@
-"""How a process tells the one that started it that it serves, and where."""
+"""Tells the process that started this one that it serves, and on which addresses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def announce(fd: int | None, addresses: dict[str, str]) -> None:
-    """Write one JSON line to the inherited descriptor and close it; nothing when there is none."""
+    """Write the addresses as one JSON line to the inherited descriptor, and close it. None does nothing."""
     if fd is None:
         return
     with os.fdopen(fd, "w") as pipe:

@@ -1,4 +1,4 @@
-"""gRPC as every Phalanx process uses it: options, health, reflection, and errors on the wire."""
+"""gRPC with the options of every Phalanx process, health, reflection, and errors on the wire."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from phalanx.v1 import types_pb2
 MAX_MESSAGE_BYTES = 32 << 20
 _DETAILS = "grpc-status-details-bin"
 _RETRY_AFTER_S = 1
-# What a status means that gRPC itself gave, without our details.
-_BARE = {
+# The reason for a status that comes from gRPC itself, without ErrorInfo.
+_REASONS = {
     grpc.StatusCode.CANCELLED: "CANCELLED",
     grpc.StatusCode.DEADLINE_EXCEEDED: "DEADLINE_EXCEEDED",
     grpc.StatusCode.INVALID_ARGUMENT: "INVALID_ARGUMENT",
@@ -31,7 +31,7 @@ _MESSAGES = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
-# Both sides must agree on the ping rate, or the server cuts the client with `too_many_pings`.
+# Client and server must agree on the ping rate, or the server disconnects the client with `too_many_pings`.
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 2_000),
     ("grpc.keepalive_timeout_ms", 2_000),
@@ -39,12 +39,12 @@ _KEEPALIVE = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 _SERVER = [
-    ("grpc.so_reuseport", 0),  # else a second server binds the same port silently
+    ("grpc.so_reuseport", 0),  # otherwise a second server binds the same port without an error
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
 ]
-# A peer that comes back on the same port must be found again at once, not after gRPC's 1 s to 120 s: its
-# clients may have lost the other one by then, and wait.
+# Reconnect at once to a peer that restarts on the same port. With gRPC's default back-off of 1 s to 120 s, a
+# client whose other peer fails meanwhile would wait without need.
 _CLIENT = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
@@ -53,21 +53,22 @@ _CLIENT = [
 
 
 class Health(Protocol):
-    """What services tell clients about themselves by grpc.health.v1."""
+    """The health service (grpc.health.v1) of a server."""
 
     async def set(self, service: str, status: Any) -> None:
-        """Set a service's `HealthCheckResponse.ServingStatus`; the service "" is the whole process."""
+        """Set the `HealthCheckResponse.ServingStatus` of a service; the service "" is the whole process."""
 
 
 def server() -> grpc.aio.Server:
-    """A server with our limits and keepalive; add services, then `bind` it."""
+    """A server with Phalanx's limits and keepalive. Add services, then `bind` it."""
     return grpc.aio.server(options=_MESSAGES + _KEEPALIVE + _SERVER)
 
 
 def bind(server: grpc.aio.Server, address: str) -> str:
-    """Listen on `host:port` (port 0 picks a free one); returns the address in use.
+    """Listen on `host:port`, where port 0 picks a free one; returns the address in use.
 
-    Raises OSError when the address cannot be had.
+    Raises:
+        OSError: the address is in use or not available.
     """
     host = address.rpartition(":")[0]
     try:
@@ -78,14 +79,14 @@ def bind(server: grpc.aio.Server, address: str) -> str:
 
 
 def channel(target: str) -> grpc.aio.Channel:
-    """A channel to `host:port` with our limits and keepalive."""
+    """A channel to `host:port` with Phalanx's limits and keepalive."""
     return grpc.aio.insecure_channel(target, options=_MESSAGES + _KEEPALIVE + _CLIENT)
 
 
 def add_health_and_reflection(server: grpc.aio.Server, services: Sequence[str]) -> Health:
-    """Serve grpc.health.v1 and reflection for `services` (full names) beside them.
+    """Add grpc.health.v1 and reflection for `services` (full names) to the server.
 
-    Set each service's health through the returned servicer.
+    The returned servicer sets the health of each service.
     """
     servicer: Health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack aio
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -94,7 +95,7 @@ def add_health_and_reflection(server: grpc.aio.Server, services: Sequence[str]) 
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: PhalanxError) -> NoReturn:
-    """End a call with an error that carries ErrorInfo, and RetryInfo where waiting helps."""
+    """End a call with an error that carries ErrorInfo, and RetryInfo if the error is retryable."""
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if error.retryable:
         details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_AFTER_S)))
@@ -108,7 +109,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: PhalanxError
 
 
 def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:
-    """The failure that a peer reported by `abort`, or the nearest to a bare status."""
+    """The error that a peer sent by `abort`, or the closest error for a plain gRPC status."""
     metadata: Any = error.trailing_metadata() or ()
     for key, value in metadata:
         if key == _DETAILS:
@@ -116,23 +117,23 @@ def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:
                 info = error_details_pb2.ErrorInfo()
                 if detail.Unpack(info) and info.domain == DOMAIN:
                     return PhalanxError(info.reason, error.details() or "")
-    return PhalanxError(_BARE.get(error.code(), "INTERNAL"), error.details() or error.code().name)
+    return PhalanxError(_REASONS.get(error.code(), "INTERNAL"), error.details() or error.code().name)
 
 
 def to_message(error: PhalanxError) -> types_pb2.Error:
-    """The error inside a frame."""
+    """The error as a field of a frame."""
     return types_pb2.Error(
         reason=error.reason, message=error.message, retryable=error.retryable, code=error.code.value[0]
     )
 
 
 def from_message(message: types_pb2.Error) -> PhalanxError:
-    """The error that a frame carries."""
+    """The error in a frame."""
     return PhalanxError(message.reason, message.message, retryable=message.retryable)
 
 
 async def set_serving(health: Health, services: Sequence[str], serving: bool = True) -> None:
-    """Tell grpc.health.v1 clients whether these services (full names; "" is the process) serve."""
+    """Set the health of services (full names; "" is the whole process) to serving or not serving."""
     status = health_pb2.HealthCheckResponse
     for service in services:
         await health.set(service, status.SERVING if serving else status.NOT_SERVING)

@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry, on only where OTEL_EXPORTER_OTLP_ENDPOINT is set.
+"""OpenTelemetry traces, enabled only if OTEL_EXPORTER_OTLP_ENDPOINT is set.
 
-Without it `setup` imports nothing and every function here returns at once. The trace context of an
-attempt rides in its Submit frame as a W3C traceparent, because one gRPC stream carries many requests.
+Without it `setup` imports nothing, and every function here returns at once. An attempt's Submit frame
+carries the trace context as a W3C traceparent, because one gRPC stream carries many requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _tracer: Tracer | None = None
 
 
 def setup(role: str, name: str) -> None:
-    """Export this process's spans, if the environment says where to."""
+    """Export this process's spans to OTEL_EXPORTER_OTLP_ENDPOINT, if it is set."""
     global _provider, _tracer
     if not os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         return
@@ -37,13 +37,13 @@ def setup(role: str, name: str) -> None:
 
 
 def shutdown() -> None:
-    """Send what is left."""
+    """Export the remaining spans."""
     if _provider is not None:
         _provider.shutdown()
 
 
 def enabled() -> bool:
-    """Whether spans are recorded."""
+    """Whether tracing is on."""
     return _tracer is not None
 
 
@@ -56,7 +56,7 @@ def start_span(
     attributes: Attributes | None = None,
     start: float | None = None,
 ) -> Span | None:
-    """A span below `parent` (a span, or a traceparent), or None when tracing is off.
+    """Start a span with `parent`, a span or a traceparent. Returns None when tracing is off.
 
     `start` is in seconds since the Unix epoch. The caller ends the span with `end_span`.
     """
@@ -80,7 +80,7 @@ def end_span(
     error: str | None = None,
     end: float | None = None,
 ) -> None:
-    """End a span, as failed when `error` is given. `end` is in seconds since the Unix epoch."""
+    """End a span; with `error` its status is failed. `end` is in seconds since the Unix epoch."""
     if span is None:
         return
     from opentelemetry.trace import StatusCode
@@ -103,7 +103,7 @@ def traceparent(span: Span | None) -> str:
     return carrier["traceparent"]
 
 
-def _context_of(parent: Span | str | None):  # type: ignore[no-untyped-def]  # a type of an optional import
+def _context_of(parent: Span | str | None):  # type: ignore[no-untyped-def]  # its type is in an optional import
     from opentelemetry.trace import set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

@@ -1,1 +1,1 @@
-"""A cluster on one machine: its programs, and the process that keeps them running."""
+"""A cluster on one machine: its programs, and the supervisor process that keeps them running."""

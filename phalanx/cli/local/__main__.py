@@ -13,7 +13,7 @@ from phalanx.runtime import logs
 
 
 def main() -> int:
-    """Keep a cluster running until asked to stop. The lock is held until this process ends."""
+    """Keep a cluster running until it is asked to stop. This process holds the lock until it ends."""
     spec = LocalSpec.from_json(sys.argv[1])
     lock_fd, progress_fd, tether_fd = (int(argument) for argument in sys.argv[2:5])
     for fd in (lock_fd, progress_fd, tether_fd):

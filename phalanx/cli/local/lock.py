@@ -1,4 +1,4 @@
-"""The lock that a running cluster holds on its state directory. The kernel frees it at any death."""
+"""The lock on a running cluster's state directory. The kernel releases it when its holder ends in any way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ FILE = "lock"
 
 
 def take(state_dir: Path) -> int | None:
-    """The locked descriptor, or None when a supervisor holds it. Children that inherit it hold it too."""
+    """Take the lock; returns its descriptor, or None when a supervisor holds it.
+
+    A child that inherits the descriptor holds the lock too.
+    """
     fd = os.open(state_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -21,13 +24,13 @@ def take(state_dir: Path) -> int | None:
 
 
 def sign(fd: int) -> None:
-    """Write this process's pid into the lock that it holds."""
+    """Write this process's pid into the lock file; the process must hold the lock."""
     os.ftruncate(fd, 0)
     os.pwrite(fd, str(os.getpid()).encode(), 0)
 
 
 def holder(state_dir: Path) -> int | None:
-    """The pid that last signed the lock, which may be gone."""
+    """The pid that last signed the lock. That process may be gone."""
     try:
         text = (state_dir / FILE).read_text()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Why a program ended, as far as its exit status and the end of its log say."""
+"""Why a program ended, according to its exit status and the end of its log."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import signal
 from pathlib import Path
 
 _TAIL_BYTES = 16_384
-_BAD = {"error", "critical", "fatal", "panic"}
+_ERROR_LEVELS = {"error", "critical", "fatal", "panic"}
 
 
 def exit_reason(name: str, code: int, path: Path) -> str:
-    """One sentence: how it ended and the last thing it said."""
+    """One sentence with the exit status and the last message of the log."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     said = last_words(path)
     return f"{name} {how}" + (f": {said}" if said else "") + f" (log: {path})"
 
 
 def last_words(path: Path) -> str:
-    """The last line of a log; of a structured one its error, since other events tell no cause."""
+    """The last line of a log. Of a structured line only an error, since other events name no cause."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -35,4 +35,4 @@ def last_words(path: Path) -> str:
     exception = str(entry.get("exception", "")).strip().splitlines()
     if exception:
         return exception[-1]
-    return str(entry.get("event", entry.get("msg", ""))) if entry.get("level") in _BAD else ""
+    return str(entry.get("event", entry.get("msg", ""))) if entry.get("level") in _ERROR_LEVELS else ""

@@ -1,8 +1,8 @@
-"""Finding and ending the processes of a local cluster, and never a stranger.
+"""Finds and ends the processes of a local cluster, and never another process.
 
-Every process of a cluster inherits an environment variable that names its state directory. A process
-is signalled through a pidfd that was opened before the variable was read, so that a pid that the
-kernel has given to somebody else in between cannot be hit.
+Every process of a cluster inherits an environment variable with the cluster's state directory. A signal
+goes through a pidfd that is opened before the variable is read. So a pid that the kernel has reused in
+between is never signalled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from phalanx.cli.local.spec import MARK
 
-_POLL_S = 0.2  # how long a round of a sweep waits before it looks for new processes
+_POLL_S = 0.2  # how long `end_all` waits for a process before it looks for new ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class Member:
     fd: int
 
     def send(self, signum: signal.Signals) -> None:
-        """Signal it; nothing happens when it is gone."""
+        """Send a signal. Does nothing when the process is gone."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.fd, signum)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it ended within the time."""
+        """Wait for the process to end; whether it did within `timeout_s` seconds."""
         return bool(select.select([self.fd], [], [], max(0.0, timeout_s))[0])
 
 
@@ -53,15 +53,15 @@ def member(state_dir: Path, pid: int) -> Iterator[Member | None]:
 
 
 def pids(state_dir: Path) -> list[int]:
-    """Every process of the cluster in `state_dir`, this one aside."""
+    """Every process of the cluster in `state_dir`, without this one."""
     numbers = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
     return [pid for pid in numbers if pid != os.getpid() and _is_marked(pid, state_dir)]
 
 
 def end_all(state_dir: Path, grace_s: float) -> int:
-    """SIGTERM, then SIGKILL after `grace_s`, until no process of the cluster is left.
+    """Send SIGTERM, and SIGKILL after `grace_s` seconds, until no process of the cluster is left.
 
-    Returns how many had to be ended. Processes started meanwhile are ended too.
+    Processes that start meanwhile are ended too. Returns how many processes were signalled.
     """
     started, ended = time.monotonic(), set[int]()
     while left := pids(state_dir):

@@ -1,7 +1,8 @@
-"""Takes a local cluster's deployment out of an etcd that outlives the cluster.
+"""Deletes a local cluster's deployment when its etcd outlives the cluster.
 
-A process of its own, `python -m phalanx.cli.local.retire CONTROLLER DEPLOYMENT`, since the supervisor
-has no gRPC. Best effort: what stays is named by the next `phalanx up` on the same cluster.
+It runs as its own process, `python -m phalanx.cli.local.retire CONTROLLER DEPLOYMENT`, because the
+supervisor must not load gRPC. Best effort: a deployment that stays is reported by the next `phalanx up`
+on the same cluster.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ FILE = "deployment"
 
 
 def note(state_dir: Path, deployment: str) -> None:
-    """Remember what was applied, for the stop."""
+    """Record the deployment that was applied, so that the stop can delete it."""
     (state_dir / FILE).write_text(deployment)
 
 
 def noted(state_dir: Path) -> str | None:
-    """What was applied, None where nothing was."""
+    """The deployment that was applied, or None."""
     try:
         return (state_dir / FILE).read_text() or None
     except FileNotFoundError:
@@ -29,12 +30,17 @@ def noted(state_dir: Path) -> str | None:
 
 
 def forget(state_dir: Path) -> None:
-    """Remember nothing."""
+    """Delete the record."""
     (state_dir / FILE).unlink(missing_ok=True)
 
 
 async def retire(controller: str, deployment: str) -> None:
-    """Delete the deployment and wait until its replicas are gone. Raises TimeoutError, or as gRPC does."""
+    """Delete the deployment and wait until its replicas are gone.
+
+    Raises:
+        TimeoutError: that took more than `WITHIN_S` seconds.
+        grpc.aio.AioRpcError: the controller failed or cannot be reached.
+    """
     from phalanx.runtime import rpc
     from phalanx.v1 import control_pb2, control_pb2_grpc
 

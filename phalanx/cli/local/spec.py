@@ -1,4 +1,4 @@
-"""What a local cluster consists of, and how each of its programs is started."""
+"""The programs of a local cluster, and the command line of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ ETCD = "etcd-0"
 
 @dataclass(frozen=True, slots=True)
 class LocalSpec:
-    """The shape of a local cluster. Ports of 0 are chosen by the programs."""
+    """The shape of a local cluster. Port 0 lets the program choose a free port.
+
+    `etcd`: endpoints of an existing etcd; empty starts one. `cluster`: the cluster's name within etcd.
+    """
 
     state_dir: str
     workers: int
@@ -40,9 +43,9 @@ class LocalSpec:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One process of the cluster, started once every program in `after` has served.
+    """One process of the cluster. It starts once every program in `after` has served.
 
-    Programs stop in the order of `stop_stage`; those of a stage stop together.
+    Programs stop in the order of `stop_stage`; programs of the same stage stop together.
     """
 
     name: str
@@ -55,12 +58,12 @@ Addresses = Mapping[str, str]
 
 
 def programs(spec: LocalSpec) -> tuple[Program, ...]:
-    """Every program of a cluster, in the order they start in."""
+    """Every program of a cluster, in starting order."""
     etcd = () if spec.etcd else (Program(ETCD, "etcd", stop_stage=3),)
     after = tuple(program.name for program in etcd)
     return (
         *etcd,
-        # Before the workers: a leader that sees them go would form their replicas again.
+        # Stops before the workers: an active controller would form their replicas again as they stop.
         Program(CONTROLLER, "controller", after, stop_stage=1),
         *(Program(f"worker-{i}", "worker", after, stop_stage=2) for i in range(spec.workers)),
         *(Program(name, "gateway", after, stop_stage=0) for name in gateways(spec)),
@@ -68,14 +71,15 @@ def programs(spec: LocalSpec) -> tuple[Program, ...]:
 
 
 def gateways(spec: LocalSpec) -> list[str]:
-    """The names of the gateways; the first has the ports that were asked for."""
+    """The names of the gateways. The first one gets the requested ports."""
     return [f"gateway-{i}" for i in range(spec.gateways)]
 
 
 def command(spec: LocalSpec, program: Program, known: Mapping[str, Addresses], ready_fd: int) -> list[str]:
     """The command line of a program other than etcd.
 
-    `known` has what each program announced when it first served: a restarted one listens there again.
+    `known` has the addresses that each program announced when it first served. A restarted program listens
+    on the same addresses.
     """
     own = known.get(program.name, {})
     etcd = spec.etcd or (known[ETCD]["grpc"],)
@@ -104,16 +108,16 @@ _MODULES = {
 
 
 def environment(spec: LocalSpec, base: Mapping[str, str], cores: int) -> dict[str, str]:
-    """What every program inherits: workers on CPUs share the cores instead of fighting for them."""
+    """The environment of every program. CPU workers get equal shares of the cores as threads."""
     shared = {"OMP_NUM_THREADS": str(max(1, cores // spec.workers)), "OMP_WAIT_POLICY": "passive"}
     return {**(shared if spec.device == "cpu" else {}), **base, "PYTHONUNBUFFERED": "1", MARK: spec.state_dir}
 
 
-MARK = "PHALANX_LOCAL_CLUSTER"
+MARK = "PHALANX_LOCAL_CLUSTER"  # environment variable that marks the processes of a cluster
 
 
 def log_path(spec: LocalSpec, name: str) -> Path:
-    """Where a program's output goes."""
+    """The log file of a program."""
     return Path(spec.state_dir) / "logs" / f"{name}.log"
 
 

@@ -1,4 +1,4 @@
-"""Starts a supervisor and follows what it says."""
+"""Starts the supervisor process and reads its progress."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from phalanx.cli.local.stop import stop
 
 
 class Starter:
-    """A supervisor that was started and is held by a tether: it stops when this process ends.
+    """A supervisor process on a tether: a pipe whose end tells it to stop when this process ends.
 
-    Owns: the supervisor process until `release`. Does not own: what the supervisor starts.
+    Owns: the supervisor process until `release`. Does not own: the processes that the supervisor starts.
     """
 
     def __init__(self, spec: LocalSpec) -> None:
         self._state_dir = Path(spec.state_dir)
         lock_fd = _prepare(self._state_dir)
-        news, progress_fd = os.pipe()
+        progress, progress_fd = os.pipe()
         tether_fd, self._tether = os.pipe()
         inherited = (lock_fd, progress_fd, tether_fd)
         try:
@@ -46,28 +46,28 @@ class Starter:
         finally:
             for fd in inherited:
                 os.close(fd)
-        self._news = os.fdopen(news, "rb")
+        self._progress = os.fdopen(progress, "rb")
 
-    async def news(self) -> AsyncIterator[dict[str, Any]]:
-        """What the supervisor says, until it ends: `served` NAME, `up`, `failed` REASON."""
+    async def progress(self) -> AsyncIterator[dict[str, Any]]:
+        """The supervisor's progress messages until it ends: `served` NAME, `up`, `failed` REASON."""
         reader = asyncio.StreamReader()
         loop = asyncio.get_running_loop()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._news)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._progress)
         async for line in reader:
             yield json.loads(line)
 
     def release(self) -> None:
-        """Let the cluster live on without this process."""
+        """Let the cluster go on after this process ends."""
         os.write(self._tether, b"\n")
 
     def stop(self) -> None:
-        """Stop the cluster in order and wait until it is gone."""
+        """Stop the cluster in order, and wait until its supervisor has ended."""
         stop(self._state_dir)
         self._process.wait()
 
 
 def _prepare(state_dir: Path) -> int:
-    """Take the state directory for a new cluster; returns the lock. Raises Failure when it is in use."""
+    """Prepare the state directory for a new cluster; returns the lock. Raises Failure when it is in use."""
     state_dir.mkdir(parents=True, exist_ok=True)
     lock_fd = lock.take(state_dir)
     if lock_fd is None:
@@ -77,7 +77,7 @@ def _prepare(state_dir: Path) -> int:
     if processes.pids(state_dir):
         os.close(lock_fd)
         raise Failure(f"a cluster in {state_dir} has lost its supervisor; `phalanx down` stops what is left")
-    cluster.remove(state_dir)  # what a crash or a reboot left behind
+    cluster.remove(state_dir)  # a crash or a reboot leaves it behind
     retire.forget(state_dir)
     for folder in ("etcd", "logs"):
         shutil.rmtree(state_dir / folder, ignore_errors=True)

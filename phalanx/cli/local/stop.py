@@ -1,4 +1,4 @@
-"""Stopping a local cluster, whatever state it is in."""
+"""Stops a local cluster, whatever state it is in."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from phalanx.cli import cluster
 from phalanx.cli.local import lock, processes
 
-SUPERVISOR_WITHIN_S = 45.0  # it stops four stages, each within ten seconds
+SUPERVISOR_WITHIN_S = 45.0  # the supervisor stops four stages, each within ten seconds
 STRAYS_WITHIN_S = 5.0
 
 
 def stop(state_dir: Path) -> int:
-    """End every process of a cluster, in order where its supervisor lives; returns how many there were.
+    """End every process of a cluster; returns how many there were.
 
-    `state_dir` is absolute: it is what the processes are known by.
+    The supervisor, if it is alive, stops the others in order. `state_dir` must be absolute, because the
+    processes are marked with the absolute path.
     """
     running = len(processes.pids(state_dir))
     signed = lock.holder(state_dir)

@@ -1,7 +1,7 @@
-"""Decides when the programs of a local cluster start, restart and stop.
+"""Decides when the programs of a local cluster start, restart and stop. Pure.
 
-Owns: the phase of every program, back-off, the order of stopping.
-Does not own: processes, clocks, files (`keeper` does those).
+Owns: the phase of each program, the restart back-off, the order of stopping.
+Does not own: processes, clocks and files (`keeper`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ START_WITHIN_S = 60.0
 STOP_WITHIN_S = 10.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
-STABLE_AFTER_S = 3.0  # a program that served this long was killed: what is broken ends sooner, and again
+STABLE_AFTER_S = 3.0  # a program that served this long is not crash-looping: its back-off starts anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
-    """Everything shall stop."""
+    """The cluster is to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,12 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Every program has served by now and the set of processes has changed: say what runs."""
+    """Every program has served, and the set of processes has changed: write cluster.json."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The cluster could not be started; it stops."""
+    """A program ended before it served: the start failed and the cluster stops."""
 
     reason: str
 
@@ -91,46 +91,46 @@ Decision = Spawn | Terminate | Kill | Publish | Fail | Done
 class Phase(enum.Enum):
     """Where a program is in its life."""
 
-    WAITING = "waiting"  # for the programs that it starts after
+    WAITING = "waiting"  # until the programs in `after` have served
     STARTING = "starting"
     SERVING = "serving"
-    BACKOFF = "backoff"  # its process is gone
+    BACKOFF = "backoff"  # its process has ended; it restarts later
     STOPPING = "stopping"
     GONE = "gone"
 
 
 @dataclass(slots=True)
-class _Life:
+class _State:
     program: Program
     phase: Phase = Phase.WAITING
-    until: float | None = None  # when the phase ends by itself
+    until: float | None = None  # deadline of the phase, if it has one
     since: float = 0.0
-    served: bool = False
-    restarts: int = 0  # in a row
+    served: bool = False  # at least once
+    restarts: int = 0  # consecutive ones
 
 
 @dataclass(slots=True)
-class Supervisor:
-    """Takes events and the time in seconds, returns decisions in order."""
+class ProcessSupervisor:
+    """Takes events and the time in seconds; returns decisions in order."""
 
     programs: Sequence[Program]
     stopping: bool = False
     up: bool = False
-    _lives: dict[str, _Life] = field(init=False)
+    _states: dict[str, _State] = field(init=False)
     _stage: int = -1
     _done: bool = False
 
     def __post_init__(self) -> None:
-        self._lives = {program.name: _Life(program) for program in self.programs}
+        self._states = {program.name: _State(program) for program in self.programs}
 
     def handle(self, event: Event, now: float) -> list[Decision]:
-        """What follows from an event. The first call, of any kind, starts the first programs."""
+        """The decisions that follow from an event. The first call starts the first programs."""
         decisions: list[Decision] = []
         match event:
             case Served(name):
-                decisions += self._served(self._lives[name], now)
+                decisions += self._served(self._states[name], now)
             case Exited(name, reason):
-                decisions += self._exited(self._lives[name], reason, now)
+                decisions += self._exited(self._states[name], reason, now)
             case StopAsked():
                 self.stopping = True
             case Tick():
@@ -139,80 +139,80 @@ class Supervisor:
         return decisions + self._overdue(now)
 
     def wake_at(self) -> float | None:
-        """When a `Tick` is due, None when nothing waits for time."""
-        return min((life.until for life in self._lives.values() if life.until is not None), default=None)
+        """When the next `Tick` is due; None when no phase has a deadline."""
+        return min((state.until for state in self._states.values() if state.until is not None), default=None)
 
     def phase(self, name: str) -> Phase:
-        """Where a program is."""
-        return self._lives[name].phase
+        """The phase of a program."""
+        return self._states[name].phase
 
-    def _served(self, life: _Life, now: float) -> list[Decision]:
-        if life.phase is not Phase.STARTING:
+    def _served(self, state: _State, now: float) -> list[Decision]:
+        if state.phase is not Phase.STARTING:
             return []
-        self._enter(life, Phase.SERVING, now)
-        life.served = True
-        if self.up or not all(other.served for other in self._lives.values()):
+        self._enter(state, Phase.SERVING, now)
+        state.served = True
+        if self.up or not all(other.served for other in self._states.values()):
             return []
         self.up = True
         return [Publish()]
 
-    def _exited(self, life: _Life, reason: str, now: float) -> list[Decision]:
-        if life.phase in (Phase.WAITING, Phase.BACKOFF, Phase.GONE):
+    def _exited(self, state: _State, reason: str, now: float) -> list[Decision]:
+        if state.phase in (Phase.WAITING, Phase.BACKOFF, Phase.GONE):
             return []
         if self.stopping:
-            self._enter(life, Phase.GONE, now)
+            self._enter(state, Phase.GONE, now)
             return []
-        if not life.served:
+        if not state.served:
             self.stopping = True
-            self._enter(life, Phase.GONE, now)
+            self._enter(state, Phase.GONE, now)
             return [Fail(reason)]
-        if life.phase is Phase.SERVING and now - life.since >= STABLE_AFTER_S:
-            life.restarts = 0
-        delay = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2**life.restarts)
-        life.restarts += 1
-        self._enter(life, Phase.BACKOFF, now, now + delay)
+        if state.phase is Phase.SERVING and now - state.since >= STABLE_AFTER_S:
+            state.restarts = 0
+        delay = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2**state.restarts)
+        state.restarts += 1
+        self._enter(state, Phase.BACKOFF, now, now + delay)
         return []
 
     def _start(self, now: float) -> list[Decision]:
         decisions: list[Decision] = []
-        for life in self._lives.values():
-            waited = life.phase is Phase.WAITING and all(
-                self._lives[name].served for name in life.program.after
+        for state in self._states.values():
+            waited = state.phase is Phase.WAITING and all(
+                self._states[name].served for name in state.program.after
             )
-            rested = life.phase is Phase.BACKOFF and life.until is not None and now >= life.until
+            rested = state.phase is Phase.BACKOFF and state.until is not None and now >= state.until
             if waited or rested:
-                self._enter(life, Phase.STARTING, now, now + START_WITHIN_S)
-                decisions.append(Spawn(life.program.name))
+                self._enter(state, Phase.STARTING, now, now + START_WITHIN_S)
+                decisions.append(Spawn(state.program.name))
         return [*decisions, Publish()] if decisions and self.up else decisions
 
     def _stop(self, now: float) -> list[Decision]:
         decisions: list[Decision] = []
-        for life in self._lives.values():
-            if life.phase in (Phase.WAITING, Phase.BACKOFF):
-                self._enter(life, Phase.GONE, now)
-        left = [life for life in self._lives.values() if life.phase is not Phase.GONE]
+        for state in self._states.values():
+            if state.phase in (Phase.WAITING, Phase.BACKOFF):
+                self._enter(state, Phase.GONE, now)
+        left = [state for state in self._states.values() if state.phase is not Phase.GONE]
         if not left:
             decisions += [] if self._done else [Done()]
             self._done = True
             return decisions
-        stage = min(life.program.stop_stage for life in left)
+        stage = min(state.program.stop_stage for state in left)
         if stage > self._stage:
             self._stage = stage
-            for life in left:
-                if life.program.stop_stage == stage:
-                    self._enter(life, Phase.STOPPING, now, now + STOP_WITHIN_S)
-                    decisions.append(Terminate(life.program.name))
+            for state in left:
+                if state.program.stop_stage == stage:
+                    self._enter(state, Phase.STOPPING, now, now + STOP_WITHIN_S)
+                    decisions.append(Terminate(state.program.name))
         return decisions
 
     def _overdue(self, now: float) -> list[Decision]:
-        """Kill what takes too long to start or to stop."""
+        """Kill programs that take too long to start or to stop."""
         decisions: list[Decision] = []
-        for life in self._lives.values():
-            overdue = life.until is not None and now >= life.until
-            if overdue and life.phase in (Phase.STARTING, Phase.STOPPING):
-                life.until = None
-                decisions.append(Kill(life.program.name))
+        for state in self._states.values():
+            overdue = state.until is not None and now >= state.until
+            if overdue and state.phase in (Phase.STARTING, Phase.STOPPING):
+                state.until = None
+                decisions.append(Kill(state.program.name))
         return decisions
 
-    def _enter(self, life: _Life, phase: Phase, now: float, until: float | None = None) -> None:
-        life.phase, life.since, life.until = phase, now, until
+    def _enter(self, state: _State, phase: Phase, now: float, until: float | None = None) -> None:
+        state.phase, state.since, state.until = phase, now, until

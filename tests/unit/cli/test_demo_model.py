@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phalanx.cli import demo_model
+from phalanx.cli.demo_llama import Llama, Shape
+from phalanx.cli.demo_training import Muon, Progress, _orthogonal, train
 from phalanx.cli.main import main
-from phalanx.cli.training import Llama, Muon, Progress, Shape, _orthogonal, train
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from phalanx.cli.local.supervisor import (
     Fail,
     Kill,
     Phase,
+    ProcessSupervisor,
     Publish,
     Served,
     Spawn,
     StopAsked,
-    Supervisor,
     Terminate,
     Tick,
 )
@@ -30,9 +30,9 @@ SPEC = LocalSpec(state_dir="/nowhere", workers=2)
 NAMES = [program.name for program in programs(SPEC)]
 
 
-def started(now: float = 0.0) -> Supervisor:
+def started(now: float = 0.0) -> ProcessSupervisor:
     """A supervisor whose programs have all served."""
-    core = Supervisor(programs(SPEC))
+    core = ProcessSupervisor(programs(SPEC))
     core.handle(Tick(), now)
     for name in NAMES:
         core.handle(Served(name), now)
@@ -41,13 +41,13 @@ def started(now: float = 0.0) -> Supervisor:
 
 
 def test_etcd_starts_alone_and_the_others_once_it_serves():
-    core = Supervisor(programs(SPEC))
+    core = ProcessSupervisor(programs(SPEC))
     assert core.handle(Tick(), 0.0) == [Spawn("etcd-0")]
     assert core.handle(Served("etcd-0"), 1.0) == [Spawn(name) for name in NAMES[1:]]
 
 
 def test_publishes_when_the_last_program_first_serves():
-    core = Supervisor(programs(SPEC))
+    core = ProcessSupervisor(programs(SPEC))
     core.handle(Tick(), 0.0)
     for name in NAMES[:-1]:
         assert Publish() not in core.handle(Served(name), 1.0)
@@ -55,7 +55,7 @@ def test_publishes_when_the_last_program_first_serves():
 
 
 def test_a_program_that_ends_before_it_served_fails_the_start():
-    core = Supervisor(programs(SPEC))
+    core = ProcessSupervisor(programs(SPEC))
     core.handle(Tick(), 0.0)
     core.handle(Served("etcd-0"), 0.0)
     decisions = core.handle(Exited("worker-0", "no such device"), 1.0)
@@ -64,7 +64,7 @@ def test_a_program_that_ends_before_it_served_fails_the_start():
 
 
 def test_a_program_that_does_not_get_ready_is_killed():
-    core = Supervisor(programs(SPEC))
+    core = ProcessSupervisor(programs(SPEC))
     core.handle(Tick(), 0.0)
     assert core.handle(Tick(), START_WITHIN_S) == [Kill("etcd-0")]
 
@@ -119,7 +119,7 @@ class Cluster(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = Supervisor(programs(SPEC))
+        self.core = ProcessSupervisor(programs(SPEC))
         self.now = 0.0
         self.alive: set[str] = set()
         self.terminated: set[str] = set()
