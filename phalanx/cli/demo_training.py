@@ -118,7 +118,7 @@ def train(
 def _gradients(
     model: Llama, weights: tuple[Tensor, ...], bfloat16: bool, windows: Tensor
 ) -> tuple[float, tuple[Tensor, ...]]:
-    """Loss and gradients of a part of the batch, divided by the whole batch. `windows`: [part, TOKENS + 1]."""
+    """Loss and gradients of a part, divided by the whole batch. `windows` is [part, TOKENS + 1]."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         logits = model(windows[:, :-1])
     total = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from controlplane.decisions.lost_workers import SUSPECT_S
+from phalanx.store.registration import LEASE_TTL_S
 from tests.unit.controlplane.world import World
 
 
@@ -59,3 +62,17 @@ def test_workers_that_have_long_been_missing_make_no_crowd(world: World) -> None
     world.boot("spare")
     world.die(*world.members("b-0"))
     assert world.formed() == ["b-0"]
+
+
+@pytest.mark.parametrize(("apart_s", "together"), [(LEASE_TTL_S / 3, True), (2 * LEASE_TTL_S / 3, False)])
+def test_leases_that_end_within_one_renewal_period_end_together(
+    world: World, apart_s: float, together: bool
+) -> None:
+    world.boot("w0", "w1", "w2")
+    world.serve("a", 1, tp=3)
+    world.die("w0")
+    world.settle()
+    world.now += apart_s
+    world.die("w1")
+    world.boot("spare0", "spare1")
+    assert world.formed() == ([] if together else ["a-0"])
