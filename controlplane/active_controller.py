@@ -54,7 +54,7 @@ async def reconcile_until_fenced(
         if listing is not None and listing.revision >= lock.fence:
             current = listing.entries.get(lock.key)
             if current is None or current.create_revision != lock.fence:
-                log.warning("another controller leads", extra={"fence": lock.fence})
+                log.warning("another controller holds the lock", extra={"fence": lock.fence})
                 return
             decision = reconcile(snapshot, now, history)
             history = decision.history

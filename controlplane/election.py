@@ -32,7 +32,7 @@ async def hold_lock(store: Store, key: str, value: bytes, ttl_s: int = 3) -> Asy
     could not be refreshed.
     """
     lock, deadline = await _acquire(store, key, value, ttl_s)
-    log.info("leading", extra={"fence": lock.fence})
+    log.info("lock acquired", extra={"fence": lock.fence})
     try:
         async with asyncio.timeout_at(deadline) as term:
             async with asyncio.TaskGroup() as tasks:
@@ -40,7 +40,7 @@ async def hold_lock(store: Store, key: str, value: bytes, ttl_s: int = 3) -> Asy
                 yield lock
                 refresher.cancel()
     except TimeoutError:  # from `term`: an error of the body arrives inside an ExceptionGroup
-        log.warning("leadership lost", extra={"fence": lock.fence})
+        log.warning("lock lost", extra={"fence": lock.fence})
     finally:
         await _release(store, lock.lease)
 

@@ -44,7 +44,7 @@ class Need(enum.Enum):
 class Cycle:
     """One cycle at `now`, in seconds since the Unix epoch. `assess` fills `needs`, `retries` and `free`.
 
-    `epochs`: of every replica that has an assignment, readable or not. `wakes`: times at which a decision
+    `epochs`: the epoch of every replica that has an assignment, readable or not. `wakes`: times at which a decision
     may change although the cluster does not.
     """
 

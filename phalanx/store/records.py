@@ -27,7 +27,7 @@ class ShardState(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LayoutRecord:
-    """One TP x PP layout; `weights` counts the numbers in the weights of the rank that has most of them."""
+    """One TP x PP layout. `weights`: weight elements on the rank that has the most; 0 means unknown."""
 
     tp: int
     pp: int

@@ -40,7 +40,7 @@ async def run_bounded(line: Sequence[str], timeout_s: float) -> int:
             await child.wait()
 
 
-async def wait_until_healthy(address: str, child: asyncio.subprocess.Process) -> dict[str, str] | None:
+async def wait_for_etcd(address: str, child: asyncio.subprocess.Process) -> dict[str, str] | None:
     """Wait until an etcd passes its health check; returns its address, or None when the process has ended.
 
     Uses plain HTTP: the supervisor process forks others, so it must not have gRPC's threads.

@@ -16,7 +16,7 @@ from typing import assert_never
 
 from phalanx.cli import cluster
 from phalanx.cli.local import processes, retire
-from phalanx.cli.local.children import reading, run_bounded, wait_until_healthy
+from phalanx.cli.local.children import reading, run_bounded, wait_for_etcd
 from phalanx.cli.local.logtail import exit_reason
 from phalanx.cli.local.spec import (
     CONTROLLER,
@@ -152,7 +152,7 @@ class Keeper:
         """Report that a child serves, and later that it has ended."""
         async with reading(reader) as pipe:
             if program.role == "etcd":
-                addresses = await wait_until_healthy(self._known[ETCD]["grpc"], child)
+                addresses = await wait_for_etcd(self._known[ETCD]["grpc"], child)
             else:
                 line = await pipe.readline()
                 addresses = json.loads(line) if line else None
@@ -222,13 +222,14 @@ class Keeper:
         return command(self._spec, program, self._known, ready_fd)
 
     def _etcd_command(self) -> list[str]:
-        from phalanx.cli.local import embedded_etcd as embedded
+        from phalanx.cli.local import embedded_etcd
 
         if ETCD not in self._known:
-            ports = {"grpc": embedded.free_port(), "peer": embedded.free_port()}
+            ports = {"grpc": embedded_etcd.free_port(), "peer": embedded_etcd.free_port()}
             self._known[ETCD] = {use: f"127.0.0.1:{port}" for use, port in ports.items()}
         own = self._known[ETCD]
-        return embedded.command(self._state_dir / "etcd", f"http://{own['grpc']}", f"http://{own['peer']}")
+        client_url, peer_url = f"http://{own['grpc']}", f"http://{own['peer']}"
+        return embedded_etcd.command(self._state_dir / "etcd", client_url, peer_url)
 
 
 def _detail(event: Exited | Served) -> dict[str, str]:

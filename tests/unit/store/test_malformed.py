@@ -1,4 +1,4 @@
-"""One record that cannot be read: nobody falls over it, and the controller gets past it."""
+"""A record that cannot be decoded: readers ignore it, and the controller replaces or removes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shell that keeps a local cluster's programs running, where it must not wait for others."""
+"""The keeper of a local cluster: an etcd or a controller that does not answer must not block it."""
 
 from __future__ import annotations
 
