@@ -44,8 +44,8 @@ class Need(enum.Enum):
 class Cycle:
     """One cycle at `now`, in seconds since the Unix epoch. `assess` fills `needs`, `retries` and `free`.
 
-    `epochs`: the epoch of every replica that has an assignment, readable or not. `wakes`: times at which a decision
-    may change although the cluster does not.
+    `epochs`: the epoch of every replica that has an assignment, readable or not. `wakes`: times at which a
+    decision may change although the cluster does not.
     """
 
     snapshot: Snapshot

@@ -108,7 +108,9 @@ class Store(Protocol):
         ...
 
     def watch(self, prefix: str) -> AsyncGenerator[Change, None]:
-        """The current listing (every entry in `changed`), then each change. Never ends, misses no change.
+        """The current listing (every entry in `changed`), then the changes. Never ends.
+
+        Several changes may come as one, but none is lost.
 
         A broken connection resumes after the last revision. After a compaction the watch lists again
         and yields the difference. While the store is unreachable the watch yields nothing. Close the

@@ -1,4 +1,4 @@
-"""The keeper of a local cluster: an etcd or a controller that does not answer must not block it."""
+"""The keeper of a local cluster must not wait for a controller that does not answer."""
 
 from __future__ import annotations
 
