@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from controlplane.active_controller import reconcile_until_fenced
 from controlplane.fencing import Lock
 from controlplane.view import View
@@ -11,6 +13,11 @@ from phalanx.store.interface import Created, Delete, Put
 from phalanx.store.memory import MemoryStore
 from phalanx.store.snapshot import Snapshot
 from tests.unit.controlplane.world import World, instantly
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
 
 
 async def taken_over(store: MemoryStore, former: Lock) -> int:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from controlplane.decisions.actions import FormReplica
 from tests.unit.controlplane.world import World
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
 
 
 def test_a_decision_on_a_view_that_lags_behind_writes_nothing(world: World) -> None:
