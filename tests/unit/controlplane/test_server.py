@@ -92,11 +92,11 @@ async def test_applying_the_same_again_changes_nothing(controller: Controller) -
 
 
 async def test_applying_a_change_makes_the_next_revision(controller: Controller) -> None:
-    created = (await controller.apply()).deployment.created_at
+    created = (await controller.apply()).deployment.create_time
     answer = await controller.apply(replicas=3)
     assert answer.changed
     assert (answer.deployment.revision, answer.deployment.spec.replicas) == (2, 3)
-    assert answer.deployment.created_at == created
+    assert answer.deployment.create_time == created
 
 
 async def test_concurrent_changes_are_all_made(controller: Controller) -> None:
@@ -263,6 +263,10 @@ async def test_a_leader_places_what_was_applied_and_the_lists_show_it(controller
     replicas = (await controller.stub.ListReplicas(control_pb2.ListReplicasRequest())).replicas
     workers = (await controller.stub.ListWorkers(control_pb2.ListWorkersRequest())).workers
     assert [shard.worker for shard in replicas[0].shards] == ["w0", "w1"]
-    assert [worker.state for worker in workers] == ["assigned", "assigned", "free"]
+    assert [worker.state for worker in workers] == [
+        control_pb2.WORKER_STATE_ASSIGNED,
+        control_pb2.WORKER_STATE_ASSIGNED,
+        control_pb2.WORKER_STATE_FREE,
+    ]
     leading.cancel()
     await asyncio.wait([leading])
