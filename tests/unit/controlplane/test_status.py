@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from controlplane import status
 from controlplane.reconcile import DEGRADE_AFTER_S, RETURN_AFTER_S
+from controlplane.replicas import ReplicaState
 from controlplane.status import Views, views
 from phalanx.runtime.enums import word
-from phalanx.store.records import GatewayRecord, LayoutRecord, ShardState
+from phalanx.store.records import DeploymentRecord, GatewayRecord, LayoutRecord, ShardState
 from phalanx.v1 import control_pb2
 from tests.unit.controlplane.world import World
 
@@ -192,3 +194,14 @@ def test_a_gateway_is_shown_as_registered(world: World) -> None:
     shown = seen(world).gateways["g0"]
     assert (shown.gateway, shown.grpc_address, shown.http_url) == ("g0", "127.0.0.1:1", "http://127.0.0.1:2")
     assert shown.pid == 7
+
+
+def test_a_deployment_says_when_it_was_created(world: World) -> None:
+    record = DeploymentRecord("a", 1, "/models/one", created_at=1_700_000_000.25)
+    world.put(world.keys.deployment("a"), record)
+    assert deployment(world).create_time.ToJsonString() == "2023-11-14T22:13:20.250Z"
+
+
+def test_every_state_of_a_replica_and_a_shard_has_a_message() -> None:
+    assert set(status._REPLICA_STATES) == set(ReplicaState)
+    assert set(status._SHARD_STATES) == set(ShardState)
