@@ -18,7 +18,7 @@ from engine.weights.model_config import ModelConfig
 from engine.weights.tensors import tensor_shapes
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.store.interface import Put, StoreUnavailableError
+from phalanx.store.interface import Operation, Put, StoreUnavailableError
 from phalanx.store.memory import MemoryStore
 from phalanx.store.records import Keys, WorkerRecord, encode
 from phalanx.v1 import control_pb2, control_pb2_grpc
@@ -27,14 +27,21 @@ KEYS = Keys()
 
 
 class Fragile(MemoryStore):
-    """A store that can be away."""
+    """A store that can be away, and in which another writer can be faster."""
 
     away = False
+    overtaken_by: Operation | None = None  # written before the next transaction
 
     async def get(self, key: str):  # type: ignore[no-untyped-def]
         if self.away:
             raise StoreUnavailableError("the store is away")
         return await super().get(key)
+
+    async def txn(self, guards, operations):  # type: ignore[no-untyped-def]
+        faster, self.overtaken_by = self.overtaken_by, None
+        if faster is not None:
+            await super().txn([], [faster])
+        return await super().txn(guards, operations)
 
 
 class Controller:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
 
+from phalanx.store.interface import Put
+from phalanx.store.records import DeploymentRecord, decode, encode
 from phalanx.v1 import control_pb2
 from tests.unit.controlplane.conftest import KEYS, Controller, model_dir, refusal
 
@@ -46,6 +50,26 @@ async def test_of_two_changes_based_on_one_version_only_one_is_made(controller: 
     made = [answer for answer in answers if isinstance(answer, control_pb2.ApplyDeploymentResponse)]
     assert len(made) == 1
     assert controller.view.snapshot.deployments["a"].revision == 2
+
+
+async def test_a_write_that_comes_in_between_is_not_overwritten(controller: Controller) -> None:
+    for write in (partial(controller.request, tp=2), controller.delete):
+        read = (await controller.apply()).deployment
+        faster = replace(controller.view.snapshot.deployments["a"], revision=read.revision + 1, replicas=9)
+        controller.store.overtaken_by = Put(KEYS.deployment("a"), encode(faster))
+        assert (await refusal(write(etag=read.etag))).reason == "ETAG_MISMATCH"
+        entry = await controller.store.get(KEYS.deployment("a"))
+        assert decode(DeploymentRecord, entry.value) == faster
+
+
+async def test_a_write_without_an_etag_is_made_after_one_that_comes_in_between(
+    controller: Controller,
+) -> None:
+    read = (await controller.apply()).deployment
+    faster = replace(controller.view.snapshot.deployments["a"], revision=read.revision + 1, replicas=9)
+    controller.store.overtaken_by = Put(KEYS.deployment("a"), encode(faster))
+    answer = await controller.request(replicas=2)
+    assert (answer.deployment.revision, answer.deployment.spec.replicas) == (3, 2)
 
 
 async def test_an_etag_does_not_fit_a_deployment_that_was_created_again(controller: Controller) -> None:
