@@ -133,7 +133,7 @@ def _deployment_state(
     }
     for number, reasons in worst_first.items():
         if reasons:
-            no_controller = "; no controller leads" if snapshot.leader is None else ""
+            no_controller = "; no controller is active" if snapshot.leader is None else ""
             return number, "; ".join(reasons) + no_controller
     return control_pb2.DEPLOYMENT_STATE_READY, ""
 

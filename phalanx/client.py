@@ -36,6 +36,8 @@ class _DivergedError(PhalanxError):
 class Client:
     """Connections to the gateways of one cluster. Failures raise `phalanx.runtime.errors.PhalanxError`.
 
+    Owns: the channels, and which gateway answered last. Does not own: streams, which belong to their callers.
+
     When a stream's gateway fails, the client resumes the stream at the next gateway, after the last event it
     received.
     """

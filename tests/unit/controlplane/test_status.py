@@ -106,7 +106,7 @@ def test_a_deployment_says_that_no_controller_leads(world: World) -> None:
     world.apply("a")
     world.store._clock = lambda: world.now + 10**10
     world.store.expire()
-    assert deployment(world).reason.endswith("; no controller leads")
+    assert deployment(world).reason.endswith("; no controller is active")
 
 
 def test_a_deployments_spec_is_shown_as_stored(world: World) -> None:
