@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 ENV := $(VENV)/.installed
 STUBS := phalanx/v1/__init__.py
 MODEL := .phalanx/demo-model
+API_BASELINE := protos/public.txtpb
 
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test sim chaos lint fmt generated bench bench-engine gpu-check profile clean
+.PHONY: help setup demo up down test sim chaos lint api-baseline fmt generated bench bench-engine gpu-check profile clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,10 @@ lint: setup ## Style, types, import rules and protos
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against $(API_BASELINE)
+
+api-baseline: setup ## Accept the public API as protos/phalanx/v1 has it: what `make lint` compares it with from now on
+	$(BIN)/buf build --path protos/phalanx/v1 --exclude-source-info --output $(API_BASELINE)
 
 fmt: setup ## Format the code
 	$(BIN)/ruff check --fix .

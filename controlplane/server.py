@@ -1,59 +1,63 @@
-"""ControlService: what operators ask of any controller, leading or not."""
+"""ControlService: the API of operators. Every controller serves it, whether or not it is the active one."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 
+from controlplane.deployments import Deployments
 from controlplane.status import Views, views
-from controlplane.validation import check_model, check_spec
 from controlplane.view import View
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
-from phalanx.store.interface import Delete, Entry, Listing, Modified, Put, Store, StoreUnavailableError
+from phalanx.runtime.filters import Fields
+from phalanx.runtime.paging import page
+from phalanx.store.interface import Listing, Store, StoreUnavailableError
 from phalanx.store.keys import Keys
-from phalanx.store.records import DeploymentRecord, LayoutRecord, decode, encode
+from phalanx.store.records import DeploymentRecord
 from phalanx.v1 import control_pb2, control_pb2_grpc
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 
+# The fields that control.proto documents for the filter of each list method.
+DEPLOYMENT_FIELDS = Fields(control_pb2.Deployment.DESCRIPTOR, "spec.name", "spec.model", "state")
+REPLICA_FIELDS = Fields(control_pb2.Replica.DESCRIPTOR, "replica", "deployment", "state")
+WORKER_FIELDS = Fields(
+    control_pb2.Worker.DESCRIPTOR, "worker", "host", "device", "state", "deployment", "replica"
+)
+GATEWAY_FIELDS = Fields(control_pb2.Gateway.DESCRIPTOR, "gateway", "host")
+
 Context = grpc.aio.ServicerContext[Any, Any]
+Message = TypeVar("Message")
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    """Each method's contract is in protos/phalanx/v1/control.proto.
+    """protos/phalanx/v1/control.proto has the contract of each method.
 
-    Owns: nothing. Reads come from the view, writes go to the store and are answered once the view has
-    them, so that a caller who reads next sees what it wrote.
+    Owns: nothing. Reads come from the view. Writes go to the store (`Deployments`).
     """
 
     def __init__(self, store: Store, keys: Keys, view: View, clock: Callable[[], float] = time.time) -> None:
-        self._store = store
-        self._keys = keys
+        self._deployments = Deployments(store, keys, view, clock)
         self._view = view
         self._clock = clock
 
     async def ApplyDeployment(
         self, request: control_pb2.ApplyDeploymentRequest, context: Context
     ) -> control_pb2.ApplyDeploymentResponse:
-        """Create a deployment or change its shape."""
+        """Create a deployment or change its spec."""
         async with _typed_errors(context):
-            spec = request.spec
-            check_spec(spec)
-            smaller = await asyncio.to_thread(
-                check_model, spec.model, spec.tp or 1, spec.pp or 1, spec.load_format
+            record, changed = await self._deployments.apply(
+                request.spec, request.etag, validate_only=request.validate_only
             )
-            changed = await self._apply(spec, () if spec.fixed_layout else smaller)
-            deployment = self._views().deployments.get(spec.name)
-            if deployment is None:
-                raise PhalanxError("UNKNOWN_DEPLOYMENT", f"deployment {spec.name} was deleted meanwhile")
+            deployment = self._views(record).deployments[record.name]
+            if request.validate_only and changed:
+                deployment.ClearField("etag")  # nothing is stored that could have it
             return control_pb2.ApplyDeploymentResponse(deployment=deployment, changed=changed)
 
     async def GetDeployment(
@@ -61,56 +65,76 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     ) -> control_pb2.GetDeploymentResponse:
         """Show one deployment."""
         async with _typed_errors(context):
-            deployment = self._views().deployments.get(request.name)
-            if deployment is None:
-                raise _unknown(request.name)
+            deployment = _one("deployment", self._views().deployments, request.name)
             return control_pb2.GetDeploymentResponse(deployment=deployment)
 
     async def ListDeployments(
         self, request: control_pb2.ListDeploymentsRequest, context: Context
     ) -> control_pb2.ListDeploymentsResponse:
-        """Show every deployment."""
+        """List deployments."""
         async with _typed_errors(context):
-            return control_pb2.ListDeploymentsResponse(deployments=self._views().deployments.values())
+            deployments, token = page(self._views().deployments, request, DEPLOYMENT_FIELDS)
+            return control_pb2.ListDeploymentsResponse(deployments=deployments, next_page_token=token)
 
     async def DeleteDeployment(
         self, request: control_pb2.DeleteDeploymentRequest, context: Context
     ) -> control_pb2.DeleteDeploymentResponse:
         """Remove a deployment and its replicas."""
         async with _typed_errors(context):
-            key, revision = self._keys.deployment(request.name), None
-            while revision is None:
-                entry = await self._store.get(key)
-                if entry is None:
-                    raise _unknown(request.name)
-                revision = await self._store.txn([Modified(key, entry.mod_revision)], [Delete(key)])
-            await self._view.reached(revision)
+            await self._deployments.delete(request.name, request.etag, validate_only=request.validate_only)
             return control_pb2.DeleteDeploymentResponse()
 
-    async def ListWorkers(
-        self, request: control_pb2.ListWorkersRequest, context: Context
-    ) -> control_pb2.ListWorkersResponse:
-        """Show every worker and what it runs."""
+    async def GetReplica(
+        self, request: control_pb2.GetReplicaRequest, context: Context
+    ) -> control_pb2.GetReplicaResponse:
+        """Show one replica and its shards."""
         async with _typed_errors(context):
-            return control_pb2.ListWorkersResponse(workers=self._views().workers.values())
+            replica = _one("replica", self._views().replicas, request.name)
+            return control_pb2.GetReplicaResponse(replica=replica)
 
     async def ListReplicas(
         self, request: control_pb2.ListReplicasRequest, context: Context
     ) -> control_pb2.ListReplicasResponse:
-        """Show every replica and its shards."""
+        """List replicas and their shards."""
         async with _typed_errors(context):
-            return control_pb2.ListReplicasResponse(replicas=self._views().replicas.values())
+            replicas, token = page(self._views().replicas, request, REPLICA_FIELDS)
+            return control_pb2.ListReplicasResponse(replicas=replicas, next_page_token=token)
+
+    async def GetWorker(
+        self, request: control_pb2.GetWorkerRequest, context: Context
+    ) -> control_pb2.GetWorkerResponse:
+        """Show one worker and what it runs."""
+        async with _typed_errors(context):
+            worker = _one("worker", self._views().workers, request.name)
+            return control_pb2.GetWorkerResponse(worker=worker)
+
+    async def ListWorkers(
+        self, request: control_pb2.ListWorkersRequest, context: Context
+    ) -> control_pb2.ListWorkersResponse:
+        """List workers and what they run."""
+        async with _typed_errors(context):
+            workers, token = page(self._views().workers, request, WORKER_FIELDS)
+            return control_pb2.ListWorkersResponse(workers=workers, next_page_token=token)
+
+    async def GetGateway(
+        self, request: control_pb2.GetGatewayRequest, context: Context
+    ) -> control_pb2.GetGatewayResponse:
+        """Show one gateway."""
+        async with _typed_errors(context):
+            gateway = _one("gateway", self._views().gateways, request.name)
+            return control_pb2.GetGatewayResponse(gateway=gateway)
 
     async def ListGateways(
         self, request: control_pb2.ListGatewaysRequest, context: Context
     ) -> control_pb2.ListGatewaysResponse:
-        """Show every gateway."""
+        """List gateways."""
         async with _typed_errors(context):
-            return control_pb2.ListGatewaysResponse(gateways=self._views().gateways.values())
+            gateways, token = page(self._views().gateways, request, GATEWAY_FIELDS)
+            return control_pb2.ListGatewaysResponse(gateways=gateways, next_page_token=token)
 
-    # Written to the context rather than yielded: a client that leaves cancels the handler where it waits.
+    # Writes to the context instead of yielding: when a client leaves, gRPC cancels the handler at its await.
     async def Watch(self, request: control_pb2.WatchRequest, context: Context) -> None:  # type: ignore[override]
-        """Stream the cluster as it is and whenever it changes; what piled up comes as one response."""
+        """Stream the cluster's state; changes that follow each other quickly come as one response."""
         seen: Listing | None = None
         while True:
             await self._view.newer(seen)
@@ -124,67 +148,26 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             )
             await context.write(response)
 
-    def _views(self) -> Views:
+    def _views(self, applied: DeploymentRecord | None = None) -> Views:
+        """The cluster as messages; with `applied`, as it is with this record of its deployment."""
         if self._view.listing is None:
             raise PhalanxError("STORE_UNAVAILABLE", "this controller has not reached the store yet")
-        return views(self._view.snapshot, self._clock())
-
-    async def _apply(self, spec: control_pb2.DeploymentSpec, fallbacks: tuple[LayoutRecord, ...]) -> bool:
-        """Write the deployment unless it is as asked; returns whether it was written."""
-        key = self._keys.deployment(spec.name)
-        while True:
-            entry = await self._store.get(key)
-            old = _readable(entry)
-            new = _record(spec, fallbacks, old, self._clock())
-            if new == old:
-                return False
-            guard = Modified(key, entry.mod_revision if entry else 0)
-            revision = await self._store.txn([guard], [Put(key, encode(new))])
-            if revision is not None:
-                await self._view.reached(revision)
-                return True
+        snapshot = self._view.snapshot
+        if applied is not None:
+            snapshot = replace(snapshot, deployments={**snapshot.deployments, applied.name: applied})
+        return views(snapshot, self._clock())
 
 
-def _readable(entry: Entry | None) -> DeploymentRecord | None:
-    """The deployment in the store; one that cannot be read is replaced as if it were not there."""
-    try:
-        return decode(DeploymentRecord, entry.value) if entry else None
-    except (ValueError, DecodeError):
-        return None
-
-
-def _record(
-    spec: control_pb2.DeploymentSpec,
-    fallbacks: tuple[LayoutRecord, ...],
-    old: DeploymentRecord | None,
-    now: float,
-) -> DeploymentRecord:
-    """What `spec` asks for: `old` itself when that is the same, else its next revision."""
-    asked = DeploymentRecord(
-        name=spec.name,
-        revision=old.revision if old else 1,
-        model=spec.model,
-        replicas=spec.replicas or 1,
-        tp=spec.tp or 1,
-        pp=spec.pp or 1,
-        dtype=spec.dtype,
-        max_model_len=spec.max_model_len,
-        created_at=old.created_at if old else now,
-        load_format="" if spec.load_format == "auto" else spec.load_format,
-        quantization=spec.quantization,
-        fixed_layout=spec.fixed_layout,
-        fallbacks=fallbacks,
-    )
-    return asked if old is None or asked == old else replace(asked, revision=old.revision + 1)
-
-
-def _unknown(name: str) -> PhalanxError:
-    return PhalanxError("UNKNOWN_DEPLOYMENT", f"there is no deployment {name!r}")
+def _one(kind: str, messages: Mapping[str, Message], name: str) -> Message:
+    """The message of this name. Raises PhalanxError UNKNOWN_<KIND>."""
+    if name not in messages:
+        raise PhalanxError(f"UNKNOWN_{kind.upper()}", f"there is no {kind} {name!r}")
+    return messages[name]
 
 
 @contextlib.asynccontextmanager
 async def _typed_errors(context: Context) -> AsyncIterator[None]:
-    """End the call with ErrorInfo when the body fails as expected."""
+    """End the call with ErrorInfo when the body raises an expected error."""
     try:
         yield
     except PhalanxError as error:

@@ -1,4 +1,4 @@
-"""How the cluster looks to people: from a snapshot to the messages of the control API. Pure."""
+"""The cluster as operators see it: from a snapshot to the messages of the control API. Pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,29 @@ from controlplane.decisions.desired import replica_name
 from controlplane.decisions.health import ReplicaState, health, lost_members
 from controlplane.decisions.reconcile import Decision, reconcile
 from controlplane.decisions.shapes import is_degraded, same_shape
+from controlplane.etag import etag_of
+from phalanx.runtime.enums import word
+from phalanx.runtime.times import timestamp
 from phalanx.store.records import AssignmentRecord, DeploymentRecord, ShardRecord, ShardState
 from phalanx.store.snapshot import Snapshot
 from phalanx.v1 import control_pb2
 
+_REPLICA_STATES = {
+    ReplicaState.FORMING: control_pb2.REPLICA_STATE_FORMING,
+    ReplicaState.READY: control_pb2.REPLICA_STATE_READY,
+    ReplicaState.FAILED: control_pb2.REPLICA_STATE_FAILED,
+}
 _SHARD_STATES = {
-    ShardState.STARTING: "starting",
-    ShardState.READY: "ready",
-    ShardState.FAILED: "failed",
+    ShardState.STARTING: control_pb2.SHARD_STATE_STARTING,
+    ShardState.READY: control_pb2.SHARD_STATE_READY,
+    ShardState.FAILED: control_pb2.SHARD_STATE_FAILED,
+}
+# The state of a worker is that of its shard, unless the worker is free or draining.
+_WORKER_STATES = {
+    control_pb2.SHARD_STATE_ASSIGNED: control_pb2.WORKER_STATE_ASSIGNED,
+    control_pb2.SHARD_STATE_STARTING: control_pb2.WORKER_STATE_STARTING,
+    control_pb2.SHARD_STATE_READY: control_pb2.WORKER_STATE_READY,
+    control_pb2.SHARD_STATE_FAILED: control_pb2.WORKER_STATE_FAILED,
 }
 
 
@@ -31,8 +46,8 @@ class Views:
 
 
 def views(snapshot: Snapshot, now: float) -> Views:
-    """Everything, at `now` in seconds since the Unix epoch."""
-    # What is wrong now, whether or not the leader still hopes that it passes.
+    """The messages of everything in the snapshot, at `now` in seconds since the Unix epoch."""
+    # With every replica suspect, the decision names what is missing now. The controller itself waits first.
     decision = reconcile(snapshot, now, History(suspect_since=dict.fromkeys(snapshot.replicas, 0.0)))
     replicas = {name: _replica(snapshot, name, decision, now) for name in sorted(snapshot.replicas)}
     return Views(
@@ -73,9 +88,10 @@ def _deployment(
         ready_replicas=sum(
             1
             for name, assigned in snapshot.replicas.items()
-            if assigned.assignment.deployment.name == deployment.name and replicas[name].state == "ready"
+            if assigned.assignment.deployment.name == deployment.name and _is_ready(replicas[name])
         ),
-        created_at=deployment.created_at,
+        create_time=timestamp(deployment.created_at),
+        etag=etag_of(deployment),
     )
 
 
@@ -85,37 +101,38 @@ def _deployment_state(
     names: list[str],
     replicas: dict[str, control_pb2.Replica],
     decision: Decision,
-) -> tuple[str, str]:
-    """The state and its reason: the worst of the deployment's replicas speaks for it."""
+) -> tuple[control_pb2.DeploymentState.ValueType, str]:
+    """The state and its reason: those of the deployment's replicas that are worst off."""
     lacking = {name: f"{name} {decision.shortages[name]}" for name in names if name in decision.shortages}
     degraded: list[str] = []
     failed: list[str] = []
     progressing: list[str] = []
     for name in names:
         assigned = snapshot.replicas.get(name)
-        lost = assigned is not None and replicas[name].state == ReplicaState.FAILED.value
+        lost = assigned is not None and replicas[name].state == control_pb2.REPLICA_STATE_FAILED
         if assigned and not lost and is_degraded(assigned.assignment.deployment, deployment):
             why = f": {decision.shortages[name]}" if lacking.pop(name, None) else ""
             runs = f"{name} runs in tp={replicas[name].tp} x pp={replicas[name].pp}{why}"
-            (degraded if replicas[name].state == "ready" else progressing).append(runs)
+            (degraded if _is_ready(replicas[name]) else progressing).append(runs)
         elif assigned is None:
             progressing.append(f"{name} is not formed yet")
         elif not same_shape(assigned.assignment.deployment, deployment) and not lost:
             progressing.append(f"{name} still has the shape of revision {replicas[name].revision}")
-        elif replicas[name].state != "ready":
+        elif not _is_ready(replicas[name]):
             reasons = failed if health(snapshot, name).permanent else progressing
-            reasons.append(f"{name} is {replicas[name].state}: {replicas[name].reason}")
-    found = {
-        "failed": failed,
-        "pending": list(lacking.values()),
-        "progressing": progressing,
-        "degraded": degraded,
+            state = word(control_pb2.ReplicaState.DESCRIPTOR, replicas[name].state)
+            reasons.append(f"{name} is {state}: {replicas[name].reason}")
+    worst_first = {
+        control_pb2.DEPLOYMENT_STATE_FAILED: failed,
+        control_pb2.DEPLOYMENT_STATE_PENDING: list(lacking.values()),
+        control_pb2.DEPLOYMENT_STATE_PROGRESSING: progressing,
+        control_pb2.DEPLOYMENT_STATE_DEGRADED: degraded,
     }
-    for state, reasons in found.items():
+    for number, reasons in worst_first.items():
         if reasons:
-            nobody = "; no controller leads" if snapshot.active_controller is None else ""
-            return state, "; ".join(reasons) + nobody
-    return "ready", ""
+            no_controller = "; no controller is active" if snapshot.active_controller is None else ""
+            return number, "; ".join(reasons) + no_controller
+    return control_pb2.DEPLOYMENT_STATE_READY, ""
 
 
 def _replica(snapshot: Snapshot, name: str, decision: Decision, now: float) -> control_pb2.Replica:
@@ -125,7 +142,11 @@ def _replica(snapshot: Snapshot, name: str, decision: Decision, now: float) -> c
     shards = [_shard(snapshot, assignment, rank) for rank in range(len(assignment.members))]
     reason = seen.reason
     if seen.state is ReplicaState.FORMING:
-        waiting = [f"{shard.rank} {shard.state}" for shard in shards if shard.state != "ready"]
+        waiting = [
+            f"{shard.rank} {word(control_pb2.ShardState.DESCRIPTOR, shard.state)}"
+            for shard in shards
+            if shard.state != control_pb2.SHARD_STATE_READY
+        ]
         reason = f"shards: {', '.join(waiting)}"
     if name in decision.shortages:
         reason += f"; {decision.shortages[name]}"
@@ -137,7 +158,7 @@ def _replica(snapshot: Snapshot, name: str, decision: Decision, now: float) -> c
         deployment=assignment.deployment.name,
         revision=assignment.deployment.revision,
         epoch=assigned.epoch,
-        state=seen.state.value,
+        state=_REPLICA_STATES[seen.state],
         reason=reason.removeprefix("; "),
         shards=shards,
         tp=assignment.deployment.tp,
@@ -153,17 +174,21 @@ def _shard(snapshot: Snapshot, assignment: AssignmentRecord, rank: int) -> contr
         tp_rank=rank % assignment.deployment.tp,
         pp_rank=rank // assignment.deployment.tp,
         worker=member.worker,
-        state="lost" if lost else _shard_state(record),
+        state=control_pb2.SHARD_STATE_LOST if lost else _shard_state(record),
         reason="its worker is gone" if lost else record.reason if record else "",
     )
 
 
-def _shard_state(record: ShardRecord | None) -> str:
-    return _SHARD_STATES[record.state] if record else "assigned"
+def _shard_state(record: ShardRecord | None) -> control_pb2.ShardState.ValueType:
+    return _SHARD_STATES[record.state] if record else control_pb2.SHARD_STATE_ASSIGNED
+
+
+def _is_ready(replica: control_pb2.Replica) -> bool:
+    return replica.state == control_pb2.REPLICA_STATE_READY
 
 
 def _workers(snapshot: Snapshot) -> dict[str, control_pb2.Worker]:
-    places = {
+    assigned_ranks = {
         (member.worker, member.incarnation): (name, rank)
         for name, assigned in snapshot.replicas.items()
         for rank, member in enumerate(assigned.assignment.members)
@@ -175,15 +200,15 @@ def _workers(snapshot: Snapshot) -> dict[str, control_pb2.Worker]:
             incarnation=worker.incarnation,
             host=worker.host,
             device=worker.device,
-            state="free",
+            state=control_pb2.WORKER_STATE_FREE,
             server_pid=worker.server_pid,
             address=worker.address,
         )
-        place = places.get((name, worker.incarnation))
+        place = assigned_ranks.get((name, worker.incarnation))
         if place is not None:
             _add_shard(message, snapshot, *place)
         if worker.draining:
-            message.state = "draining"
+            message.state = control_pb2.WORKER_STATE_DRAINING
             message.reason = worker.ailment or message.reason
         messages[name] = message
     return messages
@@ -192,7 +217,7 @@ def _workers(snapshot: Snapshot) -> dict[str, control_pb2.Worker]:
 def _add_shard(message: control_pb2.Worker, snapshot: Snapshot, replica: str, rank: int) -> None:
     assigned, record = snapshot.replicas[replica], snapshot.shard(replica, rank)
     deployment = assigned.assignment.deployment
-    message.state = _shard_state(record)
+    message.state = _WORKER_STATES[_shard_state(record)]
     message.deployment = deployment.name
     message.replica = replica
     message.epoch = assigned.epoch

@@ -1,4 +1,4 @@
-"""What a deployment must be like to be accepted."""
+"""Checks of a deployment before it is stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DTYPES = ("", "float32", "bfloat16", "float16")
 
 
 def check_spec(spec: control_pb2.DeploymentSpec) -> None:
-    """Raise PhalanxError when a field cannot be as it is."""
+    """Raise PhalanxError INVALID_ARGUMENT naming the first field with a value that is not allowed."""
     if not _NAME.fullmatch(spec.name):
         raise PhalanxError(
             "INVALID_ARGUMENT",
@@ -42,9 +42,13 @@ def check_spec(spec: control_pb2.DeploymentSpec) -> None:
 
 
 def check_model(model: str, tp: int, pp: int, load_format: str = "") -> tuple[LayoutRecord, ...]:
-    """The smaller layouts that the model can run in, the best first; PhalanxError when it cannot be served.
+    """The smaller layouts that the model can run in, best first.
 
-    A directory that this host cannot see is left to the workers. Reads files: keep it off the loop.
+    A directory that does not exist on this host is not checked; the workers check it when they load it.
+    Reads files, so call it outside the event loop.
+
+    Raises:
+        PhalanxError: the model cannot be served in this layout.
     """
     from engine.weights.layouts import smaller_layouts, smaller_sizes
     from engine.weights.locate import check_weights

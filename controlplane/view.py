@@ -1,4 +1,4 @@
-"""The cluster as this process last saw it, kept fresh by a watch."""
+"""The cluster as this process last saw it in the store."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from phalanx.store.snapshot import Snapshot
 class View:
     """The latest listing of the cluster and its snapshot.
 
-    Owns: following the store. Does not own: decisions, writes. While the store is away the last view
-    stays.
+    Owns: the watch of the store. Does not own: decisions, writes. While the store does not answer, the last
+    listing stays.
     """
 
     def __init__(self, store: Store, keys: Keys) -> None:
@@ -25,16 +25,16 @@ class View:
 
     @property
     def listing(self) -> Listing | None:
-        """What the store held, or None before it was reached for the first time."""
+        """What the store contained last; None until the store has answered once."""
         return self._listing
 
     @property
     def snapshot(self) -> Snapshot:
-        """The same as records; empty before the store was reached."""
+        """The listing as records; empty until the store has answered once."""
         return self._snapshot
 
     async def follow(self) -> None:
-        """Keep the view fresh, without end."""
+        """Update the view on every change of the store, forever."""
         async for change in self._store.watch(self._keys.root):
             async with self._changed:
                 self._listing = change.listing
@@ -42,13 +42,13 @@ class View:
                 self._changed.notify_all()
 
     async def newer(self, than: Listing | None) -> Snapshot:
-        """Wait until the listing is another one."""
+        """Wait until the listing is another object than `than`."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._listing is not than)
             return self._snapshot
 
     async def reached(self, revision: int) -> Snapshot:
-        """Wait until the view includes everything up to `revision`, which wrote under the root."""
+        """Wait until the view includes `revision`, which must have changed a key of the cluster."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._snapshot.revision >= revision)
             return self._snapshot

@@ -22,28 +22,30 @@ from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
 BEGIN_WITHIN_S = 5.0
-"""How long a new request looks for a gateway that answers: one that died is back by then."""
+"""How long a new request looks for a gateway that answers; a restarted gateway answers within this time."""
 RESUME_WITHIN_S = 30.0
-"""How long a stream that has begun looks for one."""
-_PAUSE_S = 0.1
-# What another gateway, or the same one later, may do better. A request's own errors are none of these.
-_ELSEWHERE = ("UNREACHABLE", "STORE_UNAVAILABLE")
+"""How long a stream that has begun looks for a gateway that answers."""
+_PAUSE_S = 0.1  # between rounds over all gateways
+_RETRY_ELSEWHERE = ("UNREACHABLE", "STORE_UNAVAILABLE")  # errors of a gateway, not of the request
 
 
 class _DivergedError(PhalanxError):
-    """A stream that was sent again is not the one that was."""
+    """A request that was sent again got other tokens than the first time."""
 
 
 class Client:
     """Connections to the gateways of one cluster. Failures raise `phalanx.runtime.errors.PhalanxError`.
 
-    A stream whose gateway fails goes on at the next one, where it was.
+    Owns: the channels, and which gateway answered last. Does not own: streams, which belong to their callers.
+
+    When a stream's gateway fails, the client resumes the stream at the next gateway, after the last event it
+    received.
     """
 
     def __init__(self, target: str, *others: str) -> None:
         self._channels = [rpc.channel(each) for each in (target, *others)]
         self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(each) for each in self._channels]
-        self._first = 0  # the gateway that answered last
+        self._current = 0  # the gateway that answered last; new requests begin there
 
     async def __aenter__(self) -> Self:
         return self
@@ -54,7 +56,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """End every call and connection."""
+        """Cancel every call and close every connection."""
         for channel in self._channels:
             await channel.close(None)
 
@@ -87,8 +89,12 @@ class Client:
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Stream the completion of a text or of token ids: Started, Chunks, Finished.
 
-        Parameters left out take the defaults that types.proto documents. Of `json_schema`, as JSON text,
-        and `regex` one can be given.
+        inference.proto and types.proto document the parameters and their defaults. `json_schema` is JSON
+        text. `timeout_s` limits the whole stream.
+
+        Raises:
+            ValueError: both `json_schema` and `regex` are given.
+            PhalanxError: as `stream` does.
         """
         if json_schema is not None and regex is not None:
             raise ValueError("json_schema and regex exclude each other")
@@ -131,36 +137,41 @@ class Client:
     async def stream(
         self, request: inference_pb2.GenerateRequest, *, timeout_s: float | None = None
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Stream any request; leaving the loop early cancels it.
+        """Stream any request. A caller that leaves the loop early cancels the request.
 
-        A stream that nobody holds any more is sent again with its seed, and goes on where it was if it takes
-        the same course. So it outlives a broken connection to a living gateway, and a gateway and a replica
-        that die in its first second. Raises PhalanxError: UNREACHABLE where no gateway answered within
-        `BEGIN_WITHIN_S`, or `RESUME_WITHIN_S` once it had begun; UNKNOWN_REQUEST where its course is another.
+        When the cluster does not know the stream any more, the client sends the request again with the same
+        seed. If its tokens equal those received before, the stream continues after them. So a stream survives
+        a broken connection to a living gateway, and the death of its gateway and its replica within its first
+        second.
+
+        Raises:
+            PhalanxError: UNREACHABLE when no gateway answers for `BEGIN_WITHIN_S`, or for `RESUME_WITHIN_S`
+                after Started. UNKNOWN_REQUEST when the request, sent again, gets other tokens. Every other
+                reason as the gateway gives it.
         """
         begun: inference_pb2.Started | None = None
-        delivered: defaultdict[int, list[int]] = defaultdict(list)  # by choice
-        token, cursor, failing_since, turn = "", "", 0.0, self._first
+        delivered: defaultdict[int, list[int]] = defaultdict(list)  # token ids by choice
+        token, cursor, failing_since, turn = "", "", 0.0, self._current
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if token:
                 attempt = self._resume(turn, token, cursor, left)
             elif begun is not None:
-                attempt = self._again(turn, request, begun.seed, delivered, cursor, left)
+                attempt = self._send_again(turn, request, begun.seed, delivered, cursor, left)
             else:
                 attempt = self._generate(turn, request, left)
             try:
                 async with aclosing(attempt) as events:
                     async for event in events:
-                        self._first, cursor = turn, event.cursor
+                        self._current, cursor = turn, event.cursor
                         if event.HasField("started"):
                             token = event.started.resume_token
                             if begun is None:
                                 begun, failing_since = event.started, 0.0
                                 yield event
                             continue
-                        failing_since = 0.0  # a Started alone is no progress: it may break off each time
+                        failing_since = 0.0  # not after Started alone: each attempt may fail right after it
                         delivered[event.chunk.choice] += event.chunk.token_ids
                         yield event
                         if event.HasField("finished"):
@@ -175,18 +186,18 @@ class Client:
                     raise
                 if error.reason == "UNKNOWN_REQUEST" and begun is not None:
                     token = ""
-                elif error.reason not in _ELSEWHERE:
+                elif error.reason not in _RETRY_ELSEWHERE:
                     raise
                 if now > failing_since + (BEGIN_WITHIN_S if begun is None else RESUME_WITHIN_S):
                     raise
             turn = (turn + 1) % len(self._stubs)
-            if turn == self._first:
+            if turn == self._current:
                 await asyncio.sleep(_PAUSE_S)
 
     async def _generate(
         self, turn: int, request: inference_pb2.GenerateRequest, timeout_s: float | None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-        """A new stream at one gateway."""
+        """A new stream from one gateway."""
         with _calling(self._stubs[turn].Generate(request, timeout=timeout_s)) as call:
             async for event in call:
                 yield event
@@ -194,13 +205,13 @@ class Client:
     async def _resume(
         self, turn: int, token: str, cursor: str, timeout_s: float | None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-        """A stream that has begun, from `cursor` on at one gateway."""
+        """The rest of a stream after `cursor`, from one gateway."""
         request = inference_pb2.ResumeRequest(resume_token=token, cursor=cursor)
         with _calling(self._stubs[turn].Resume(request, timeout=timeout_s)) as call:
             async for response in call:
                 yield response.event
 
-    async def _again(
+    async def _send_again(
         self,
         turn: int,
         request: inference_pb2.GenerateRequest,
@@ -209,12 +220,12 @@ class Client:
         cursor: str,
         timeout_s: float | None,
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-        """The stream begun anew at one gateway, and told from `cursor` on once it is where it was."""
+        """Send the request again with its seed, check it against `delivered`, and go on after `cursor`."""
         same = inference_pb2.GenerateRequest()
         same.CopyFrom(request)
         same.sampling.seed = seed
         token, anew = "", defaultdict[int, list[int]](list)
-        # To leave this call before the other one has taken the stream over would be to cancel it.
+        # Keep this call open until Resume has displaced it: closing it earlier cancels the request.
         with _calling(self._stubs[turn].Generate(same, timeout=timeout_s)) as call:
             async for event in call:
                 if event.HasField("started"):
@@ -223,24 +234,30 @@ class Client:
                 if all(len(anew[choice]) >= len(ids) for choice, ids in delivered.items()):
                     break
             if any(anew[choice][: len(ids)] != ids for choice, ids in delivered.items()):
-                message = "nobody holds the request any more, and sent again it took another course"
+                message = "the cluster lost the request, and sent again it got other tokens"
                 raise _DivergedError("UNKNOWN_REQUEST", message)
             async with aclosing(self._resume(turn, token, cursor, timeout_s)) as events:
                 async for event in events:
                     yield event
 
     async def models(self) -> list[inference_pb2.Model]:
-        """The models that can be named in a request."""
+        """All models that a request can name."""
+        request = inference_pb2.ListModelsRequest()
+        found: list[inference_pb2.Model] = []
         try:
-            response = await self._stubs[self._first].ListModels(inference_pb2.ListModelsRequest())
+            while True:
+                response = await self._stubs[self._current].ListModels(request)
+                found += response.models
+                if not response.next_page_token:
+                    return found
+                request.page_token = response.next_page_token
         except grpc.aio.AioRpcError as error:
             raise rpc.to_error(error) from error
-        return list(response.models)
 
 
 @contextmanager
 def _calling(call: Any) -> Iterator[Any]:
-    """A call, cancelled where it is left; its failures are PhalanxErrors."""
+    """Cancel the call at the end of the block; turn its errors into PhalanxErrors."""
     try:
         yield call
     except grpc.aio.AioRpcError as error:

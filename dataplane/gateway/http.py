@@ -121,7 +121,7 @@ async def _models(request: web.Request) -> web.Response:
         {
             "id": model.name,
             "object": "model",
-            "created": model.created_unix_s,
+            "created": model.create_time.seconds,
             "owned_by": "phalanx",
             "max_model_len": model.max_model_len or None,
             "ready_replicas": model.ready_replicas,

@@ -16,6 +16,7 @@ _FINISH = {
     types_pb2.FINISH_REASON_UNSPECIFIED: None,
     types_pb2.FINISH_REASON_STOP: "stop",
     types_pb2.FINISH_REASON_LENGTH: "length",
+    types_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 
 

@@ -1,28 +1,30 @@
-"""What a client needs to go on with a stream elsewhere: where it is, and which stream it was. Pure."""
+"""The two opaque strings with which a client resumes a stream: its resume token and its cursor. Pure."""
 
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from typing import Self
 
+from phalanx.runtime import opaque
 from phalanx.runtime.errors import PhalanxError
 
 Cursor = tuple[int, ...]
-"""The next output position wanted, per choice."""
+"""Per choice, the next output position that a client wants. Past a choice's end: one more than its tokens."""
 
 _TICKET = re.compile(r"([0-9a-f]{32})\.([1-9][0-9]{0,3})\.(.+)", re.DOTALL)
-_CURSOR = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})*")
+_CURSOR_VERSION = 1
 
 
 def format_cursor(cursor: Cursor) -> str:
-    """The cursor as clients see it: one number per choice, separated by dots."""
-    return ".".join(map(str, cursor))
+    """The cursor as clients get it: an opaque string of a version byte and one uint32 per choice."""
+    return opaque.encode(struct.pack(f">B{len(cursor)}I", _CURSOR_VERSION, *cursor))
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A resume token's content: the request's secret key, how many choices it has, its deployment."""
+    """A resume token's content: the request's secret key, its number of choices, its deployment."""
 
     key: str
     choices: int
@@ -36,17 +38,25 @@ class Ticket:
         """The ticket in a resume token. Raises PhalanxError INVALID_ARGUMENT."""
         match = _TICKET.fullmatch(token)
         if match is None:
-            raise PhalanxError("INVALID_ARGUMENT", "this is no resume token", param="resume_token")
+            message = "resume_token is not one that this cluster returned"
+            raise PhalanxError("INVALID_ARGUMENT", message, param="resume_token")
         return cls(match[1], int(match[2]), match[3])
 
     def cursor(self, text: str) -> Cursor:
-        """A cursor of this request, as `format_cursor` wrote it; empty is the beginning.
+        """A cursor of this request from the string that `format_cursor` made; empty is the beginning.
 
         Raises PhalanxError INVALID_ARGUMENT.
         """
         if not text:
             return (0,) * self.choices
-        if not _CURSOR.fullmatch(text) or text.count(".") != self.choices - 1:
-            message = f"a cursor of this request has {self.choices} numbers, separated by dots"
+        try:
+            version, *cursor = struct.unpack(f">B{self.choices}I", opaque.decode(text))
+        except (ValueError, struct.error):
+            version = 0
+        if version != _CURSOR_VERSION:
+            message = (
+                "cursor is not one of this stream; send the cursor of the last event received, or none to "
+                "begin again"
+            )
             raise PhalanxError("INVALID_ARGUMENT", message, param="cursor")
-        return tuple(map(int, text.split(".")))
+        return tuple(cursor)

@@ -17,10 +17,14 @@ from dataplane.gateway.resume import Cursor, Ticket, format_cursor
 from dataplane.gateway.router import Router
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
+from phalanx.runtime.filters import Fields
+from phalanx.runtime.paging import page
+from phalanx.runtime.times import timestamp
 from phalanx.store.snapshot import Snapshot
 from phalanx.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+MODEL_FIELDS = Fields(inference_pb2.Model.DESCRIPTOR, "name")
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -108,13 +112,32 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         except PhalanxError as error:
             await rpc.abort(context, error)
 
+    async def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: Context
+    ) -> inference_pb2.GetModelResponse:
+        """Show one model."""
+        model = self._models().get(request.name)
+        if model is None:
+            unknown = PhalanxError(
+                "UNKNOWN_MODEL", f"model {request.name!r} is not served here", param="name"
+            )
+            await rpc.abort(context, unknown)
+        return inference_pb2.GetModelResponse(model=model)
+
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        """One model per deployment."""
-        return inference_pb2.ListModelsResponse(
-            models=models(self._gateway.snapshot, self._gateway.dispatcher.router)
-        )
+        """List models, one per deployment."""
+        try:
+            found, token = page(self._models(), request, MODEL_FIELDS)
+        except PhalanxError as error:
+            await rpc.abort(context, error)
+        return inference_pb2.ListModelsResponse(models=found, next_page_token=token)
+
+    def _models(self) -> dict[str, inference_pb2.Model]:
+        """The models by name."""
+        listed = models(self._gateway.snapshot, self._gateway.dispatcher.router)
+        return {model.name: model for model in listed}
 
     async def _events(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None, parent: str
@@ -152,7 +175,7 @@ def models(snapshot: Snapshot, router: Router) -> list[inference_pb2.Model]:
                 name=name,
                 ready_replicas=len(mine),
                 max_model_len=max((route.leader.max_model_len for route in mine), default=0),
-                created_unix_s=int(deployment.created_at),
+                create_time=timestamp(deployment.created_at),
             )
         )
     return found

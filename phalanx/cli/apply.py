@@ -1,4 +1,4 @@
-"""`phalanx apply`: make the cluster as a file says."""
+"""`phalanx apply`: create or change the deployments of a file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from phalanx.cli.failure import USAGE, Failure
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     help="A YAML file of deployments, one per document; - reads standard input.",
 )
+@click.option("--dry-run", is_flag=True, help="Only say what would change.")
 @options.controller
 @options.state_dir
-def apply(path: Path, controller: str | None, state_dir: Path) -> None:
-    """Create the deployments in a file, or change them to what it says.
+def apply(path: Path, dry_run: bool, controller: str | None, state_dir: Path) -> None:
+    """Create the deployments in a file, or change them to its content.
 
     A document has `name` and `model`, and may have `replicas`, `tp`, `pp`, `dtype`, `quantization`,
-    `max_model_len`, `load_format` and `fixed_layout`. A relative `model` is looked for beside the file.
+    `max_model_len`, `load_format` and `fixed_layout`. A relative `model` is relative to the file's directory.
     """
     with click.open_file(str(path)) as file:
         specs = parse(file.read(), Path.cwd() if str(path) == "-" else path.parent)
@@ -37,15 +38,16 @@ def apply(path: Path, controller: str | None, state_dir: Path) -> None:
         from phalanx.v1 import control_pb2
 
         for spec in specs:
-            request = control_pb2.ApplyDeploymentRequest(spec=spec)
+            request = control_pb2.ApplyDeploymentRequest(spec=spec, validate_only=dry_run)
             answer = await stub.ApplyDeployment(request, timeout=DEADLINE_S)
-            click.echo(f"deployment {spec.name} {'configured' if answer.changed else 'unchanged'}")
+            done = "configured" if answer.changed else "unchanged"
+            click.echo(f"deployment {spec.name} {done}{' (dry run)' if dry_run else ''}")
 
     call(target, applied)
 
 
 def parse(text: str, base: Path) -> list[Any]:
-    """The DeploymentSpec of each YAML document. Raises Failure where one is not a deployment."""
+    """The DeploymentSpec of each YAML document. Raises Failure when a document is not a deployment."""
     import yaml
 
     from phalanx.v1 import control_pb2
@@ -55,7 +57,7 @@ def parse(text: str, base: Path) -> list[Any]:
     except yaml.YAMLError as error:
         raise Failure(f"the file is not YAML: {' '.join(str(error).split())}", USAGE) from error
     if not documents:
-        raise Failure("the file holds no deployment", USAGE)
+        raise Failure("the file has no deployment", USAGE)
     known = [field.name for field in control_pb2.DeploymentSpec.DESCRIPTOR.fields]
     specs = []
     for document in documents:

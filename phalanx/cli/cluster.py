@@ -1,4 +1,4 @@
-"""cluster.json: what a running local cluster tells the other commands, and scripts."""
+"""cluster.json: the addresses and processes of a running local cluster, for commands and scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Where a gateway listens: a URL and host:port."""
+    """A gateway's addresses: `http` is a URL, `grpc` is host:port."""
 
     name: str
     http: str
@@ -30,9 +30,9 @@ class Gateway:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where a cluster listens and what it consists of. `http` is a URL, the others are host:port.
+    """A cluster's addresses and processes. `http` is a URL; the other addresses are host:port.
 
-    `http` and `grpc` are the first gateway's.
+    `http` and `grpc` are those of the first gateway.
     """
 
     http: str
@@ -44,14 +44,14 @@ class Cluster:
 
 
 def write(state_dir: Path, cluster: Cluster) -> None:
-    """Replace the file in one step, so that a reader sees the old or the new one."""
+    """Replace the file atomically: a reader sees the old or the new content."""
     partial = state_dir / f"{FILE}.partial"
     partial.write_text(json.dumps(asdict(cluster), indent=2) + "\n")
     os.replace(partial, state_dir / FILE)
 
 
 def read(state_dir: Path) -> Cluster | None:
-    """The cluster of a state directory, or None where none was started."""
+    """The cluster of a state directory; None when the directory has none."""
     try:
         fields = json.loads((state_dir / FILE).read_text())
     except FileNotFoundError:
@@ -62,5 +62,5 @@ def read(state_dir: Path) -> Cluster | None:
 
 
 def remove(state_dir: Path) -> None:
-    """Forget the cluster; nothing happens when there is none."""
+    """Remove the file if there is one."""
     (state_dir / FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`phalanx delete`: take something out of the cluster."""
+"""`phalanx delete`: remove a deployment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phalanx.cli.control import DEADLINE_S, call, controller_of
 
 @click.group()
 def delete() -> None:
-    """Take a deployment out of the cluster."""
+    """Remove a deployment from the cluster."""
 
 
 @delete.command()

@@ -1,4 +1,4 @@
-"""How a command fails: one sentence on standard error and an exit code that scripts can use."""
+"""How a command fails: with one sentence on standard error and an exit code for scripts."""
 
 from __future__ import annotations
 

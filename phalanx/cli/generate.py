@@ -15,13 +15,13 @@ from phalanx.cli.control import gateways_of, run
 @click.argument("prompt", required=False)
 @click.option("--model", required=True, help="The deployment's name.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), help="0 always takes the likeliest token.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 always takes the most likely token.")
 @click.option("--top-k", type=click.IntRange(min=0))
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
 @click.option("--min-p", type=click.FloatRange(0, 1))
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed and request give the same tokens.")
 @click.option("--stop", multiple=True, help="A text that ends the completion; may be repeated.")
-@click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
+@click.option("--ignore-eos", is_flag=True, help="Ignore the end of sequence; stop at --max-tokens.")
 @click.option(
     "--gateway", metavar="HOST:PORT,...", help="The gateways, instead of those in the state directory."
 )

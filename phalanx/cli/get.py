@@ -1,4 +1,4 @@
-"""`phalanx get`: what the controller knows."""
+"""`phalanx get`: show deployments, replicas, workers or gateways."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 import click
 
 from phalanx.cli import options, output
-from phalanx.cli.control import DEADLINE_S, call, controller_of
-from phalanx.cli.failure import NOT_FOUND, Failure
+from phalanx.cli.control import DEADLINE_S, call, controller_of, every
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How one kind of thing is listed and shown."""
+    """How to get and to show one kind of thing.
 
-    key: str
-    method: str
+    `singular` and `plural` name it in the API's methods, as in GetWorker and ListWorkers.
+    """
+
+    singular: str
+    plural: str
     columns: tuple[str, ...]
     row: Callable[[Any], dict[str, Any]] = output.row
 
@@ -36,20 +38,20 @@ def _replica(message: Any) -> dict[str, Any]:
 
 KINDS = {
     "deployments": Kind(
-        "name",
-        "ListDeployments",
+        "Deployment",
+        "Deployments",
         ("name", "state", "ready_replicas", "replicas", "tp", "pp", "revision", "reason"),
         _deployment,
     ),
     "replicas": Kind(
-        "replica",
-        "ListReplicas",
+        "Replica",
+        "Replicas",
         ("replica", "deployment", "state", "epoch", "tp", "pp", "workers", "reason"),
         _replica,
     ),
     "workers": Kind(
-        "worker",
-        "ListWorkers",
+        "Worker",
+        "Workers",
         (
             "worker",
             "device",
@@ -63,7 +65,7 @@ KINDS = {
             "reason",
         ),
     ),
-    "gateways": Kind("gateway", "ListGateways", ("gateway", "host", "grpc_address", "http_url", "pid")),
+    "gateways": Kind("Gateway", "Gateways", ("gateway", "host", "grpc_address", "http_url", "pid")),
 }
 
 
@@ -74,23 +76,28 @@ KINDS = {
 @options.controller
 @options.state_dir
 def get(kind: str, name: str | None, output_format: str, controller: str | None, state_dir: Path) -> None:
-    """List deployments, replicas, workers or gateways, or only the one called NAME."""
-    rows = fetch(kind, controller_of(state_dir, controller))
-    if name is not None:
-        rows = [row for row in rows if row[KINDS[kind].key] == name]
-        if not rows:
-            raise Failure(f"no {kind.removesuffix('s')} is called {name}", NOT_FOUND)
+    """List deployments, replicas, workers or gateways, or show the one with the name NAME."""
+    rows = fetch(kind, controller_of(state_dir, controller), name)
     click.echo(output.render(rows, KINDS[kind].columns, output_format))
 
 
-def fetch(kind: str, target: str) -> list[dict[str, Any]]:
-    """Every deployment, replica, worker or gateway that the controller at `target` knows."""
+def fetch(kind: str, target: str, name: str | None = None) -> list[dict[str, Any]]:
+    """All things of a kind in `KINDS`, or the one of this name, from the controller at `target`.
+
+    Raises:
+        Failure: with the exit code NOT_FOUND when nothing has the name.
+    """
     from phalanx.v1 import control_pb2
 
     entry = KINDS[kind]
+    method = f"List{entry.plural}" if name is None else f"Get{entry.singular}"
+    request = getattr(control_pb2, f"{method}Request")()
 
-    async def listed(stub: Any) -> Any:
-        request = getattr(control_pb2, f"{entry.method}Request")()
-        return await getattr(stub, entry.method)(request, timeout=DEADLINE_S)
+    async def fetched(stub: Any) -> list[Any]:
+        if name is None:
+            return [item async for item in every(getattr(stub, method), request, kind, timeout=DEADLINE_S)]
+        request.name = name
+        response = await getattr(stub, method)(request, timeout=DEADLINE_S)
+        return [getattr(response, entry.singular.lower())]
 
-    return [entry.row(message) for message in getattr(call(target, listed), kind)]
+    return [entry.row(message) for message in call(target, fetched)]

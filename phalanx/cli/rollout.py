@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from phalanx.cli.control import every
 from phalanx.cli.failure import Failure
 
 _RETRY_S = 0.2
@@ -13,12 +14,12 @@ Say = Callable[[str], None]
 
 
 async def roll_out(controller: str, gateway: str, spec: Any, say: Say, applied: Callable[[], None]) -> None:
-    """Apply a DeploymentSpec, then wait until every replica is ready and the gateway routes to it.
+    """Apply a DeploymentSpec, then wait until every replica is ready and the gateway routes to all of them.
 
-    `applied` is called as soon as the controller has taken it.
+    Calls `applied` once the controller has stored the deployment.
 
     Raises:
-        Failure: the controller refuses the deployment, or gives it up.
+        Failure: the controller refuses the deployment, or the deployment fails for good.
     """
     from phalanx.runtime import rpc
     from phalanx.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
@@ -35,17 +36,17 @@ async def roll_out(controller: str, gateway: str, spec: Any, say: Say, applied: 
 
 
 async def _persist(attempt: Callable[[], Any]) -> None:
-    """Try until it succeeds, or the server says that trying again will not help."""
+    """Retry until the attempt succeeds. Raises Failure for an error that a retry does not help against."""
     import grpc
 
     from phalanx.runtime import rpc
 
-    passing = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
+    temporary = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
     while True:
         try:
             await attempt()
         except grpc.aio.AioRpcError as error:
-            if error.code() not in passing:
+            if error.code() not in temporary:
                 raise Failure(rpc.to_error(error).message) from error
             await asyncio.sleep(_RETRY_S)
         else:
@@ -53,11 +54,12 @@ async def _persist(attempt: Callable[[], Any]) -> None:
 
 
 async def _warn_of_others(stub: Any, name: str, say: Say) -> None:
-    """Say what is in the cluster already: an etcd may have been used before."""
+    """Warn of deployments that are in the cluster already, as in an etcd that was used before."""
     from phalanx.v1 import control_pb2
 
-    answer = await stub.ListDeployments(control_pb2.ListDeploymentsRequest(), wait_for_ready=True)
-    others = [item.spec.name for item in answer.deployments if item.spec.name != name]
+    request = control_pb2.ListDeploymentsRequest()
+    listed = every(stub.ListDeployments, request, "deployments", wait_for_ready=True)
+    others = [item.spec.name async for item in listed if item.spec.name != name]
     if others:
         say(
             f"warning: this cluster already has {', '.join(others)}, which may take its workers; "
@@ -73,27 +75,31 @@ async def _until_ready(stub: Any, name: str, say: Say) -> None:
         if deployment is None:
             continue
         say(describe(deployment, view.replicas))
-        if deployment.state == "failed":
+        if deployment.state == control_pb2.DEPLOYMENT_STATE_FAILED:
             raise Failure(f"deployment {name} failed: {deployment.reason}")
-        if deployment.state == "ready":
+        if deployment.state == control_pb2.DEPLOYMENT_STATE_READY:
             return
 
 
 async def _until_routable(stub: Any, name: str, replicas: int) -> None:
-    """A replica that is ready is not yet one that the gateway knows."""
+    """Wait until the gateway reaches this many replicas: it learns of a ready one a moment later."""
     from phalanx.v1 import inference_pb2
 
+    request = inference_pb2.ListModelsRequest(filter=f'name = "{name}"')
     while True:
-        answer = await stub.ListModels(inference_pb2.ListModelsRequest(), wait_for_ready=True)
-        if any(model.name == name and model.ready_replicas >= replicas for model in answer.models):
+        answer = await stub.ListModels(request, wait_for_ready=True)
+        if any(model.ready_replicas >= replicas for model in answer.models):
             return
         await asyncio.sleep(_RETRY_S)
 
 
 def describe(deployment: Any, replicas: Any) -> str:
-    """How a deployment is doing, in a line: the reasons of its shards where it has none itself."""
+    """The state of a deployment in one line, with its reason or else those of its shards."""
+    from phalanx.runtime.enums import word
+
     spec = deployment.spec
-    line = f"deployment {spec.name} is {deployment.state}: "
+    state = word(deployment.DESCRIPTOR.fields_by_name["state"].enum_type, deployment.state)
+    line = f"deployment {spec.name} is {state}: "
     line += f"{deployment.ready_replicas} of {spec.replicas} replicas ready"
     reasons = [
         f"{shard.worker}: {shard.reason}"

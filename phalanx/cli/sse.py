@@ -1,4 +1,4 @@
-"""What the demo asks of a gateway's HTTP: a streamed completion, with arrival times, and counters."""
+"""The demo's calls to a gateway's HTTP server: a streamed completion with arrival times, and counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMEOUT_S = 60.0
 
 @dataclass(slots=True)
 class Completion:
-    """What a client received. `arrivals` has the time of each event with tokens, in seconds."""
+    """What a client has received. `arrivals` has the monotonic time of each event with tokens, in seconds."""
 
     replica: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Completion:
 
 
 def stream(url: str, body: dict[str, Any]) -> Iterator[tuple[Completion, str]]:
-    """POST to `url`/v1/completions; yields the completion so far and each event's text.
+    """POST to `url`/v1/completions; after each event, yields the completion so far and the event's text.
 
     Raises:
         Failure: the gateway refuses the request or ends it with an error.
@@ -45,7 +45,7 @@ def stream(url: str, body: dict[str, Any]) -> Iterator[tuple[Completion, str]]:
             if "error" in event:
                 raise Failure(f"the stream ended with an error: {event['error']['message']}")
             if usage := event.get("usage"):
-                # Not its details: how much of a prompt was cached depends on what was served before.
+                # Drop the details: the number of cached tokens depends on earlier requests.
                 completion.usage = {name: count for name, count in usage.items() if isinstance(count, int)}
             for choice in event["choices"]:
                 if choice["token_ids"]:
@@ -57,7 +57,7 @@ def stream(url: str, body: dict[str, Any]) -> Iterator[tuple[Completion, str]]:
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The data of each server-sent event up to [DONE]."""
+    """The data of each server-sent event before [DONE]."""
     while line := response.readline():
         if line.startswith(b"data: "):
             data = line.removeprefix(b"data: ").strip()
@@ -68,7 +68,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 
 def counter(url: str, name: str) -> float:
-    """A counter of the gateway's metrics."""
+    """The value of a counter in the gateway's metrics."""
     with closing(_connection(url)) as connection:
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()

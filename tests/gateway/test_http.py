@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from dataplane.gateway.resume import format_cursor
 from tests.gateway.conftest import Rig
 from tests.gateway.fake_leader import text_of, token
 from tests.until import until
@@ -50,10 +51,10 @@ async def test_a_stream_of_events_carries_cursors_and_usage(rig: Rig, http: aioh
     for cursor, chunk in chunks:
         ids += chunk["choices"][0]["token_ids"]
         finished = chunk["choices"][0]["finish_reason"] is not None
-        assert cursor == str(len(ids) + finished)
+        assert cursor == format_cursor((len(ids) + finished,))
     assert ids == IDS
     assert last["usage"]["completion_tokens"] == 8
-    assert (end, done) == ("9", "[DONE]")
+    assert (end, done) == (format_cursor((9,)), "[DONE]")
 
 
 async def test_usage_is_right_after_a_failover(rig: Rig, http: aiohttp.ClientSession) -> None:

@@ -1,11 +1,8 @@
-"""ControlService over a real socket, on a MemoryStore."""
+"""ControlService: deployments, the store's absence, Watch."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -13,66 +10,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from controlplane import active_controller
-from controlplane.server import SERVICE, ControlService
-from controlplane.view import View
-from engine.weights.checkpoint import write_header
-from engine.weights.model_config import ModelConfig
-from engine.weights.tensors import tensor_shapes
 from phalanx.runtime import rpc
-from phalanx.runtime.errors import PhalanxError
-from phalanx.store.interface import Listing, Put, StoreUnavailableError
-from phalanx.store.keys import Keys
-from phalanx.store.memory import MemoryStore
-from phalanx.store.records import ControllerRecord, WorkerRecord, encode
-from phalanx.v1 import control_pb2, control_pb2_grpc
-
-KEYS = Keys()
-
-
-class Fragile(MemoryStore):
-    """A store that can be away."""
-
-    away = False
-
-    async def get(self, key: str):  # type: ignore[no-untyped-def]
-        if self.away:
-            raise StoreUnavailableError("the store is away")
-        return await super().get(key)
-
-
-class Controller:
-    def __init__(self) -> None:
-        self.store = Fragile()
-        self.view = View(self.store, KEYS)
-        self.channel: grpc.aio.Channel
-        self.stub: control_pb2_grpc.ControlServiceAsyncStub
-
-    async def apply(self, **spec: object) -> control_pb2.ApplyDeploymentResponse:
-        message = control_pb2.DeploymentSpec(**{"name": "a", "model": "/models/one", **spec})  # type: ignore[arg-type]
-        return await self.stub.ApplyDeployment(control_pb2.ApplyDeploymentRequest(spec=message), timeout=10)
-
-    async def refused(self, **spec: object) -> PhalanxError:
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await self.apply(**spec)
-        return rpc.to_error(failure.value)
-
-
-@pytest.fixture
-async def controller() -> AsyncIterator[Controller]:
-    held = Controller()
-    server = rpc.server()
-    control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(held.store, KEYS, held.view), server)
-    rpc.add_health_and_reflection(server, [SERVICE])
-    address = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
-    async with asyncio.TaskGroup() as tasks, rpc.channel(address) as channel:
-        following = tasks.create_task(held.view.follow())
-        await held.view.newer(None)
-        held.channel, held.stub = channel, control_pb2_grpc.ControlServiceStub(channel)
-        yield held
-        following.cancel()
-        await server.stop(None)
-    await held.store.close()
+from phalanx.store.interface import Listing, Put
+from phalanx.store.records import ControllerRecord
+from phalanx.v1 import control_pb2
+from tests.unit.controlplane.conftest import KEYS, Controller, model_dir
 
 
 async def test_a_new_deployment_has_the_defaults_and_is_read_back(controller: Controller) -> None:
@@ -93,11 +35,11 @@ async def test_applying_the_same_again_changes_nothing(controller: Controller) -
 
 
 async def test_applying_a_change_makes_the_next_revision(controller: Controller) -> None:
-    created = (await controller.apply()).deployment.created_at
+    created = (await controller.apply()).deployment.create_time
     answer = await controller.apply(replicas=3)
     assert answer.changed
     assert (answer.deployment.revision, answer.deployment.spec.replicas) == (2, 3)
-    assert answer.deployment.created_at == created
+    assert answer.deployment.create_time == created
 
 
 async def test_concurrent_changes_are_all_made(controller: Controller) -> None:
@@ -133,27 +75,6 @@ async def test_a_bad_field_is_refused_with_its_name(
     assert error.reason == "INVALID_ARGUMENT"
     assert says in error.message
     assert controller.view.snapshot.deployments == {}
-
-
-def model_dir(path: Path, *, weights: bool) -> str:
-    """A Llama directory with 4 heads; its weights are a hole in a file."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    if weights:
-        shapes = tensor_shapes(ModelConfig.load(path))
-        file = path / "model.safetensors"
-        write_header(file, [(name, "F32", shape) for name, shape in shapes.items()])
-        with file.open("ab") as data:
-            data.truncate(data.tell() + sum(4 * math.prod(shape) for shape in shapes.values()))
-    return str(path)
 
 
 async def test_a_model_directory_without_weights_is_refused(controller: Controller, tmp_path: Path) -> None:
@@ -245,13 +166,7 @@ async def test_health_is_served_beside_it(controller: Controller) -> None:
 
 
 async def test_a_leader_places_what_was_applied_and_the_lists_show_it(controller: Controller) -> None:
-    await controller.store.txn(
-        [],
-        [
-            Put(KEYS.worker(name), encode(WorkerRecord(name, "boot", "host", f"{name}:1", "cpu", 1)))
-            for name in ("w0", "w1", "w2")
-        ],
-    )
+    await controller.join("w0", "w1", "w2")
     leading = asyncio.create_task(
         active_controller.run(controller.store, KEYS, controller.view, ControllerRecord("c0", "127.0.0.1:1"))
     )
@@ -264,6 +179,10 @@ async def test_a_leader_places_what_was_applied_and_the_lists_show_it(controller
     replicas = (await controller.stub.ListReplicas(control_pb2.ListReplicasRequest())).replicas
     workers = (await controller.stub.ListWorkers(control_pb2.ListWorkersRequest())).workers
     assert [shard.worker for shard in replicas[0].shards] == ["w0", "w1"]
-    assert [worker.state for worker in workers] == ["assigned", "assigned", "free"]
+    assert [worker.state for worker in workers] == [
+        control_pb2.WORKER_STATE_ASSIGNED,
+        control_pb2.WORKER_STATE_ASSIGNED,
+        control_pb2.WORKER_STATE_FREE,
+    ]
     leading.cancel()
     await asyncio.wait([leading])

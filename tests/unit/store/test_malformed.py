@@ -18,6 +18,7 @@ from phalanx.store.records import (
     ShardState,
     encode,
 )
+from phalanx.v1 import control_pb2
 from tests.unit.controlplane.world import World, instantly
 
 GARBAGE = b"\xff\xff\xff"
@@ -89,7 +90,7 @@ def test_a_shard_state_that_is_not_known_is_starting(world: World, number: int) 
     shard = world.snapshot.shard("a-0", 0)
     assert shard is not None
     assert shard.state is ShardState.STARTING
-    assert views(world.snapshot, world.now).replicas["a-0"].state == "forming"
+    assert views(world.snapshot, world.now).replicas["a-0"].state == control_pb2.REPLICA_STATE_FORMING
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (2**32 - 1, 1, 1), (1, 1025, 1)])
