@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import BLOCK_SIZE, DTYPES, LOAD_FORMATS, QUANTIZATIONS, EngineConfig
 from engine.errors import ModelError
-from engine.scheduling.validation import blocks_per_sequence
+from engine.scheduling.limits import blocks_per_sequence
 from engine.weights.locate import check_weights
 from engine.weights.model_config import ModelConfig, check_layout
 from engine.weights.stages import stage_layers
@@ -144,7 +144,7 @@ def join(
         runner = Runner(engine, config, weights, parallel, kernels, cache, max_model_len, record)
         if grid.rank != 0:
             return Member(config, max_model_len, runner, None, link, parallel)
-        core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len, ahead=alone)
+        core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len, async_scheduling=alone)
         core.canary(time.time())  # communicators are built now, not under the first request
         if kernels.device.type == "cuda":
             longest = min(engine.batch_tokens, max_model_len - 2)  # two tokens are drawn
@@ -215,13 +215,13 @@ def _core(
     blocks: int,
     max_model_len: int,
     *,
-    ahead: bool,
+    async_scheduling: bool,
 ) -> EngineCore:
     from engine.distributed.channel import PlanHub
     from engine.grammar.grammars import Grammars
     from engine.processes.core import EngineCore
+    from engine.scheduling.limits import Limits
     from engine.scheduling.scheduler import Scheduler
-    from engine.scheduling.validation import Limits
 
     limits = Limits(
         config.vocab_size,
@@ -235,7 +235,7 @@ def _core(
         engine.prefix_cache,
         engine.max_prefill_tokens,
         _CPU_WEIGHT_TOKENS if engine.device == "cpu" else _GPU_WEIGHT_TOKENS,
-        ahead,
+        async_scheduling,
     )
     assert hub is None or isinstance(hub, PlanHub)
     grammars = Grammars(engine.model, config.vocab_size, config.eos_token_ids)

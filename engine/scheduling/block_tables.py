@@ -1,210 +1,227 @@
-"""Block tables: which KV blocks a sequence begins with, takes, names and lets go.
+"""Block tables: which KV blocks each running sequence references.
 
-Owns: the pool, the contents of every sequence's table.
-Does not own: who runs, or whose turn it is.
+Owns: the block pool, and the fields of `Sequence` that describe its block table.
+Does not own: which sequences run, and in which order (`scheduler`).
 
-A full block never changes again, so sequences with the same beginning share it: those that find it by its
-name, and the choices of one request. The block that a choice goes on in is its own: where it begins in the
-middle of one that is computed, it gets a copy.
+- A sequence that starts gets the cached blocks of its longest prefix (`match_prefix`, `start`).
+- Each chunk allocates the blocks for its tokens (`allocate_until`).
+- After each step (`advance`) full blocks get their hash, and blocks behind a sliding window are released
+  (`free_blocks_out_of_window`).
+- A sequence that ends or is preempted releases all its blocks (`free`).
+
+A full block never changes. So sequences with the same beginning share it: those that find it by its hash, and
+the choices of one request. A sequence never writes to a shared block: if it continues in the middle of a
+computed block, it gets a copy of that block.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 from engine.scheduling.blocks import BlockPool, blocks_for
-from engine.scheduling.prefix_hash import extend_chain
+from engine.scheduling.limits import Limits
+from engine.scheduling.prefix_hash import extend_block_hashes
+from engine.scheduling.prefix_match import NO_MATCH, PrefixMatch, longest_cached_prefix
 from engine.scheduling.sequence import Sequence
-from engine.scheduling.validation import Limits
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What is computed of a sequence before it runs: `computed` tokens.
-
-    Their KV is in `shared` blocks, the first of which is entry number `passed` of its table, and, where they
-    end within a block, in `source`, of which it must get a copy.
-    """
-
-    computed: int = 0
-    passed: int = 0
-    shared: tuple[int, ...] = ()
-    source: int | None = None
+from engine.scheduling.sliding_window import first_block_in_window
 
 
 class BlockTables:
-    """The tables of all sequences that run."""
+    """The block tables of all running sequences."""
 
     def __init__(self, limits: Limits) -> None:
         self._block_size = limits.block_size
         self._window = limits.window
-        self._named = limits.prefix_cache
-        self._most = limits.blocks_per_sequence
+        self._prefix_cache = limits.prefix_cache
+        self._max_blocks_per_sequence = limits.blocks_per_sequence
         self._pool = BlockPool(limits.kv_blocks)
-        self._pinned: list[int] = []
+        self._copy_sources: list[int] = []
 
     @property
-    def available(self) -> int:
-        """Blocks that can be taken now."""
-        return self._pool.available
+    def num_available_blocks(self) -> int:
+        """Blocks that can be allocated now, free or evictable."""
+        return self._pool.num_available
 
     @property
-    def size(self) -> int:
-        """Blocks in all."""
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
         return self._pool.size
 
-    def can_lend(self, sibling: Sequence, sequence: Sequence) -> bool:
-        """Whether a running choice still has the KV of the whole prompt that another one needs."""
-        start = self._common(sequence)
-        return sibling.computed >= sequence.prompt_len and sibling.passed <= self._first_needed(start)
+    # The start of a sequence
 
-    def start_of(self, sequence: Sequence, sibling: Sequence | None) -> Start:
-        """The longest beginning of a waiting sequence that is computed, of a sibling that lends it or cached.
+    def can_share_prompt(self, sibling: Sequence, sequence: Sequence) -> bool:
+        """Whether a running choice has all KV of the prompt that another choice of the request needs."""
+        first = self._first_block_in_window(_num_shared_tokens(sequence))
+        return (
+            sibling.num_computed_tokens >= sequence.prompt_len and sibling.num_blocks_out_of_window <= first
+        )
 
-        The last token is always computed anew, for its logits.
+    def match_prefix(self, sequence: Sequence, sibling: Sequence | None) -> PrefixMatch:
+        """The longest prefix of a waiting sequence whose KV is in blocks already.
+
+        These are cached blocks, or blocks of `sibling`, for which `can_share_prompt` holds. The last token of
+        a sequence is never part of the match: it is always computed, for its logits.
         """
-        if sequence.scores_prompt:
-            return Start()
-        if sibling is not None and not sequence.digests:
-            sequence.digests = sibling.digests[: sequence.prompt_len // self._block_size]
-        lent = 0 if sibling is None else self._common(sequence)
-        cached = self._longest_cached(sequence, lent)
-        if sibling is None or cached is not None:
-            return cached or Start()
-        first, block = self._first_needed(lent), lent // self._block_size
-        source = sibling.blocks[block] if lent % self._block_size else None
-        return Start(lent, first, tuple(sibling.blocks[first:block]), source)
+        if sequence.needs_prompt_logprobs:
+            return NO_MATCH
+        shared = NO_MATCH
+        if sibling is not None:
+            shared = self._match_sibling(sequence, sibling)
+            if not sequence.block_hashes:
+                sequence.block_hashes = sibling.block_hashes[: sequence.prompt_len // self._block_size]
+        max_blocks = (sequence.num_tokens - 1) // self._block_size
+        if not self._prefix_cache or max_blocks * self._block_size <= shared.num_cached_tokens:
+            return shared
+        cached = self._match_cached_blocks(sequence, max_blocks)
+        return cached if cached.num_cached_tokens > shared.num_cached_tokens else shared
 
-    def cost(self, sequence: Sequence, start: Start) -> int:
-        """By how many blocks fewer are available once all known tokens of a sequence are computed."""
-        entries, held = start.passed + len(start.shared), len(start.shared)
-        revived = sum(not self._pool.holders(block) for block in start.shared)
-        return self._lacking(sequence.length, entries, held) + revived
+    def start(self, sequence: Sequence, match: PrefixMatch) -> tuple[int, int] | None:
+        """Begin the block table of a sequence with a prefix match.
 
-    def lacking(self, sequence: Sequence) -> int:
-        """Blocks that a running sequence still takes until all its known tokens are computed."""
-        entries = len(sequence.blocks)
-        return self._lacking(sequence.length, entries, entries - sequence.passed)
+        Returns the copy of a block that ranks must make, as (source, destination). The source keeps a
+        reference until `release_copy_sources`, so that the same plan does not allocate it again.
+        """
+        for block in match.blocks:
+            self._pool.share(block)
+        sequence.num_computed_tokens = match.num_cached_tokens
+        sequence.num_blocks_out_of_window = match.num_blocks_out_of_window
+        sequence.blocks = [0] * match.num_blocks_out_of_window + list(match.blocks)
+        source = match.copy_source
+        if source is None:
+            return None
+        self._pool.share(source)
+        self._copy_sources.append(source)
+        (destination,) = self._pool.allocate(1)
+        sequence.blocks.append(destination)
+        return source, destination
 
-    def lacking_until(self, sequence: Sequence, end: int) -> int:
-        """Blocks that a running sequence takes to compute its tokens up to `end`; not above 0 for none."""
+    def release_copy_sources(self) -> None:
+        """Call this when the plan that makes the copies is complete."""
+        if self._copy_sources:
+            self._pool.release(self._copy_sources)
+            self._copy_sources.clear()
+
+    # While a sequence runs
+
+    def allocate_until(self, sequence: Sequence, end: int) -> tuple[int, ...]:
+        """Allocate blocks for the tokens up to position `end`; returns the entries that ranks do not know."""
+        count = self.num_missing_blocks_until(sequence, end)
+        if count > 0:
+            sequence.blocks += self._pool.allocate(count)
+        sent, entries = sequence.num_blocks_sent, len(sequence.blocks)
+        if sent == entries:
+            return ()
+        sequence.num_blocks_sent = entries
+        return tuple(sequence.blocks[sent:])
+
+    def advance(self, sequence: Sequence, num_tokens: int) -> None:
+        """Note that a step has computed the next `num_tokens` tokens of a running sequence."""
+        start = sequence.num_computed_tokens
+        sequence.num_computed_tokens = end = start + num_tokens
+        if self._prefix_cache and end // self._block_size > start // self._block_size:
+            self._cache_full_blocks(sequence, start // self._block_size, end // self._block_size)
+        if self._window is not None:
+            first = first_block_in_window(end, self._window, self._block_size)
+            if first > sequence.num_blocks_out_of_window:
+                self.free_blocks_out_of_window(sequence, first)
+
+    def free_blocks_out_of_window(self, sequence: Sequence, first: int) -> None:
+        """Release the blocks before entry number `first` of the table; no later query reads them."""
+        self._pool.release(sequence.blocks[sequence.num_blocks_out_of_window : first])
+        sequence.num_blocks_out_of_window = first
+
+    def free(self, sequence: Sequence) -> None:
+        """Release all blocks of a sequence. Those with a hash can be found until they are evicted."""
+        self._pool.release(sequence.referenced_blocks)
+        sequence.blocks = []
+        sequence.num_blocks_out_of_window = sequence.num_blocks_sent = sequence.num_computed_tokens = 0
+
+    # What a decision would cost or free, in blocks
+
+    def num_missing_blocks_until(self, sequence: Sequence, end: int) -> int:
+        """Blocks that a running sequence must allocate for its tokens up to `end`; 0 or less for none."""
         return -(-end // self._block_size) - len(sequence.blocks)
 
-    def gain(self, sequences: Iterable[Sequence], keep: Collection[int] = ()) -> int:
-        """Blocks that nobody would hold if all of these were dropped, without those to `keep`."""
-        held = Counter(block for sequence in sequences for block in sequence.held)
-        return sum(count == self._pool.holders(block) and block not in keep for block, count in held.items())
+    def num_missing_blocks(self, sequence: Sequence) -> int:
+        """Blocks that a running sequence still allocates until all its known tokens are computed."""
+        entries = len(sequence.blocks)
+        return self._num_missing(sequence.num_tokens, entries, entries - sequence.num_blocks_out_of_window)
 
-    def open(self, sequence: Sequence, start: Start) -> tuple[int, int] | None:
-        """Give a sequence its start; the copy that ranks must make, from and to.
+    def num_blocks_to_start(self, sequence: Sequence, match: PrefixMatch) -> int:
+        """Available blocks that a waiting sequence takes until all its known tokens are computed.
 
-        The source stays as it is until `unpin`, so that it is no target in the same plan.
+        A matched block that is evictable counts: the sequence makes it unavailable.
         """
-        for block in start.shared:
-            self._pool.share(block)
-        sequence.computed, sequence.passed = start.computed, start.passed
-        sequence.blocks = [0] * start.passed + list(start.shared)
-        if start.source is None:
-            return None
-        self._pool.share(start.source)
-        self._pinned.append(start.source)
-        (target,) = self._pool.take(1)
-        sequence.blocks.append(target)
-        return start.source, target
+        referenced = len(match.blocks)
+        missing = self._num_missing(
+            sequence.num_tokens, match.num_blocks_out_of_window + referenced, referenced
+        )
+        return missing + sum(not self._pool.ref_count(block) for block in match.blocks)
 
-    def unpin(self) -> None:
-        """Let go of the sources of copies: the plan that makes them is complete."""
-        if self._pinned:
-            self._pool.release(self._pinned)
-            self._pinned.clear()
-
-    def grow(self, sequence: Sequence, end: int) -> tuple[int, ...]:
-        """Blocks for the tokens up to `end`; returns the entries of the table that ranks do not know."""
-        count = self.lacking_until(sequence, end)
-        if count > 0:
-            sequence.blocks += self._pool.take(count)
-        told, entries = sequence.told, len(sequence.blocks)
-        if told == entries:
-            return ()
-        sequence.told = entries
-        return tuple(sequence.blocks[told:])
-
-    def advance(self, sequence: Sequence, count: int) -> None:
-        """The KV of a running sequence's next `count` tokens is there."""
-        start = sequence.computed
-        sequence.computed = end = start + count
-        if self._named and end // self._block_size > start // self._block_size:
-            digests = self._digests(sequence, end // self._block_size)
-            for index in range(start // self._block_size, len(digests)):
-                self._pool.name(sequence.blocks[index], digests[index])
-        if self._window is not None:
-            first = self._first_needed(end)
-            if first > sequence.passed:
-                self._pool.release(sequence.blocks[sequence.passed : first])
-                sequence.passed = first
-
-    def drop(self, sequence: Sequence) -> None:
-        """Take back everything. What has a name can still be found for a while."""
-        self._pool.release(sequence.held)
-        sequence.blocks = []
-        sequence.passed = sequence.told = sequence.computed = 0
+    def num_blocks_freed_by(self, victims: Iterable[Sequence], excluding: Collection[int] = ()) -> int:
+        """Blocks without a reference once all `victims` are preempted, not counting those in `excluding`."""
+        references = Counter(block for victim in victims for block in victim.referenced_blocks)
+        return sum(
+            count == self._pool.ref_count(block) and block not in excluding
+            for block, count in references.items()
+        )
 
     def check_integrity(self, running: Collection[Sequence]) -> None:
-        """See that tables and pool agree. Raises AssertionError."""
-        assert not self._pinned
-        self._pool.check_integrity([sequence.held for sequence in running])
+        """Check that the tables of all running sequences and the pool agree.
+
+        Raises:
+            AssertionError: they do not.
+        """
+        assert not self._copy_sources
+        self._pool.check_integrity([sequence.referenced_blocks for sequence in running])
         for sequence in running:
-            full = sequence.computed // self._block_size
-            assert sequence.passed == self._first_needed(sequence.computed)
-            assert sequence.told == len(sequence.blocks) >= blocks_for(sequence.computed, self._block_size)
-            assert len(sequence.held) <= self._most
-            digests = self._digests(sequence, full) if self._named else []
-            for index in range(sequence.passed, len(sequence.blocks)):
+            computed, entries = sequence.num_computed_tokens, len(sequence.blocks)
+            assert sequence.num_blocks_out_of_window == self._first_block_in_window(computed)
+            assert sequence.num_blocks_sent == entries >= blocks_for(computed, self._block_size)
+            assert len(sequence.referenced_blocks) <= self._max_blocks_per_sequence
+            num_full = computed // self._block_size
+            hashes = self._block_hashes(sequence, num_full) if self._prefix_cache else []
+            for index in range(sequence.num_blocks_out_of_window, entries):
                 block = sequence.blocks[index]
-                if index >= full:
-                    assert self._pool.holders(block) == 1, "a block that is being written is shared"
-                    assert self._pool.digest(block) is None, "a block that is not full has a name"
-                elif self._named:
-                    assert self._pool.digest(block) in (None, digests[index]), "a block has a false name"
+                if index >= num_full:
+                    assert self._pool.ref_count(block) == 1, "a block that is being written is shared"
+                    assert self._pool.block_hash(block) is None, "a block that is not full has a hash"
+                elif self._prefix_cache:
+                    assert self._pool.block_hash(block) in (None, hashes[index]), "a block has a wrong hash"
 
-    def _common(self, sequence: Sequence) -> int:
-        """Tokens of the prompt that every choice of a request computes alike."""
-        return min(sequence.prompt_len, sequence.length - 1)
+    def _match_sibling(self, sequence: Sequence, sibling: Sequence) -> PrefixMatch:
+        num_tokens = _num_shared_tokens(sequence)
+        first, last = self._first_block_in_window(num_tokens), num_tokens // self._block_size
+        copy_source = sibling.blocks[last] if num_tokens % self._block_size else None
+        return PrefixMatch(num_tokens, first, tuple(sibling.blocks[first:last]), copy_source)
 
-    def _first_needed(self, position: int) -> int:
-        """The first entry of a table that a query at `position`, or after it, looks at."""
-        return 0 if self._window is None else max(0, position - self._window + 1) // self._block_size
+    def _match_cached_blocks(self, sequence: Sequence, max_blocks: int) -> PrefixMatch:
+        hashes = self._block_hashes(sequence, max_blocks)
+        return longest_cached_prefix(hashes, self._pool.find, self._window, self._block_size)
 
-    def _lacking(self, tokens: int, entries: int, held: int) -> int:
-        return max(0, min(blocks_for(tokens, self._block_size) - entries, self._most - held))
+    def _cache_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
+        hashes = self._block_hashes(sequence, end)
+        for index in range(start, end):
+            self._pool.cache(sequence.blocks[index], hashes[index])
 
-    def _longest_cached(self, sequence: Sequence, more_than: int) -> Start | None:
-        """The longest beginning of more than that many tokens whose blocks, where needed, can be found."""
-        most = (sequence.length - 1) // self._block_size
-        if not self._named or most * self._block_size <= more_than:
-            return None
-        blocks: list[int] = []
-        found = run = 0  # blocks of the answer; blocks found without a gap, up to the present one
-        for index, digest in enumerate(self._digests(sequence, most)):
-            block = self._pool.find(digest)
-            if block is None and self._window is None:
-                break
-            run = 0 if block is None else run + 1
-            blocks.append(0 if block is None else block)
-            if index + 1 - run <= self._first_needed((index + 1) * self._block_size):
-                found = index + 1
-        computed = found * self._block_size
-        if computed <= more_than:
-            return None
-        first = self._first_needed(computed)
-        return Start(computed, first, tuple(blocks[first:found]))
-
-    def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
-        """The names of a sequence's first `count` blocks."""
-        known = len(sequence.digests)
+    def _block_hashes(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The hashes of a sequence's first `count` blocks."""
+        known = len(sequence.block_hashes)
         if count > known:
-            tokens = sequence.tokens(known * self._block_size, count * self._block_size)
-            extend_chain(sequence.digests, tokens, self._block_size)
-        return sequence.digests[:count]
+            token_ids = sequence.token_ids(known * self._block_size, count * self._block_size)
+            extend_block_hashes(sequence.block_hashes, token_ids, self._block_size)
+        return sequence.block_hashes[:count]
+
+    def _first_block_in_window(self, position: int) -> int:
+        return first_block_in_window(position, self._window, self._block_size)
+
+    def _num_missing(self, num_tokens: int, entries: int, referenced: int) -> int:
+        """Blocks that a table lacks for `num_tokens` tokens; a sliding window bounds how many at once."""
+        missing = blocks_for(num_tokens, self._block_size) - entries
+        return max(0, min(missing, self._max_blocks_per_sequence - referenced))
+
+
+def _num_shared_tokens(sequence: Sequence) -> int:
+    """Tokens of the prompt that a choice can take from a sibling: all, but for the sequence's last token."""
+    return min(sequence.prompt_len, sequence.num_tokens - 1)

@@ -1,8 +1,7 @@
-"""Fixed-size KV blocks, handed out, shared and taken back; what is left of them is kept as cache.
+"""The pool of fixed-size KV blocks: reference counts, and the prefix cache of full blocks.
 
-Owns: how many hold each block, which blocks are free, which content can be found in which block.
-Does not own: the tables of who holds which block, what a digest stands for (`prefix_hash`), nor the memory
-behind a block.
+Owns: the reference count of each block, the free blocks, the hash of each cached block.
+Does not own: block tables (`block_tables`), what a hash stands for (`prefix_hash`), the memory of blocks.
 """
 
 from __future__ import annotations
@@ -12,94 +11,120 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """Blocks 0 to `size - 1`: held by one or more, kept for their content, or free.
+    """Blocks 0 to `size - 1`. Each one is referenced by block tables, evictable, or free.
 
-    A free block is taken before a kept one, the one freed last first, so that few pages are ever touched.
-    Of the kept ones the one unused for the longest goes first. `release` takes a table from its end, so that
-    a block's continuations always go before itself: what is left of a chain can still be found.
+    A block with a hash is cached: `find` returns it. When its last reference is released, a cached block
+    becomes evictable and any other block becomes free. `allocate` takes free blocks before it evicts one. It
+    takes the block freed last, so that the engine touches few pages of memory, and evicts the least
+    recently used block.
+
+    `release` takes a table from its end. So the end of a chain is evicted before its beginning, and the
+    beginning can still be found.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._holders = [0] * size
+        self._ref_counts = [0] * size
         self._free = list(range(size - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()  # named blocks that nobody holds, oldest first
-        self._digests: list[bytes | None] = [None] * size
-        self._found: dict[bytes, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._hashes: list[bytes | None] = [None] * size
+        self._cached: dict[bytes, int] = {}  # block by hash
 
     @property
-    def available(self) -> int:
-        """Blocks that can be taken now."""
-        return len(self._free) + len(self._kept)
+    def num_available(self) -> int:
+        """Blocks that can be allocated now, free or evictable."""
+        return len(self._free) + len(self._evictable)
 
-    def holders(self, block: int) -> int:
-        """How many hold a block."""
-        return self._holders[block]
+    def ref_count(self, block: int) -> int:
+        """How many tables reference a block."""
+        return self._ref_counts[block]
 
-    def take(self, count: int) -> list[int]:
-        """`count` blocks with nothing in them that matters. The caller has looked at `available`."""
-        if count > self.available:
-            raise ValueError(f"{count} blocks wanted, {self.available} available")
-        return [self._take() for _ in range(count)]
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each; their content is undefined.
+
+        Raises:
+            ValueError: fewer than `count` are available.
+        """
+        if count > self.num_available:
+            raise ValueError(f"{count} blocks wanted, {self.num_available} available")
+        return [self._allocate() for _ in range(count)]
 
     def share(self, block: int) -> None:
-        """Hold a block that others hold or that is kept."""
-        if not self._holders[block]:
-            if self._digests[block] is None:
+        """Add a reference to a block that is referenced or evictable.
+
+        Raises:
+            ValueError: the block is free.
+        """
+        if not self._ref_counts[block]:
+            if self._hashes[block] is None:
                 raise ValueError(f"block {block} is free: there is nothing in it to share")
-            del self._kept[block]
-        self._holders[block] += 1
+            del self._evictable[block]
+        self._ref_counts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Let go of blocks of one table, given in its order."""
+        """Drop one reference of each of these blocks of one table, given in the order of the table.
+
+        Raises:
+            ValueError: a block has no reference.
+        """
         for block in reversed(blocks):
-            if not self._holders[block]:
-                raise ValueError(f"block {block} is held by nobody")
-            self._holders[block] -= 1
-            if self._holders[block]:
+            if not self._ref_counts[block]:
+                raise ValueError(f"block {block} has no reference")
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block]:
                 continue
-            if self._digests[block] is None:
+            if self._hashes[block] is None:
                 self._free.append(block)
             else:
-                self._kept[block] = None
+                self._evictable[block] = None
 
-    def name(self, block: int, digest: bytes) -> None:
-        """Make a full block findable. Where another holds the same content, that one stays the one found."""
-        if self._digests[block] is not None or not self._holders[block]:
-            raise ValueError(f"block {block} has a name or no holder")
-        if digest not in self._found:
-            self._digests[block] = digest
-            self._found[digest] = block
+    def cache(self, block: int, block_hash: bytes) -> None:
+        """Give a full block its hash. Where another block has that hash already, the other one stays cached.
 
-    def find(self, digest: bytes) -> int | None:
-        """The block of that content."""
-        return self._found.get(digest)
+        Raises:
+            ValueError: the block has a hash, or no reference.
+        """
+        if self._hashes[block] is not None or not self._ref_counts[block]:
+            raise ValueError(f"block {block} has a hash or no reference")
+        if block_hash not in self._cached:
+            self._hashes[block] = block_hash
+            self._cached[block_hash] = block
 
-    def digest(self, block: int) -> bytes | None:
-        """The name of a block."""
-        return self._digests[block]
+    def find(self, block_hash: bytes) -> int | None:
+        """The cached block with that hash."""
+        return self._cached.get(block_hash)
+
+    def block_hash(self, block: int) -> bytes | None:
+        """The hash of a cached block."""
+        return self._hashes[block]
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """See that every block is free, kept, or in as many tables as hold it. Raises AssertionError."""
-        held = Counter(block for table in tables for block in table)
-        assert held == Counter({b: n for b, n in enumerate(self._holders) if n}), "tables and holders differ"
-        unheld = {block for block in range(self.size) if not self._holders[block]}
-        assert set(self._kept) == {b for b in unheld if self._digests[b] is not None}
-        assert sorted([*self._free, *self._kept]) == sorted(unheld), "a block has leaked"
-        assert self._found == {d: block for block, d in enumerate(self._digests) if d is not None}
+        """Check that reference counts equal the references in `tables`, and that no block is lost.
 
-    def _take(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._kept.popitem(last=False)
-            digest, self._digests[block] = self._digests[block], None
-            assert digest is not None
-            del self._found[digest]
-        self._holders[block] = 1
+        Raises:
+            AssertionError: they differ.
+        """
+        references = Counter(block for table in tables for block in table)
+        counts = Counter({block: count for block, count in enumerate(self._ref_counts) if count})
+        assert references == counts, "tables and reference counts differ"
+        unreferenced = {block for block in range(self.size) if not self._ref_counts[block]}
+        assert set(self._evictable) == {b for b in unreferenced if self._hashes[b] is not None}
+        assert sorted([*self._free, *self._evictable]) == sorted(unreferenced), "a block has leaked"
+        assert self._cached == {h: block for block, h in enumerate(self._hashes) if h is not None}
+
+    def _allocate(self) -> int:
+        block = self._free.pop() if self._free else self._evict()
+        self._ref_counts[block] = 1
+        return block
+
+    def _evict(self) -> int:
+        block, _ = self._evictable.popitem(last=False)
+        block_hash, self._hashes[block] = self._hashes[block], None
+        assert block_hash is not None
+        del self._cached[block_hash]
         return block
 
 
-def blocks_for(tokens: int, block_size: int) -> int:
-    """Blocks that `tokens` tokens fill."""
-    return -(-tokens // block_size)
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """How many blocks `num_tokens` tokens take."""
+    return -(-num_tokens // block_size)

@@ -1,67 +1,60 @@
-"""How many tokens the next step takes, and how many of them for prompts."""
+"""The token budget of a step: how many tokens it computes, and how many of them are prompt tokens.
+
+The budget decides how large the chunks of a prompt are. `Scheduler._schedule_running` cuts them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.scheduling.validation import Limits
+from engine.scheduling.demand import Demand
+from engine.scheduling.limits import Limits
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """What there is to compute.
-
-    decodes: sequences that compute one token at a time. prompts: sequences that have more to compute,
-    running or waiting; `resumed` of them have output, and were replayed or preempted. Of the tokens of these,
-    `prompt_tokens` could be computed by now in all, `ready` of them by the next plan, and `in_flight` are in
-    plans in flight.
-    """
-
-    decodes: int
-    prompts: int
-    prompt_tokens: int
-    ready: int
-    in_flight: int = 0
-    resumed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Tokens of a plan, and how many of them at most are of prompts. The rest is for decodes."""
+class TokenBudget:
+    """Tokens of one plan, at most. Up to `prompt_tokens` of them are for prompts, the rest is for decodes."""
 
     tokens: int
     prompt_tokens: int
 
 
-def prompt_budget(limits: Limits, depth: int, decodes: int, waiting: int, resumed: int = 0) -> int:
+def prompt_budget(
+    limits: Limits, depth: int, num_decodes: int, num_prompts: int, num_resumed: int = 0
+) -> int:
     """Prompt tokens that a round of `depth` plans may compute beside its decodes.
 
-    A plan costs what its tokens cost, and as much as `weight_tokens` tokens for reading the weights. While
-    anybody decodes, the time of a round is divided between those who decode and those who wait for their
-    next token, by heads, but half of it at least goes to the prompts: a lone prompt stretches steps to twice
-    their time, hundreds of prompts take whole steps, since then most wait. A prompt's token costs less than a
-    decode's, which needs logits as well, so that the decodes get rather more.
+    A plan costs one unit per token, and `weight_tokens` units for reading the weights. While sequences
+    decode, the time of a round is divided between decodes and prompts proportionally to the number of
+    sequences, but prompts get at least half. So one prompt at most doubles the time of a step, and hundreds
+    of prompts get whole steps. A prompt token costs less than a decode, which needs logits too, so in
+    practice decodes get rather more than their part.
 
-    Steps are whole as long as somebody is `resumed`: its client waits in the middle of an answer, and for all
-    of these tokens, where those who decode wait for one longer step at a time.
+    A resumed prompt gets whole steps: its client waits in the middle of an answer, for all of the prompt's
+    tokens, while each client of a decode waits for one longer step at a time.
     """
-    most = depth * limits.max_batch_tokens
-    if limits.max_prefill_tokens and decodes:
-        return min(most, depth * limits.max_prefill_tokens)
-    if decodes == 0 or resumed:
-        return most
-    return min(most, (depth * limits.weight_tokens + decodes) * max(waiting, decodes) // decodes)
+    max_tokens = depth * limits.max_batch_tokens
+    if limits.max_prefill_tokens and num_decodes:
+        return min(max_tokens, depth * limits.max_prefill_tokens)
+    if num_decodes == 0 or num_resumed:
+        return max_tokens
+    round_cost = depth * limits.weight_tokens + num_decodes
+    return min(max_tokens, round_cost * max(num_prompts, num_decodes) // num_decodes)
 
 
-def share_of(limits: Limits, depth: int, demand: Demand) -> Share:
-    """The next plan's share of a round, when up to `depth` plans are in flight.
+def next_budget(limits: Limits, depth: int, demand: Demand) -> TokenBudget:
+    """The next plan's part of a round, where up to `depth` plans are in flight.
 
-    The plans of a round get equally many tokens, or the stages of a pipeline would wait for the longest.
-    Within one plan decodes come first; in a round, a prompt may have a plan of its own.
+    All plans of a round get the same number of tokens, else the stages of a pipeline wait for the longest
+    plan. Decodes come first within a plan, but within a round a prompt may have a plan of its own.
     """
-    room = max(0, depth * limits.max_batch_tokens - demand.decodes)
-    budget = prompt_budget(limits, depth, demand.decodes, demand.prompts, demand.resumed)
-    prompts = min(room, demand.prompt_tokens, budget)
-    plans = max(1, min(depth, demand.decodes + demand.prompts))
-    tokens = min(limits.max_batch_tokens, -(-(demand.decodes + prompts) // plans))
-    return Share(tokens, max(0, min(tokens, demand.ready, prompts - demand.in_flight)))
+    free_tokens = max(0, depth * limits.max_batch_tokens - demand.num_decodes)
+    prompt_tokens = min(
+        free_tokens,
+        demand.num_prompt_tokens,
+        prompt_budget(limits, depth, demand.num_decodes, demand.num_prompts, demand.num_resumed),
+    )
+    plans = max(1, min(depth, demand.num_decodes + demand.num_prompts))
+    tokens = min(limits.max_batch_tokens, -(-(demand.num_decodes + prompt_tokens) // plans))
+    unplanned = prompt_tokens - demand.num_tokens_in_flight
+    return TokenBudget(tokens, max(0, min(tokens, demand.num_ready_tokens, unplanned)))

@@ -1,8 +1,8 @@
-"""Names of KV blocks by what is in them.
+"""Hashes of full KV blocks, by which the prefix cache finds them.
 
-The keys and values of a token depend on it and on every token before, and today on nothing else. So a full
-block is named by a digest of its own tokens and of the name of the block before: equal names, equal KV. The
-digest is cryptographic, since whoever found two chains of one name could read another's context.
+The keys and values of a token depend on that token and on all tokens before it, and on nothing else. So the
+hash of a full block covers its own tokens and the hash of the block before it: equal hashes mean equal KV.
+The hash is cryptographic: two prompts that collide would let one client read the context of another.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-_SIZE = 32
-_ROOT = bytes(_SIZE)  # what the first block follows
+_HASH_BYTES = 32
+_ROOT = bytes(_HASH_BYTES)  # stands for the block before the first
 
 
-def extend_chain(digests: list[bytes], tokens: Sequence[int], block_size: int) -> None:
-    """Append the names of the next blocks to those of a sequence's first `len(digests)`.
+def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int) -> None:
+    """Append to `hashes`, those of a sequence's first full blocks, the hashes of the next full blocks.
 
-    `tokens` are those that follow; of an incomplete block at their end nothing is said.
+    `token_ids` are the tokens after the blocks that have a hash. An incomplete block at the end gets none.
     """
-    for end in range(block_size, len(tokens) + 1, block_size):
-        parent = digests[-1] if digests else _ROOT
-        ids = array("I", tokens[end - block_size : end]).tobytes()
-        digests.append(blake2b(parent + ids, digest_size=_SIZE).digest())
+    for end in range(block_size, len(token_ids) + 1, block_size):
+        parent = hashes[-1] if hashes else _ROOT
+        ids = array("I", token_ids[end - block_size : end]).tobytes()
+        hashes.append(blake2b(parent + ids, digest_size=_HASH_BYTES).digest())

@@ -1,79 +1,91 @@
 """Decides what each step computes: continuous batching with chunked prefill.
 
-Owns: every live sequence, which of them run, wait or are held back, their slots, and the plans in flight.
-Does not own: the model, the clock (`now` is an argument), the blocks (`block_tables`), or the order in which
-ranks execute plans, which is the order of their numbers.
+Owns: which sequences run and wait, their slots, the plans in flight.
+Does not own: the model, the clock (`now` is an argument), the KV blocks (`block_tables`), the run of a plan.
 
-A choice of a request is a sequence. Its tokens are the prompt, prior output and new output; a step computes
-the next few of them, and the one that computes the last draws the next. So prefill, decode and recomputation
-after a preemption are the same thing. A sequence is in at most one plan in flight, or with `limits.ahead` in
-the two that there are then: in the second with the token that the first draws, whatever it is. If it ends
-with that token, what the second computes of it is dropped.
+A choice of a request is a sequence. A step computes the next tokens of some sequences. It samples a token for
+each sequence whose last known token it computes. So prefill, decode and recomputation after a preemption
+are the same operation.
 
-All sequences stand in one order (`sequence.place_in_order`). Those that decode are served before those
-with prompts to compute (`budget` says how many tokens each gets), and both in order. Who lacks blocks
-takes them from the last in order. So the first in order always goes on: everyone gets to its end.
+- **Where is a prompt cut into chunks?** In `_schedule_running`: a chunk takes the tokens that the step has
+  left. `budget.next_budget` decides how many tokens a step has, and how many of them are for prompts.
+- **Who is served first?** Decodes, then prompts, both in priority order (`priority.priority_order`). The
+  first sequence in this order always goes on, so every sequence reaches its end.
+- **Who is preempted?** The running sequence with the lowest priority: for a running one that lacks blocks
+  (`_make_room`), or for a waiting one that outranks it (`_preempt_for_waiting`). `preemption` picks the
+  victims. A preempted sequence keeps its output, waits, and is computed again (`_preempt`).
+- **What is async scheduling?** A plan is made while the plan before it still runs (`_can_schedule_async`). In
+  it a decode continues from `PENDING_TOKEN`: the token that the earlier plan samples, whatever it is. If
+  the sequence ends with that token, the result of the later plan is dropped (`apply`).
+- **What does a sliding window free?** The blocks that no later query reads, after each step (`apply`, in
+  `BlockTables.free_blocks_out_of_window`).
+- **What do the choices of a request share?** The KV of their prompt (`choices`, `BlockTables.match_prefix`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 
 from engine.errors import EngineError, RequestError
 from engine.grammar.grammars import Follow
-from engine.plan import Mask, NewSequence, Sampled, SequenceChunk, StepPlan
-from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, Timing
-from engine.scheduling.block_tables import BlockTables, Start
-from engine.scheduling.budget import Demand, Share, share_of
-from engine.scheduling.sequence import InOrder, Sequence, new_sequence, place_in_order
-from engine.scheduling.validation import Limits, validate
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan while it is made."""
-
-    new_sequences: list[NewSequence] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    rows: list[SequenceChunk] = field(default_factory=list)
-    masks: list[Mask] = field(default_factory=list)
-    ahead: bool = False  # of results: a plan is in flight
-    planned: list[Sequence] = field(default_factory=list)
+from engine.plan import Sampled, StepPlan
+from engine.request import Delta, Load, Request, Timing
+from engine.scheduling.block_tables import BlockTables
+from engine.scheduling.budget import next_budget
+from engine.scheduling.choices import Choices
+from engine.scheduling.demand import measure_demand, sort_running
+from engine.scheduling.integrity import check_plans_in_flight, check_sequences, check_slots
+from engine.scheduling.limits import Limits
+from engine.scheduling.plan_draft import PlanDraft, slot_of
+from engine.scheduling.preemption import (
+    can_preempt,
+    has_room_to_start,
+    victims_to_continue,
+    victims_to_start,
+)
+from engine.scheduling.prefix_match import PrefixMatch
+from engine.scheduling.priority import PriorityQueue, outranks, priority_order
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.validation import validate
 
 
 class Scheduler:
-    """Up to `depth` plans in flight; blocks for `limits.kv_blocks` times `limits.block_size` tokens.
+    """The scheduler of one replica.
 
-    With `limits.ahead`, which goes with a depth of 1, one more.
+    Args:
+        limits: sizes of the KV cache, the running batch and a step.
+        epoch: the number that all plans carry.
+        depth: plans in flight at most; with `limits.async_scheduling`, where it must be 1, one more.
+
+    Raises:
+        ValueError: async scheduling with a depth above 1.
     """
 
     def __init__(self, limits: Limits, *, epoch: int = 1, depth: int = 1) -> None:
-        if limits.ahead and depth > 1:
-            raise ValueError("a pipeline has plans in flight of its own")
+        if limits.async_scheduling and depth > 1:
+            raise ValueError("async scheduling needs a depth of 1: a pipeline overlaps its own plans")
         self._limits = limits
         self._epoch = epoch
         self._depth = depth
-        self._step = 0
-        self._arrivals = 0
+        self._step = 0  # of the last plan
+        self._num_arrivals = 0
         self._tables = BlockTables(limits)
-        self._slots = list(range(limits.max_running - 1, -1, -1))
-        self._running = InOrder()
-        self._waiting = InOrder()
-        self._held: dict[str, list[Sequence]] = {}  # waiting until a choice of theirs has computed the prompt
-        self._live: dict[str, list[Sequence]] = {}
-        self._count = 0  # of live sequences
-        self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()
-        self._leaves: list[int] = []  # slots to give up in the next plan
+        self._free_slots = list(range(limits.max_running - 1, -1, -1))
+        self._freed_slots: list[int] = []  # that the next plan tells the ranks about
+        self._running = PriorityQueue()
+        self._waiting = PriorityQueue()
+        self._choices = Choices(self._tables)
+        self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()  # with the sequence of each chunk
         self._prefix_tokens = 0
         self._prefix_hits = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a sequence lives or a plan is in flight."""
-        return bool(self._live or self._in_flight)
+        return bool(self._choices.live or self._in_flight)
 
     @property
     def plans_in_flight(self) -> int:
@@ -84,19 +96,27 @@ class Scheduler:
     def load(self) -> Load:
         """How busy the replica is."""
         running = len(self._running)
-        blocks = self._tables.available, self._tables.size
-        return Load(running, self._count - running, *blocks, self._prefix_tokens, self._prefix_hits)
+        blocks = self._tables.num_available_blocks, self._tables.num_blocks
+        return Load(
+            running, self._choices.num_live - running, *blocks, self._prefix_tokens, self._prefix_hits
+        )
 
     def submit(self, request: Request, now: float, follow: Follow | None = None) -> tuple[Delta, ...]:
-        """Queue a request. Choices whose prior output has ended already finish at once.
+        """Queue a request.
 
-        `follow` makes the matchers of a request with a grammar.
+        Args:
+            request: its prior output counts as output.
+            now: seconds since the Unix epoch.
+            follow: makes the matchers of a request with a grammar.
+
+        Returns:
+            The end of each choice whose prior output is complete already.
 
         Raises:
             RequestError: the request cannot be served; nothing has changed.
         """
         validate(request, self._limits)
-        if request.id in self._live:
+        if request.id in self._choices.live:
             raise RequestError("DUPLICATE_REQUEST", f"request {request.id} is live already")
         if request.max_tokens == 0:
             request = replace(request, max_tokens=self._limits.max_model_len - len(request.prompt_ids))
@@ -105,417 +125,256 @@ class Scheduler:
             if request.finished and request.finished[choice]:
                 continue
             prior = request.prior[choice] if request.prior else ()
-            order = place_in_order(request.priority, self._step, self._arrivals + choice)
+            order = priority_order(request.priority, self._step, self._num_arrivals + choice)
             sequence = Sequence(request, choice, order, now, list(prior))
             sequence.matcher = None if follow is None else follow(prior)
             sequences.append(sequence)
-        self._arrivals += request.n
+        self._num_arrivals += request.n
         deltas = []
         for sequence in sequences:
-            if sequence.output and (finish := self._finish_reason(sequence)):
-                index, timing = len(sequence.output), Timing(now, now, now, now)
+            if sequence.output_ids and (finish := sequence.finish_reason(self._limits.eos_token_ids)):
+                index, timing = len(sequence.output_ids), Timing(now, now, now, now)
                 deltas.append(Delta(request.id, sequence.choice, index, (), finish=finish, timing=timing))
                 continue
             self._waiting.add(sequence)
-            self._live.setdefault(request.id, []).append(sequence)
-            self._count += 1
+            self._choices.add(sequence)
         return tuple(deltas)
 
     def forget_lookups(self) -> None:
-        """Count lookups in the prefix cache from here on: those before were nobody's."""
+        """Reset the prefix cache statistics in `load`: the warm-up's lookups do not count."""
         self._prefix_tokens = self._prefix_hits = 0
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
-        """Forget a request or one choice of it; unknown ones are ignored."""
-        for sequence in list(self._live.get(request_id, ())):
+        """End a request, or one choice of it, without a delta. Unknown ones are ignored."""
+        for sequence in list(self._choices.live.get(request_id, ())):
             if choice is None or sequence.choice == choice:
                 self._remove(sequence)
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next plan, or None when enough are in flight or nothing can be computed now."""
-        ahead = len(self._in_flight) >= self._depth
-        if ahead and not self._may_plan_ahead():
+        """The next plan, or None where enough plans are in flight or nothing can be computed now."""
+        is_async = len(self._in_flight) >= self._depth
+        if is_async and not self._can_schedule_async():
             return None
-        draft = _Draft(ahead=ahead)
-        self._displace()
-        decodes, prompts, share = self._survey(ahead=ahead)
-        left = self._go_on(draft, decodes, share.tokens - share.prompt_tokens)
-        left += share.prompt_tokens
-        for sequence in prompts:
-            left = self._admit_waiting(draft, left, now, before=sequence)
-            left = self._go_on(draft, (sequence,), left)
-        left = self._admit_waiting(draft, left, now)
-        self._go_on(draft, decodes, left)  # what was set aside for prompts, and they could not use
-        self._tables.unpin()
-        if not draft.rows:
-            if self._live and not self._in_flight:
+        self._preempt_for_waiting()
+        work = sort_running(self._running, is_async=is_async)
+        demand = measure_demand(
+            work,
+            islice(self._waiting, max(1, len(self._free_slots))),
+            self._choices.num_live - len(self._running),
+            self._depth * self._limits.max_batch_tokens,
+            is_async=is_async,
+        )
+        budget = next_budget(self._limits, self._depth, demand)
+        draft = PlanDraft(self._epoch, self._step + 1, is_async)
+        tokens = self._schedule_running(draft, work.ready_decodes, budget.tokens - budget.prompt_tokens)
+        tokens += budget.prompt_tokens
+        for sequence in work.ready_prompts:
+            tokens = self._schedule_waiting(draft, tokens, now, before=sequence)
+            tokens = self._schedule_running(draft, (sequence,), tokens)
+        tokens = self._schedule_waiting(draft, tokens, now)
+        self._schedule_running(draft, work.ready_decodes, tokens)  # tokens that the prompts could not use
+        self._tables.release_copy_sources()
+        if not draft.chunks:
+            if self._choices.live and not self._in_flight:
                 raise EngineError("INTERNAL", "the scheduler cannot go on although sequences live")
             return None
-        self._step += 1
-        plan = StepPlan(
-            self._epoch,
-            self._step,
-            tuple(self._leaves),
-            tuple(draft.new_sequences),
-            tuple(draft.rows),
-            tuple(draft.masks),
-            tuple(draft.copies),
-            self._limits.ahead and all(sequence.plain for sequence in draft.planned),
-        )
-        self._leaves.clear()
-        self._in_flight.append((plan, draft.planned))
+        plan = draft.build(self._freed_slots, async_scheduling=self._limits.async_scheduling)
+        self._step = plan.step
+        self._freed_slots.clear()
+        self._in_flight.append((plan, draft.sequences))
         return plan
 
     def apply(self, sampled: Sampled, now: float) -> tuple[Delta, ...]:
-        """Take in what the oldest plan in flight drew; returns the new tokens."""
-        plan, planned = self._in_flight.popleft()
+        """Take in the results of the oldest plan in flight; returns the new tokens.
+
+        Raises:
+            EngineError: INTERNAL, where the results belong to another step.
+        """
+        plan, sequences = self._in_flight.popleft()
         if sampled.step != plan.step:
             raise EngineError("INTERNAL", f"results of step {sampled.step}, expected {plan.step}")
-        drawn = iter(zip(sampled.token_ids, sampled.logprobs, strict=True))
+        tokens = iter(zip(sampled.token_ids, sampled.logprobs, strict=True))
         deltas = []
         for prompt in sampled.prompt_logprobs:
-            planned[prompt.row].prompt_logprobs += prompt.positions
-        for row, sequence in zip(plan.chunks, planned, strict=True):
-            token = next(drawn) if row.sample else None
-            sequence.in_flight -= len(row.token_ids)
-            sequence.drawing -= row.sample
-            if sequence.slot is None:  # cancelled or at its end since it was planned
+            sequences[prompt.row].prompt_logprobs += prompt.positions
+        for chunk, sequence in zip(plan.chunks, sequences, strict=True):
+            token = next(tokens) if chunk.sample else None
+            num_tokens = len(chunk.token_ids)
+            sequence.num_tokens_in_flight -= num_tokens
+            sequence.num_pending_tokens -= chunk.sample
+            if sequence.slot is None:  # cancelled or ended after it was planned
                 continue
-            self._tables.advance(sequence, len(row.token_ids))
-            if self._held and row.start < sequence.prompt_len <= sequence.computed:
-                self._let_go(sequence.request.id)
+            self._tables.advance(sequence, num_tokens)
+            if self._choices.held_back and chunk.start < sequence.prompt_len <= sequence.num_computed_tokens:
+                self._requeue_siblings(sequence.request.id)
             if token is not None:
-                deltas.append(self._append(sequence, *token, now))
+                delta = sequence.append(*token, now, self._limits.eos_token_ids)
+                if delta.finish:
+                    self._remove(sequence)
+                deltas.append(delta)
         return tuple(deltas)
 
     def check_integrity(self) -> None:
-        """See that the books agree. Raises AssertionError."""
-        live = [sequence for sequences in self._live.values() for sequence in sequences]
-        running, waiting = list(self._running), list(self._waiting)
-        held = [sequence for sequences in self._held.values() for sequence in sequences]
-        assert {id(s) for s in live} == {id(s) for s in [*running, *waiting, *held]}
-        assert len(live) == self._count == len(running) + len(waiting) + len(held)
-        for sequences in (running, waiting):
-            assert sequences == sorted(sequences, key=lambda sequence: sequence.order)
-        slots = [_slot(sequence) for sequence in running]
-        assert sorted(slots + self._slots) == list(range(self._limits.max_running))
-        self._tables.check_integrity(running)
-        for sequence in live:
-            assert sequence.length == sequence.prompt_len + len(sequence.output)
-            assert sequence.remaining > 0, "nothing is left to compute"
-        for sequence in [*waiting, *held]:
-            assert sequence.slot is None
-            assert not sequence.blocks
-            assert (sequence.computed, sequence.passed, sequence.told) == (0, 0, 0)
-            assert (sequence.in_flight, sequence.drawing) == (0, 0)
-        for request_id, sequences in self._held.items():
-            assert sequences
-            assert any(s.slot is not None and s.computed < s.prompt_len for s in self._live[request_id])
-        planned: dict[int, list[SequenceChunk]] = {}
-        for plan, sequences in self._in_flight:
-            for row, sequence in zip(plan.chunks, sequences, strict=True):
-                if sequence.slot is not None:
-                    planned.setdefault(id(sequence), []).append(row)
-        most = 2 if self._limits.ahead else 1
-        assert all(len(rows) <= most for rows in planned.values()), (
-            "a sequence is in too many plans in flight"
-        )
-        assert {id(s) for s in live if s.in_flight} == planned.keys()
-        for sequence in live:
-            rows = planned.get(id(sequence), [])
-            assert sequence.in_flight == sum(len(row.token_ids) for row in rows)
-            assert sequence.drawing == sum(row.sample for row in rows)
+        """Check that the scheduler's state agrees with itself.
 
-    # Planning
-
-    def _may_plan_ahead(self) -> bool:
-        """Whether one plan more may be in flight, in which those go on that are in flight already.
-
-        Not where somebody may have to give way in it: nobody can who is in flight. Then the plans end first.
+        Raises:
+            AssertionError: it does not.
         """
-        if not self._limits.ahead or len(self._in_flight) > self._depth or self._held:
+        check_sequences(self._choices, self._running, self._waiting)
+        check_slots(self._running, self._free_slots, self._limits)
+        check_plans_in_flight(self._choices, self._in_flight, self._limits)
+        self._tables.check_integrity(list(self._running))
+
+    # What a plan computes
+
+    def _can_schedule_async(self) -> bool:
+        """Whether one more plan can be made on top of the plan in flight.
+
+        Not where a sequence may have to be preempted in it: all of them may be in flight, and a sequence in
+        flight is never preempted. Then the plan in flight ends first.
+        """
+        if not self._limits.async_scheduling or len(self._in_flight) > self._depth or self._choices.held_back:
             return False
         plan, _ = self._in_flight[-1]
         if not plan.sample_on_device:
             return False
-        if self._waiting and self._running and _is_behind(self._running.last, self._waiting.first):
+        if self._waiting and self._running and outranks(self._waiting.first, self._running.last):
             return False
-        most = self._limits.max_batch_tokens
-        lacking = (self._tables.lacking_until(s, s.planned + min(s.unplanned, most)) for s in self._running)
-        return sum(max(0, blocks) for blocks in lacking) <= self._tables.available
-
-    def _survey(self, *, ahead: bool) -> tuple[list[Sequence], list[Sequence], Share]:
-        """Who decodes and who computes a prompt, and the plan's share for each.
-
-        Of those not in flight, or `ahead` of all, as they are when the plan in flight has run.
-        """
-        decodes: list[Sequence] = []
-        prompts: list[Sequence] = []
-        decoding = reading = all_prompts = ready = in_flight = resumed = 0
-        for sequence in self._running:
-            free = ahead or not sequence.in_flight
-            remaining = sequence.unplanned if ahead else sequence.remaining
-            if remaining <= 1:
-                decoding += remaining
-                if free and remaining:
-                    decodes.append(sequence)
-                continue
-            reading += 1
-            resumed += bool(sequence.output)
-            all_prompts += remaining
-            if free:
-                prompts.append(sequence)
-                ready += remaining
-            else:
-                in_flight += sequence.in_flight
-        most = self._depth * self._limits.max_batch_tokens
-        for sequence in islice(self._waiting, max(1, len(self._slots))):
-            if ready >= most:
-                break
-            ready += sequence.length
-            resumed += bool(sequence.output)
-            all_prompts += sequence.length
-        demand = Demand(
-            decoding,
-            self._count - len(self._running) + reading,
-            all_prompts,
-            ready,
-            in_flight,
-            resumed,
+        max_tokens = self._limits.max_batch_tokens
+        missing = (
+            self._tables.num_missing_blocks_until(
+                sequence, sequence.num_planned_tokens + min(sequence.num_unplanned_tokens, max_tokens)
+            )
+            for sequence in self._running
         )
-        return decodes, prompts, share_of(self._limits, self._depth, demand)
+        return sum(max(0, blocks) for blocks in missing) <= self._tables.num_available_blocks
 
-    def _go_on(self, draft: _Draft, sequences: Iterable[Sequence], tokens: int) -> int:
-        """Plan the next tokens of some that run; returns how many are left over."""
+    def _schedule_running(self, draft: PlanDraft, sequences: Iterable[Sequence], tokens: int) -> int:
+        """Plan the next chunk of each of these running sequences; returns how many tokens are left.
+
+        A decode is a chunk of one token. A prompt longer than `tokens` is cut here; later plans continue it.
+        """
         for sequence in sequences:
             if tokens == 0:
                 break
-            if sequence.step > self._step or sequence.slot is None:  # planned, or preempted, in this plan
+            if sequence.last_planned_step == draft.step or sequence.slot is None:  # None: preempted just now
                 continue
-            count = min(sequence.unplanned, tokens)
-            if self._room_to_go_on(sequence, sequence.planned + count):
-                self._plan(draft, sequence, count)
-                tokens -= count
+            chunk = min(sequence.num_unplanned_tokens, tokens)
+            end = sequence.num_planned_tokens + chunk
+            if self._make_room(sequence, end):
+                draft.add_chunk(sequence, chunk, self._tables.allocate_until(sequence, end))
+                tokens -= chunk
         return tokens
 
-    def _admit_waiting(self, draft: _Draft, tokens: int, now: float, before: Sequence | None = None) -> int:
-        """Let those that wait run, in order, until one has no place; returns how many tokens are left.
+    def _schedule_waiting(
+        self, draft: PlanDraft, tokens: int, now: float, before: Sequence | None = None
+    ) -> int:
+        """Start waiting sequences in priority order, until one has no room; returns how many tokens are left.
 
-        With `before`, only those that come before that one.
+        A sequence without room is not overtaken by later ones, else it could starve. With `before`, only
+        sequences that come before that one start.
         """
         while tokens > 0 and self._waiting:
             sequence = self._waiting.first
             if before is not None and sequence.order > before.order:
                 break
-            if draft.ahead and not sequence.plain:
-                break  # its rules would have the step wait for the host
-            sibling, held = self._sibling(sequence)
-            if held:
+            if draft.is_async and not sequence.can_sample_on_device:
+                break
+            sibling = self._choices.sibling_with_prompt(sequence)
+            if sibling is None and self._choices.sibling_computes_prompt(sequence):
                 self._waiting.remove(sequence)
-                self._held.setdefault(sequence.request.id, []).append(sequence)
+                self._choices.hold_back(sequence)
                 continue
-            if not self._slots:
+            if not self._free_slots:
                 break
-            start = self._tables.start_of(sequence, sibling)
-            if not self._fits(sequence, start):
+            match = self._tables.match_prefix(sequence, sibling)
+            num_free_slots = len(self._free_slots)
+            if not has_room_to_start(sequence, match, self._running, self._tables, num_free_slots):
                 break
-            self._admit(draft, sequence, start, forked=sibling is not None, now=now)
-            count = min(sequence.unplanned, tokens)
-            self._plan(draft, sequence, count)
-            tokens -= count
+            self._start(draft, sequence, match, now, is_fork=sibling is not None)
+            tokens = self._schedule_running(draft, (sequence,), tokens)
         return tokens
 
-    def _plan(self, draft: _Draft, sequence: Sequence, count: int) -> None:
-        start = sequence.planned
-        end = start + count
-        slot, blocks = _slot(sequence), self._tables.grow(sequence, end)
-        sample = end == sequence.length + sequence.drawing
-        draft.rows.append(SequenceChunk(slot, start, sequence.tokens(start, end), blocks, sample))
-        draft.planned.append(sequence)
-        if sample and sequence.matcher is not None:
-            draft.masks.append(Mask(slot, sequence.matcher.mask()))
-        sequence.in_flight += count
-        sequence.drawing += sample
-        sequence.step = self._step + 1
-
-    def _admit(self, draft: _Draft, sequence: Sequence, start: Start, *, forked: bool, now: float) -> None:
+    def _start(
+        self, draft: PlanDraft, sequence: Sequence, match: PrefixMatch, now: float, *, is_fork: bool
+    ) -> None:
+        """Give a waiting sequence a slot and the blocks of its prefix match, which has room for it."""
         self._waiting.remove(sequence)
         self._running.add(sequence)
-        sequence.slot = self._slots.pop()
-        copy = self._tables.open(sequence, start)
+        sequence.slot = self._free_slots.pop()
+        copy = self._tables.start(sequence, match)
         if copy is not None:
             draft.copies.append(copy)
-        if sequence.scheduled is None:
-            sequence.scheduled = now
-            sequence.cached_tokens = min(start.computed, sequence.prompt_len)
-            if self._limits.prefix_cache and not forked:
+        draft.add_new_sequence(sequence, self._limits.eos_token_ids)
+        if sequence.scheduled_at is None:
+            sequence.scheduled_at = now
+            sequence.num_cached_tokens = min(match.num_cached_tokens, sequence.prompt_len)
+            if self._limits.prefix_cache and not is_fork:
                 self._prefix_tokens += sequence.prompt_len
-                self._prefix_hits += sequence.cached_tokens
-        request, eos = sequence.request, self._limits.eos_token_ids
-        draft.new_sequences.append(
-            new_sequence(request, sequence.choice, sequence.output, sequence.slot, eos)
-        )
+                self._prefix_hits += sequence.num_cached_tokens
 
-    def _sibling(self, sequence: Sequence) -> tuple[Sequence | None, bool]:
-        """The running choice of the same request that lends its prompt's KV; or whether one computes it."""
-        computing = False
-        if sequence.request.n == 1 or sequence.prompt_len == 1 or sequence.scores_prompt:
-            return None, False
-        for sibling in self._live[sequence.request.id]:
-            if sibling.slot is None:
-                continue
-            if sibling.computed < sibling.prompt_len:
-                computing = True
-            elif self._tables.can_lend(sibling, sequence):
-                return sibling, False
-        return None, computing
+    # Preemption
 
-    # Making room
+    def _make_room(self, sequence: Sequence, end: int) -> bool:
+        """Make sure that a running sequence can get the blocks for its tokens up to `end`.
 
-    def _room_to_go_on(self, sequence: Sequence, end: int) -> bool:
-        """See that a running sequence can take the blocks for `end` tokens, if need be from those behind it.
-
-        The last in order gives way, and nobody does while it is in flight: then results follow, so that
-        whoever lacks blocks never waits for ever.
+        A sequence that lacks blocks preempts the ones with the lowest priority. If one of those is in flight,
+        the sequence waits for a later plan. Results follow, so it does not wait for ever.
         """
-        lacking = self._tables.lacking_until(sequence, end)
-        if lacking <= 0 or lacking <= self._tables.available:
+        missing = self._tables.num_missing_blocks_until(sequence, end)
+        if missing <= 0 or missing <= self._tables.num_available_blocks:
             return True
+        victims = victims_to_continue(sequence, missing, self._running, self._tables)
+        if victims is None:
+            return False
+        self._preempt(victims)
+        return True
 
-        def short(victims: list[Sequence]) -> bool:
-            gain = self._tables.gain(victims) if victims else 0
-            return lacking > self._tables.available + gain
-
-        return self._preempt_while(short, lambda last: last is not sequence and not last.in_flight)
-
-    def _displace(self) -> None:
-        """Preempt those of less priority for the first of those that wait, before any of them is planned."""
+    def _preempt_for_waiting(self) -> None:
+        """Preempt lower priorities for the first waiting sequence, before the plan contains any of them."""
         if not self._waiting or not self._running:
             return
         first = self._waiting.first
+        if not can_preempt(first, self._running.last):
+            return
+        sibling = self._choices.sibling_with_prompt(first)
+        if sibling is None and self._choices.sibling_computes_prompt(first):
+            return
+        match = self._tables.match_prefix(first, sibling)
+        victims = victims_to_start(first, match, self._running, self._tables, len(self._free_slots))
+        self._preempt(victims or ())
 
-        def may_go(last: Sequence) -> bool:
-            return _is_behind(last, first) and not last.in_flight
+    def _preempt(self, victims: Iterable[Sequence]) -> None:
+        """Take slot and blocks from running sequences and requeue them.
 
-        if may_go(self._running.last):
-            sibling, held = self._sibling(first)
-            if not held:
-                start = self._tables.start_of(first, sibling)
-                self._preempt_while(lambda victims: not self._fits(first, start, victims), may_go)
-
-    def _fits(self, sequence: Sequence, start: Start, without: Iterable[Sequence] = ()) -> bool:
-        """Whether there are a slot and blocks for a sequence that waits, perhaps without some that run.
-
-        Blocks that those running lack for the tokens they know by now are theirs.
+        They keep their tokens. What is not cached by the time that they start again is computed again.
         """
-        victims = list(without)
-        if not self._slots and not victims:
-            return False
-        cost = self._tables.cost(sequence, start) + sum(map(self._tables.lacking, self._running))
-        cost -= sum(map(self._tables.lacking, victims))
-        return cost <= self._tables.available + self._tables.gain(victims, start.shared)
-
-    def _preempt_while(
-        self, short: Callable[[list[Sequence]], bool], may_go: Callable[[Sequence], bool]
-    ) -> bool:
-        """Preempt as few of the last as it takes, while they may go; nobody in vain."""
-        victims: list[Sequence] = []
-        candidates = reversed(self._running)
-        while short(victims):
-            last = next(candidates, None)
-            if last is None or not may_go(last):
-                return False
-            victims.append(last)
-        for victim in victims:
-            self._preempt(victim)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Give up a running sequence's KV, not its tokens: what is no longer cached is computed again."""
-        self._vacate(sequence)
-        sequence.prompt_logprobs.clear()  # they come again
-        self._waiting.add(sequence)
-
-    # What becomes of a sequence
-
-    def _append(self, sequence: Sequence, token: int, logprobs: PositionLogprobs | None, now: float) -> Delta:
-        index = len(sequence.output)
-        sequence.append(token)
-        finish = self._finish_reason(sequence)
-        prompt_logprobs: tuple[PositionLogprobs, ...] = ()
-        cached = 0
-        if sequence.first_token is None:
-            sequence.first_token = now
-            cached = sequence.cached_tokens
-            prompt_logprobs = tuple(sequence.prompt_logprobs)
-            sequence.prompt_logprobs.clear()
-        timing = None
-        if finish:
-            self._remove(sequence)
-            scheduled = now if sequence.scheduled is None else sequence.scheduled
-            timing = Timing(sequence.queued, scheduled, sequence.first_token, now)
-        entries = () if logprobs is None else (logprobs,)
-        return Delta(
-            sequence.request.id,
-            sequence.choice,
-            index,
-            (token,),
-            (),
-            entries,
-            finish,
-            timing,
-            prompt_logprobs,
-            cached,
-        )
-
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        request, last = sequence.request, sequence.output[-1]
-        if last in request.stop_token_ids:
-            return "stop"
-        if last in self._limits.eos_token_ids and not request.ignore_eos:
-            return "stop"
-        if sequence.matcher is not None and sequence.matcher.finish is not None:
-            return sequence.matcher.finish
-        return "length" if len(sequence.output) >= request.max_tokens else None
-
-    def _let_go(self, request_id: str) -> None:
-        """The choices held back for one that computes their prompt wait again like everyone."""
-        for sequence in self._held.pop(request_id, ()):
+        for sequence in victims:
+            self._stop(sequence)
+            sequence.prompt_logprobs.clear()  # computed again with the prompt
             self._waiting.add(sequence)
 
-    def _vacate(self, sequence: Sequence) -> None:
-        slot = _slot(sequence)
+    # The end of a sequence
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Free the slot and the blocks of a running sequence."""
+        slot = slot_of(sequence)
         self._running.remove(sequence)
-        self._leaves.append(slot)
-        self._slots.append(slot)
-        self._tables.drop(sequence)
+        self._freed_slots.append(slot)
+        self._free_slots.append(slot)
+        self._tables.free(sequence)
         sequence.slot = None
-        self._let_go(sequence.request.id)
+        self._requeue_siblings(sequence.request.id)
+
+    def _requeue_siblings(self, request_id: str) -> None:
+        """Queue the choices that were held back: their prompt is computed, or no choice computes it now."""
+        for sequence in self._choices.release(request_id):
+            self._waiting.add(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
-        """The end of a sequence, wherever it is."""
-        request_id = sequence.request.id
+        """Forget a sequence, whether it runs, waits or is held back."""
         if sequence.slot is not None:
-            self._vacate(sequence)
-        elif sequence in self._held.get(request_id, ()):
-            self._held[request_id].remove(sequence)
-            if not self._held[request_id]:
-                del self._held[request_id]
-        else:
+            self._stop(sequence)
+        elif not self._choices.is_held_back(sequence):
             self._waiting.remove(sequence)
-        self._count -= 1
-        siblings = self._live[request_id]
-        siblings.remove(sequence)
-        if not siblings:
-            del self._live[request_id]
-
-
-def _is_behind(running: Sequence, waiting: Sequence) -> bool:
-    """Whether one that runs has to give way to one that waits."""
-    return running.request.priority > waiting.request.priority and running.order > waiting.order
-
-
-def _slot(sequence: Sequence) -> int:
-    if sequence.slot is None:
-        raise EngineError("INTERNAL", "a sequence that does not run has no slot")
-    return sequence.slot
+        self._choices.remove(sequence)

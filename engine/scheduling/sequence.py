@@ -1,180 +1,141 @@
-"""One choice of a request as the scheduler sees it, and the order in which choices are served."""
+"""One choice of a request, as the scheduler sees it."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from engine.grammar.grammars import Matcher
-from engine.plan import PENDING_TOKEN, NewSequence
-from engine.request import PositionLogprobs, Request
-
-AGING_STEPS = 1024
+from engine.plan import PENDING_TOKEN
+from engine.request import Delta, FinishReason, PositionLogprobs, Request, Timing
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of a request. `computed` tokens have their KV; `slot` is None while it waits.
+    """One choice of a request: its tokens are the prompt, prior output and new output, in this order.
 
-    `plain`: its tokens are drawn from the logits alone, and nothing but them is asked for.
+    A sequence that runs has a slot and a block table, `blocks`. When it is preempted it loses both, and its
+    computed tokens with them; its output stays. Positions in `blocks` are counted from the beginning of the
+    sequence, so the first `num_blocks_out_of_window` entries stay although they are released.
 
-    `blocks` is its block table. The first `passed` entries are behind the window and no longer held; ranks
-    have been told of the first `told`. `digests` names its first full blocks, as far as anybody asked.
+    `can_sample_on_device`: sampling needs nothing but the logits, and the client gets nothing but tokens. So
+    the next step can be planned before the host knows the sampled token.
     """
 
     request: Request
     choice: int
-    order: tuple[int, int]
-    queued: float
-    output: list[int]
+    order: tuple[int, int]  # place in priority order
+    queued_at: float
+    output_ids: list[int]
     prompt_len: int = field(init=False)
-    length: int = field(init=False)  # tokens known: prompt and output
-    plain: bool = field(init=False)
-    computed: int = 0
+    num_tokens: int = field(init=False)  # known tokens: prompt and output
+    can_sample_on_device: bool = field(init=False)
+    num_computed_tokens: int = 0  # tokens whose KV is in `blocks`
     blocks: list[int] = field(default_factory=list)
-    passed: int = 0
-    told: int = 0
-    digests: list[bytes] = field(default_factory=list)
-    slot: int | None = None
-    in_flight: int = 0  # tokens that plans in flight compute
-    drawing: int = 0  # tokens that they draw
-    step: int = 0  # of the last plan that it is in
-    cached_tokens: int = 0  # prompt tokens that were computed when it first ran
-    scheduled: float | None = None
-    first_token: float | None = None
+    num_blocks_out_of_window: int = 0
+    num_blocks_sent: int = 0  # entries of `blocks` that earlier plans have sent to the ranks
+    block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks, as far as needed yet
+    slot: int | None = None  # None while the sequence waits
+    num_tokens_in_flight: int = 0  # tokens that the plans in flight compute
+    num_pending_tokens: int = 0  # tokens that the plans in flight sample
+    last_planned_step: int = 0
+    num_cached_tokens: int = 0  # prompt tokens that were cached when the sequence first ran
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
     matcher: Matcher | None = None
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.prompt_len = len(self.request.prompt_ids)
-        self.length = self.prompt_len + len(self.output)
-        asked = self.request
-        self.plain = asked.logprobs is None and asked.prompt_logprobs is None and not asked.sampling.has_rules
+        request = self.request
+        self.prompt_len = len(request.prompt_ids)
+        self.num_tokens = self.prompt_len + len(self.output_ids)
+        asks_logprobs = request.logprobs is not None or request.prompt_logprobs is not None
+        self.can_sample_on_device = not asks_logprobs and not request.sampling.has_rules
 
     @property
-    def remaining(self) -> int:
-        """Tokens known whose KV is not computed; 1 while it decodes."""
-        return self.length - self.computed
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens whose KV is not computed yet; 1 while the sequence decodes."""
+        return self.num_tokens - self.num_computed_tokens
 
     @property
-    def planned(self) -> int:
+    def num_planned_tokens(self) -> int:
         """Tokens whose KV is computed once the plans in flight have run."""
-        return self.computed + self.in_flight
+        return self.num_computed_tokens + self.num_tokens_in_flight
 
     @property
-    def unplanned(self) -> int:
-        """Tokens that no plan computes yet, with those being drawn, as far as it is to go on after them."""
-        if self.drawing and len(self.output) + self.drawing >= self.request.max_tokens:
+    def num_unplanned_tokens(self) -> int:
+        """Tokens that the next plan may compute, pending tokens included.
+
+        It is 0 if the pending token is the last one that `max_tokens` allows.
+        """
+        pending = self.num_pending_tokens
+        if pending and len(self.output_ids) + pending >= self.request.max_tokens:
             return 0
-        return self.length + self.drawing - self.planned
+        return self.num_tokens + pending - self.num_computed_tokens - self.num_tokens_in_flight
 
     @property
-    def held(self) -> list[int]:
-        """The blocks that it holds."""
-        return self.blocks[self.passed :]
+    def referenced_blocks(self) -> list[int]:
+        """The blocks that the sequence has a reference to."""
+        return self.blocks[self.num_blocks_out_of_window :]
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether its whole prompt must be computed for the log-probabilities of its tokens."""
-        return self.request.prompt_logprobs is not None and self.choice == 0 and not self.output
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether its whole prompt must be computed, for the log-probabilities of the prompt's tokens."""
+        return self.request.prompt_logprobs is not None and self.choice == 0 and not self.output_ids
 
-    def append(self, token: int) -> None:
-        """Take in a token that was drawn."""
-        self.output.append(token)
-        self.length += 1
+    def append(
+        self, token_id: int, logprobs: PositionLogprobs | None, now: float, eos_token_ids: Collection[int]
+    ) -> Delta:
+        """Add a sampled token; returns what the client gets with it, and whether the sequence ends.
+
+        The first token of an attempt brings what became known while the prompt was computed.
+        """
+        index = len(self.output_ids)
+        self.output_ids.append(token_id)
+        self.num_tokens += 1
         if self.matcher is not None:
-            self.matcher.accept(token)
+            self.matcher.accept(token_id)
+        prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+        cached_tokens = 0
+        if self.first_token_at is None:
+            self.first_token_at = now
+            cached_tokens = self.num_cached_tokens
+            prompt_logprobs = tuple(self.prompt_logprobs)
+            self.prompt_logprobs.clear()
+        timing = None
+        finish = self.finish_reason(eos_token_ids)
+        if finish:
+            scheduled_at = now if self.scheduled_at is None else self.scheduled_at
+            timing = Timing(self.queued_at, scheduled_at, self.first_token_at, now)
+        return Delta(
+            self.request.id,
+            self.choice,
+            index,
+            (token_id,),
+            (),
+            () if logprobs is None else (logprobs,),
+            finish,
+            timing,
+            prompt_logprobs,
+            cached_tokens,
+        )
 
-    def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens at positions `start` to `end`; PENDING_TOKEN for one that is being drawn."""
-        if end > self.length:
-            return (*self.tokens(start, self.length), PENDING_TOKEN)
-        prompt = self.request.prompt_ids
-        split = len(prompt)
+    def token_ids(self, start: int, end: int) -> tuple[int, ...]:
+        """The tokens at positions `start` to `end` - 1; PENDING_TOKEN for one that is not known yet."""
+        if end > self.num_tokens:
+            return (*self.token_ids(start, self.num_tokens), PENDING_TOKEN)
+        split = self.prompt_len
         if start >= split:
-            return tuple(self.output[start - split : end - split])
-        return prompt[start:end] + tuple(self.output[: max(end - split, 0)])
+            return tuple(self.output_ids[start - split : end - split])
+        return self.request.prompt_ids[start:end] + tuple(self.output_ids[: max(end - split, 0)])
 
-
-def place_in_order(priority: int, step: int, arrival: int) -> tuple[int, int]:
-    """Where a sequence stands among all others, for as long as it lives; the least is served first.
-
-    Lower priorities go first, but a step of waiting counts: a sequence of priority p stands where one of
-    priority 0 would that arrived `p * AGING_STEPS` steps later. So whatever comes after that stands behind
-    it, and since the first in order always goes on, everyone gets to its end.
-    """
-    return step + priority * AGING_STEPS, arrival
-
-
-_ORDER = attrgetter("order")
-
-
-class InOrder:
-    """Sequences, the first in order first."""
-
-    def __init__(self) -> None:
-        self._sequences: list[Sequence] = []
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
-
-    def __reversed__(self) -> Iterator[Sequence]:
-        return reversed(self._sequences)
-
-    @property
-    def first(self) -> Sequence:
-        """The first of them; there is one."""
-        return self._sequences[0]
-
-    @property
-    def last(self) -> Sequence:
-        """The last of them; there is one."""
-        return self._sequences[-1]
-
-    def add(self, sequence: Sequence) -> None:
-        """Put a sequence into its place."""
-        insort(self._sequences, sequence, key=_ORDER)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence that is in."""
-        index = bisect_left(self._sequences, sequence.order, key=_ORDER)
-        if index == len(self._sequences) or self._sequences[index] is not sequence:
-            raise ValueError("the sequence is not here")
-        del self._sequences[index]
-
-
-def new_sequence(
-    request: Request, choice: int, output: Iterable[int], slot: int, eos: Iterable[int]
-) -> NewSequence:
-    """What ranks must know of a choice that takes a slot, with the `output` that it has by now.
-
-    Log-probabilities of the prompt come with the first choice's first token: while it has none, it must
-    compute its whole prompt, also where a cache holds some of it.
-    """
-    sampling = request.sampling
-    output = tuple(output)
-    prompt_logprobs = request.prompt_logprobs if choice == 0 and not output else None
-    needs_prompt = sampling.repetition_penalty != 1 or prompt_logprobs is not None
-    needs_output = bool(
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-        or sampling.bad_words
-    )
-    ends = set(request.stop_token_ids) | (set() if request.ignore_eos else set(eos))
-    return NewSequence(
-        slot,
-        len(request.prompt_ids),
-        choice,
-        replace(sampling, grammar=None) if sampling.grammar else sampling,
-        request.logprobs,
-        prompt_logprobs,
-        request.prompt_ids if needs_prompt else (),
-        output if needs_output else (),
-        tuple(sorted(ends)) if sampling.min_tokens else (),
-    )
+    def finish_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
+        """Why the sequence ends with its last output token, or None if it goes on."""
+        request, last = self.request, self.output_ids[-1]
+        if last in request.stop_token_ids:
+            return "stop"
+        if last in eos_token_ids and not request.ignore_eos:
+            return "stop"
+        if self.matcher is not None and self.matcher.finish is not None:
+            return self.matcher.finish
+        return "length" if len(self.output_ids) >= request.max_tokens else None

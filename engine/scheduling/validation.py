@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from engine.errors import RequestError
 from engine.grammar.source import check as check_grammar
 from engine.request import Request, SamplingParams
+from engine.scheduling.limits import Limits
 from engine.text.prompt_length import too_many_tokens
 
 MAX_CHOICES = 128
@@ -17,50 +17,6 @@ MAX_BIAS = 100.0  # either way
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 1024
 MAX_PROMPT_LOGPROBS = 100_000  # of all a prompt's tokens together: they travel in one message
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the engine can hold and how it divides a step.
-
-    `kv_blocks` blocks hold at least one sequence of `max_model_len`. `window`: keys, counted back from a
-    query and with its own, that any layer looks at; None for all. `weight_tokens`: the tokens whose computing
-    takes as long as reading the weights once, by which prompts are measured out beside decodes (see
-    `budget`), unless `max_prefill_tokens` says how many of theirs a step takes. `ahead`: a step is
-    planned while the one before runs, and with it what that one will have drawn.
-    """
-
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...] = ()
-    kv_blocks: int = 1024
-    block_size: int = 16
-    max_batch_tokens: int = 512
-    max_running: int = 64
-    window: int | None = None
-    prefix_cache: bool = True
-    max_prefill_tokens: int = 0
-    weight_tokens: int = 16
-    ahead: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kv_blocks < self.blocks_per_sequence:
-            raise ValueError(
-                f"{self.kv_blocks} KV blocks of {self.block_size} cannot hold {self.max_model_len} tokens"
-            )
-
-    @property
-    def blocks_per_sequence(self) -> int:
-        """Blocks that a sequence holds at most at once."""
-        in_flight = self.max_batch_tokens * (2 if self.ahead else 1)
-        return blocks_per_sequence(self.max_model_len, self.window, in_flight, self.block_size)
-
-
-def blocks_per_sequence(length: int, window: int | None, in_flight: int, block_size: int) -> int:
-    """Blocks that a sequence of `length` tokens holds at most at once, with so many of them in flight."""
-    blocks = -(-length // block_size)
-    # What is looked at may begin with the last token of a block.
-    return blocks if window is None else min(blocks, -(-(window + in_flight) // block_size) + 1)
 
 
 def validate(request: Request, limits: Limits) -> None:

@@ -29,8 +29,8 @@ from engine.kernels.gpu.kernels import GpuKernels
 from engine.kernels.gpu.tuning import Tuner
 from engine.processes.core import EngineCore
 from engine.request import Request, SamplingParams
+from engine.scheduling.limits import Limits
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.validation import Limits
 from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
 
@@ -114,7 +114,7 @@ def core_of(
             max_batch_tokens=step,
             max_running=running,
             window=config.kv_window,
-            ahead=True,
+            async_scheduling=True,
         )
         return EngineCore(Scheduler(limits), runner, None, 0, Grammars(folder, config.vocab_size, ()))
 

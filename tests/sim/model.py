@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence
 
 from engine.plan import Sampled, SequenceChunk, StepPlan
-from engine.scheduling.validation import Limits
+from engine.scheduling.limits import Limits
 
 VOCABULARY = 97
 EOS = 0

@@ -17,8 +17,8 @@ from engine.plan import PENDING_TOKEN, StepPlan
 from engine.processes.core import EngineCore
 from engine.request import Request, SamplingParams
 from engine.sampling.sampler import Drawn
+from engine.scheduling.limits import Limits
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.validation import Limits
 from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
 
@@ -48,7 +48,13 @@ def core_of(
     engine = EngineConfig(str(directory), epoch=1, max_running=4, max_batch_tokens=16)
     runner = Watched(engine, config, weights, Parallel(grid), kernels, cache, LONGEST, record)
     limits = Limits(
-        config.vocab_size, LONGEST, config.eos_token_ids, 12, max_batch_tokens=16, max_running=4, ahead=ahead
+        config.vocab_size,
+        LONGEST,
+        config.eos_token_ids,
+        12,
+        max_batch_tokens=16,
+        max_running=4,
+        async_scheduling=ahead,
     )
     grammars = Grammars(str(directory), config.vocab_size, config.eos_token_ids)
     return EngineCore(Scheduler(limits), runner, None, 0, grammars), runner

@@ -12,7 +12,7 @@ from engine.plan_codec import decode_plan, encode_plan
 from engine.request import Request, SamplingParams
 from engine.sampling.logits_processors import Rules
 from engine.sampling.sampler import Sampler
-from engine.scheduling.sequence import new_sequence
+from engine.scheduling.plan_draft import new_sequence
 
 V = 40
 EOS = 7

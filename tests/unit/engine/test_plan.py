@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.plan import Mask, NewSequence, PromptLogprobs, Sampled, SequenceChunk, StepPlan
 from engine.plan_codec import decode_plan, decode_sampled, encode_plan, encode_sampled
 from engine.request import Grammar, PositionLogprobs, Request, SamplingParams, TokenLogprob
-from engine.scheduling.sequence import new_sequence
+from engine.scheduling.plan_draft import new_sequence
 
 ids = st.integers(0, 2**32 - 1)
 id_lists = st.lists(ids, max_size=6).map(tuple)
@@ -94,26 +94,28 @@ def test_a_plan_with_bytes_left_over_is_refused() -> None:
 def test_a_join_brings_the_ids_that_drawing_depends_on_and_no_others(
     sampling: SamplingParams, prompt_ids: tuple[int, ...], output_ids: tuple[int, ...], ends: tuple[int, ...]
 ) -> None:
-    joined = new_sequence(Request("r", (5, 6), sampling, stop_token_ids=(9,)), 0, [7], slot=3, eos=(2,))
+    joined = new_sequence(
+        Request("r", (5, 6), sampling, stop_token_ids=(9,)), 0, [7], slot=3, eos_token_ids=(2,)
+    )
     assert (joined.prompt_ids, joined.output_ids, joined.ends) == (prompt_ids, output_ids, ends)
 
 
 def test_end_of_sequence_that_is_ignored_may_be_drawn_at_once() -> None:
     request = Request("r", (5,), SamplingParams(min_tokens=3), stop_token_ids=(9,), ignore_eos=True)
-    assert new_sequence(request, 0, [], slot=3, eos=(2,)).ends == (9,)
+    assert new_sequence(request, 0, [], slot=3, eos_token_ids=(2,)).ends == (9,)
 
 
 def test_the_grammar_stays_with_the_leader() -> None:
     request = Request("r", (5,), SamplingParams(top_k=3, grammar=Grammar("regex", "a")))
-    assert new_sequence(request, 0, [], slot=3, eos=()).sampling == SamplingParams(top_k=3)
+    assert new_sequence(request, 0, [], slot=3, eos_token_ids=()).sampling == SamplingParams(top_k=3)
 
 
 def test_only_a_first_choice_without_output_gets_the_prompts_log_probabilities() -> None:
     request = Request("r", (5, 6), n=2, prompt_logprobs=1)
-    first, second = (new_sequence(request, choice, [], slot=3, eos=()) for choice in (0, 1))
+    first, second = (new_sequence(request, choice, [], slot=3, eos_token_ids=()) for choice in (0, 1))
     assert (first.prompt_logprobs, first.prompt_ids) == (1, (5, 6))
     assert (second.prompt_logprobs, second.prompt_ids) == (None, ())
     replayed = Request("r", (5, 6), prompt_logprobs=1, prior=((8,),))
-    assert new_sequence(replayed, 0, [8], slot=3, eos=()).prompt_logprobs is None
-    preempted = new_sequence(Request("r", (5, 6), prompt_logprobs=1), 0, [8], slot=3, eos=())
+    assert new_sequence(replayed, 0, [8], slot=3, eos_token_ids=()).prompt_logprobs is None
+    preempted = new_sequence(Request("r", (5, 6), prompt_logprobs=1), 0, [8], slot=3, eos_token_ids=())
     assert preempted.prompt_logprobs is None

@@ -7,29 +7,29 @@ from engine.scheduling.blocks import BlockPool, blocks_for
 A, B, C = b"a", b"b", b"c"
 
 
-def named(pool: BlockPool, *digests: bytes) -> list[int]:
+def named(pool: BlockPool, *hashes: bytes) -> list[int]:
     """A chain of blocks of one holder."""
-    blocks = pool.take(len(digests))
-    for block, digest in zip(blocks, digests, strict=True):
-        pool.name(block, digest)
+    blocks = pool.allocate(len(hashes))
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        pool.cache(block, block_hash)
     return blocks
 
 
 def test_the_block_freed_last_is_taken_first() -> None:
     pool = BlockPool(4)
-    first = pool.take(2)
+    first = pool.allocate(2)
     pool.release(first)
-    assert pool.take(2) == first
+    assert pool.allocate(2) == first
 
 
 def test_a_block_that_nobody_holds_cannot_be_released() -> None:
-    with pytest.raises(ValueError, match="block 0 is held by nobody"):
+    with pytest.raises(ValueError, match="block 0 has no reference"):
         BlockPool(1).release([0])
 
 
 def test_more_than_the_pool_has_cannot_be_taken() -> None:
     with pytest.raises(ValueError, match="2 blocks wanted, 1 available"):
-        BlockPool(1).take(2)
+        BlockPool(1).allocate(2)
 
 
 def test_a_shared_block_is_free_once_its_last_holder_has_left() -> None:
@@ -37,9 +37,9 @@ def test_a_shared_block_is_free_once_its_last_holder_has_left() -> None:
     (block,) = named(pool, A)
     pool.share(block)
     pool.release([block])
-    assert (pool.holders(block), pool.available) == (1, 0)
+    assert (pool.ref_count(block), pool.num_available) == (1, 0)
     pool.release([block])
-    assert (pool.holders(block), pool.available) == (0, 1)
+    assert (pool.ref_count(block), pool.num_available) == (0, 1)
 
 
 def test_a_named_block_is_found_after_its_holders_have_left() -> None:
@@ -54,7 +54,7 @@ def test_a_named_block_is_found_after_its_holders_have_left() -> None:
 def test_free_blocks_are_taken_before_kept_ones() -> None:
     pool = BlockPool(2)
     pool.release(named(pool, A))
-    pool.take(1)
+    pool.allocate(1)
     assert pool.find(A) is not None
 
 
@@ -65,8 +65,8 @@ def test_of_the_kept_blocks_the_one_unused_for_longest_goes_and_continuations_go
     pool.release(other)
     gone = []
     for _ in range(3):
-        pool.take(1)
-        gone.append([digest for digest in (A, B, C) if pool.find(digest) is None])
+        pool.allocate(1)
+        gone.append([block_hash for block_hash in (A, B, C) if pool.find(block_hash) is None])
     assert gone == [[B], [A, B], [A, B, C]]
 
 
@@ -87,14 +87,14 @@ def test_a_free_block_cannot_be_shared() -> None:
 
 def test_a_leaked_block_fails_the_check() -> None:
     pool = BlockPool(1)
-    pool.take(1)
+    pool.allocate(1)
     with pytest.raises(AssertionError):
         pool.check_integrity([])
 
 
 def test_a_block_in_more_tables_than_hold_it_fails_the_check() -> None:
     pool = BlockPool(1)
-    blocks = pool.take(1)
+    blocks = pool.allocate(1)
     pool.check_integrity([blocks])
     with pytest.raises(AssertionError):
         pool.check_integrity([blocks, blocks])

@@ -5,8 +5,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.scheduling.budget import Demand, prompt_budget, share_of
-from engine.scheduling.validation import Limits
+from engine.scheduling.budget import next_budget, prompt_budget
+from engine.scheduling.demand import Demand
+from engine.scheduling.limits import Limits
 
 
 def limits(**overrides: Any) -> Limits:
@@ -16,21 +17,21 @@ def limits(**overrides: Any) -> Limits:
 def test_a_lone_prompt_at_most_doubles_the_cost_of_a_step() -> None:
     for decodes in (1, 16, 200):
         cost = 16 + decodes
-        assert prompt_budget(limits(), 1, decodes, waiting=1) == cost
+        assert prompt_budget(limits(), 1, decodes, num_prompts=1) == cost
 
 
 def test_a_prompt_without_decodes_takes_the_whole_step() -> None:
-    assert share_of(limits(), 1, Demand(0, 1, 4000, 4000)).tokens == 512
+    assert next_budget(limits(), 1, Demand(0, 1, 4000, 4000)).tokens == 512
 
 
 def test_the_more_wait_the_more_of_a_step_goes_to_prompts() -> None:
-    assert prompt_budget(limits(), 1, decodes=16, waiting=32) == 64
-    assert prompt_budget(limits(), 1, decodes=16, waiting=500) == 512
+    assert prompt_budget(limits(), 1, num_decodes=16, num_prompts=32) == 64
+    assert prompt_budget(limits(), 1, num_decodes=16, num_prompts=500) == 512
 
 
 def test_answers_that_stopped_in_the_middle_get_whole_steps() -> None:
     def share(resumed: int, **options: int) -> tuple[int, int]:
-        found = share_of(limits(**options), 1, Demand(8, 8, 4000, 4000, resumed=resumed))
+        found = next_budget(limits(**options), 1, Demand(8, 8, 4000, 4000, num_resumed=resumed))
         return found.tokens, found.prompt_tokens
 
     assert share(0) == (8 + 24, 24)
@@ -39,20 +40,20 @@ def test_answers_that_stopped_in_the_middle_get_whole_steps() -> None:
 
 
 def test_a_given_number_of_prompt_tokens_is_kept() -> None:
-    share = share_of(limits(max_prefill_tokens=40), 1, Demand(16, 500, 4000, 4000))
+    share = next_budget(limits(max_prefill_tokens=40), 1, Demand(16, 500, 4000, 4000))
     assert (share.tokens, share.prompt_tokens) == (56, 40)
 
 
 def test_plans_of_a_round_get_equally_many_tokens_with_a_prompt_beside_many_decodes() -> None:
     # 48 prompt tokens fit a round with 16 decodes: one plan takes 32 of them, the other 16 and the decodes.
-    first = share_of(limits(), 2, Demand(16, 1, 4000, 4000))
-    second = share_of(limits(), 2, Demand(16, 2, 4000, 4000 - 32, in_flight=32))
+    first = next_budget(limits(), 2, Demand(16, 1, 4000, 4000))
+    second = next_budget(limits(), 2, Demand(16, 2, 4000, 4000 - 32, num_tokens_in_flight=32))
     assert (first.tokens, first.prompt_tokens) == (32, 32)
     assert (second.tokens, second.prompt_tokens) == (32, 16)
 
 
 def test_decodes_are_divided_among_the_plans() -> None:
-    share = share_of(limits(), 4, Demand(10, 0, 0, 0))
+    share = next_budget(limits(), 4, Demand(10, 0, 0, 0))
     assert (share.tokens, share.prompt_tokens) == (3, 0)
 
 
@@ -68,7 +69,7 @@ def test_decodes_are_divided_among_the_plans() -> None:
 def test_a_share_fits_a_plan_and_is_never_empty_while_there_is_work(
     depth: int, budget: int, decodes: int, prompts: int, tokens: int, ready: int, in_flight: int
 ) -> None:
-    demand = Demand(decodes, prompts, tokens + ready, ready, in_flight, resumed=prompts // 2)
-    share = share_of(limits(max_batch_tokens=budget), depth, demand)
+    demand = Demand(decodes, prompts, tokens + ready, ready, in_flight, num_resumed=prompts // 2)
+    share = next_budget(limits(max_batch_tokens=budget), depth, demand)
     assert 0 <= share.prompt_tokens <= share.tokens <= budget
     assert share.tokens > 0 or not (decodes or tokens + ready)

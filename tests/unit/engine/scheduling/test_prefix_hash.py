@@ -3,15 +3,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.scheduling.prefix_hash import extend_chain
+from engine.scheduling.prefix_hash import extend_block_hashes
 
 tokens = st.lists(st.integers(0, 2), max_size=12)
 
 
 def names(ids: list[int], block_size: int = 2) -> list[bytes]:
-    digests: list[bytes] = []
-    extend_chain(digests, ids, block_size)
-    return digests
+    hashes: list[bytes] = []
+    extend_block_hashes(hashes, ids, block_size)
+    return hashes
 
 
 @given(tokens, tokens)
@@ -27,9 +27,9 @@ def test_an_incomplete_block_has_no_name() -> None:
 
 
 def test_a_chain_goes_on_where_it_ended() -> None:
-    digests = names([1, 2])
-    extend_chain(digests, [3, 4], 2)
-    assert digests == names([1, 2, 3, 4])
+    hashes = names([1, 2])
+    extend_block_hashes(hashes, [3, 4], 2)
+    assert hashes == names([1, 2, 3, 4])
 
 
 def test_tokens_are_not_confused_across_the_borders_of_their_bytes() -> None:

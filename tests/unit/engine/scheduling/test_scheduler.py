@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.errors import EngineError, RequestError
 from engine.plan import PENDING_TOKEN, Sampled, StepPlan
 from engine.request import Delta, Request, SamplingParams
+from engine.scheduling.limits import Limits
+from engine.scheduling.priority import AGING_STEPS
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import AGING_STEPS
-from engine.scheduling.validation import Limits
 from tests.unit.engine.fake_model import EOS, VOCABULARY, FakeRank, expected, next_token
 
 GREEDY = SamplingParams(temperature=0)
@@ -85,7 +85,7 @@ class Arrivals(RuleBasedStateMachine):
             max_running=running,
             window=window,
             prefix_cache=cache,
-            ahead=ahead and depth == 1,
+            async_scheduling=ahead and depth == 1,
         )
         self.scheduler = Scheduler(self.limits, depth=depth)
         self.rank = FakeRank(4, window)
@@ -437,7 +437,7 @@ def test_a_live_id_cannot_be_used_twice() -> None:
 
 
 def test_those_that_decode_are_planned_ahead_of_their_tokens() -> None:
-    scheduler, rank = Scheduler(limits(ahead=True)), FakeRank(4)
+    scheduler, rank = Scheduler(limits(async_scheduling=True)), FakeRank(4)
     scheduler.submit(request("a", prompt=3, max_tokens=3), 0.0)
     plans = [scheduler.schedule(1.0), scheduler.schedule(1.0), scheduler.schedule(1.0)]
     assert plans[2] is None, "one ahead is enough"
@@ -452,7 +452,7 @@ def test_those_that_decode_are_planned_ahead_of_their_tokens() -> None:
 
 
 def test_what_follows_the_end_of_a_sequence_is_dropped() -> None:
-    scheduler, rank = Scheduler(limits(ahead=True)), FakeRank(4)
+    scheduler, rank = Scheduler(limits(async_scheduling=True)), FakeRank(4)
     first = next_token((1, 2, 3))
     scheduler.submit(Request("a", (1, 2, 3), GREEDY, 9, (first,)), 0.0)
     plans = [scheduler.schedule(1.0), scheduler.schedule(1.0)]
@@ -466,14 +466,14 @@ def test_what_follows_the_end_of_a_sequence_is_dropped() -> None:
 
 @pytest.mark.parametrize("rule", [{"logprobs": 0}, {"sampling": SamplingParams(presence_penalty=1.0)}])
 def test_who_needs_more_than_a_token_is_not_planned_ahead(rule: dict[str, Any]) -> None:
-    scheduler = Scheduler(limits(ahead=True))
+    scheduler = Scheduler(limits(async_scheduling=True))
     scheduler.submit(Request("a", (1, 2), max_tokens=4, **rule), 0.0)
     assert scheduler.schedule(1.0)
     assert scheduler.schedule(1.0) is None
 
 
 def test_nobody_is_planned_ahead_while_somebody_has_to_give_way() -> None:
-    scheduler, rank = Scheduler(limits(kv_blocks=4, max_model_len=16, ahead=True)), FakeRank(4)
+    scheduler, rank = Scheduler(limits(kv_blocks=4, max_model_len=16, async_scheduling=True)), FakeRank(4)
     for name in ("older", "younger"):
         scheduler.submit(request(name, prompt=7, max_tokens=8), 0.0)
     deltas: list[Delta] = []

@@ -17,8 +17,8 @@ from engine.request import (
     SamplingParams,
     TokenLogprob,
 )
+from engine.scheduling.limits import Limits
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.validation import Limits
 
 LIMITS = Limits(
     vocab_size=50, max_model_len=64, eos_token_ids=(0,), kv_blocks=16, block_size=4, max_batch_tokens=8

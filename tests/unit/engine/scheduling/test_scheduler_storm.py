@@ -14,8 +14,8 @@ import pytest
 
 from engine.plan import StepPlan
 from engine.request import Delta, Request
+from engine.scheduling.limits import Limits
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.validation import Limits
 from tests.unit.engine.fake_model import EOS, VOCABULARY, FakeRank, expected, kept_of_all
 
 STEPS = int(os.environ.get("PHALANX_STORM_STEPS", "100000"))
@@ -43,7 +43,7 @@ class Storm:
             "prefix_cache": draw.random() < 0.75,
             "max_prefill_tokens": draw.choice((0, 0, 3)),
             "weight_tokens": draw.choice((1, 16)),
-            "ahead": self.depth == 1 and draw.random() < 0.7,
+            "async_scheduling": self.depth == 1 and draw.random() < 0.7,
         }
         least = Limits(VOCABULARY, LONGEST, kv_blocks=99, block_size=BLOCK_SIZE, **shape).blocks_per_sequence
         blocks = least + draw.choice((0, 1, 3, 8))
@@ -82,7 +82,7 @@ class Storm:
 
     def work(self) -> int:
         """Tokens that those who live may still have, computed or not."""
-        return sum(self.total(name) for name, _ in self.streams) + self.depth + self.limits.ahead
+        return sum(self.total(name) for name, _ in self.streams) + self.depth + self.limits.async_scheduling
 
     def total(self, name: str) -> int:
         request = self.requests[name]

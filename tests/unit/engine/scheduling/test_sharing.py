@@ -7,11 +7,12 @@ from typing import Any
 
 from engine.plan import PromptLogprobs, StepPlan
 from engine.request import Delta, PositionLogprobs, Request, TokenLogprob
-from engine.scheduling.block_tables import BlockTables, Start
+from engine.scheduling.block_tables import BlockTables
 from engine.scheduling.blocks import blocks_for
+from engine.scheduling.limits import Limits
+from engine.scheduling.prefix_match import NO_MATCH
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
-from engine.scheduling.validation import Limits
 from tests.unit.engine.fake_model import VOCABULARY, FakeRank, expected
 
 PROMPT = tuple(range(1, 11))  # two full blocks and a half
@@ -248,13 +249,13 @@ def test_a_window_needs_no_blocks_before_it_to_go_on_from_the_cache() -> None:
 def test_the_source_of_a_copy_is_no_target_in_the_same_plan() -> None:
     tables = BlockTables(limits(kv_blocks=12))
     first, second = (Sequence(Request("a", PROMPT), choice, (0, choice), 0.0, []) for choice in (0, 1))
-    tables.open(first, Start())
-    tables.grow(first, 10)
+    tables.start(first, NO_MATCH)
+    tables.allocate_until(first, 10)
     tables.advance(first, 10)
-    copy = tables.open(second, tables.start_of(second, first))
+    copy = tables.start(second, tables.match_prefix(second, first))
     assert copy is not None
-    tables.drop(first)
+    tables.free(first)
     third = Sequence(Request("b", PROMPT), 0, (0, 2), 0.0, [])
-    assert copy[0] not in tables.grow(third, 32)
-    tables.unpin()
-    assert copy[0] in tables.grow(third, 36)
+    assert copy[0] not in tables.allocate_until(third, 32)
+    tables.release_copy_sources()
+    assert copy[0] in tables.allocate_until(third, 36)
