@@ -85,7 +85,7 @@ class Rules:
         for slot in plan.freed_slots:
             self._slots.pop(slot, None)
         for join in plan.new_sequences:
-            if join.sampling.has_rules:
+            if join.sampling.has_logits_processors:
                 self._slots[join.slot] = _begin(join)
 
     def drawn(self, slot: int, token: int) -> None:

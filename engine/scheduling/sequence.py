@@ -50,7 +50,7 @@ class Sequence:
         self.prompt_len = len(request.prompt_ids)
         self.num_tokens = self.prompt_len + len(self.output_ids)
         asks_logprobs = request.logprobs is not None or request.prompt_logprobs is not None
-        self.can_sample_on_device = not asks_logprobs and not request.sampling.has_rules
+        self.can_sample_on_device = not asks_logprobs and not request.sampling.has_logits_processors
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -1,23 +1,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from engine.errors import EngineError, ModelError, as_engine_error
-
-
-class OutOfMemoryError(RuntimeError):
-    """As torch's is called."""
-
-
-class AcceleratorError(RuntimeError):
-    """As torch's is called."""
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "OUT_OF_MEMORY"),
-        (AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"), "DEVICE_FAILED"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "OUT_OF_MEMORY"),
+        (torch.AcceleratorError("an illegal memory access was encountered\nmore"), "DEVICE_FAILED"),
         (RuntimeError("CUDA error: device-side assert triggered"), "DEVICE_FAILED"),
         (RuntimeError("shapes do not match"), "INTERNAL"),
         (EngineError("RANK_LOST", "gone"), "RANK_LOST"),

@@ -4,9 +4,6 @@ from collections import deque
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import EngineError, RequestError
 from engine.plan import PENDING_TOKEN, Sampled, StepPlan
@@ -54,131 +51,6 @@ def busy(scheduler: Scheduler) -> tuple[int, int, int]:
 
 def stream(deltas: list[Delta], name: str, choice: int = 0) -> list[int]:
     return [token for d in deltas if (d.id, d.choice) == (name, choice) for token in d.token_ids]
-
-
-class Arrivals(RuleBasedStateMachine):
-    """Requests come, are cancelled and step along in any order, with too few blocks for all of them."""
-
-    @initialize(
-        depth=st.integers(1, 3),
-        budget=st.integers(1, 12),
-        blocks=st.integers(6, 14),
-        running=st.integers(1, 5),
-        window=st.none() | st.integers(1, 12),
-        cache=st.booleans(),
-        ahead=st.booleans(),
-    )
-    def start(
-        self,
-        depth: int,
-        budget: int,
-        blocks: int,
-        running: int,
-        window: int | None,
-        cache: bool,
-        ahead: bool,
-    ) -> None:
-        self.limits = limits(
-            kv_blocks=blocks,
-            max_model_len=24,
-            max_batch_tokens=budget,
-            max_running=running,
-            window=window,
-            prefix_cache=cache,
-            async_scheduling=ahead and depth == 1,
-        )
-        self.scheduler = Scheduler(self.limits, depth=depth)
-        self.rank = FakeRank(4, window)
-        self.flying: deque[StepPlan] = deque()
-        self.requests: dict[str, Request] = {}
-        self.streams: dict[tuple[str, int], list[int]] = {}
-        self.finishes: dict[tuple[str, int], str] = {}
-        self.cancelled: set[tuple[str, int]] = set()
-
-    @rule(
-        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
-        max_tokens=st.integers(1, 10),
-        n=st.integers(1, 3),
-        ignore_eos=st.booleans(),
-        delivered=st.integers(0, 4),
-        priority=st.integers(-1, 1),
-    )
-    def submit(
-        self, prompt: list[int], max_tokens: int, n: int, ignore_eos: bool, delivered: int, priority: int
-    ) -> None:
-        name = f"r{len(self.requests)}"
-        output, _ = expected(prompt, max_tokens, ignore_eos, self.limits.window)
-        prior = tuple(tuple(output[: delivered + choice]) for choice in range(n)) if delivered else ()
-        asked = Request(
-            name, tuple(prompt), GREEDY, max_tokens, (), ignore_eos, n, prior=prior, priority=priority
-        )
-        for choice in range(n):
-            self.streams[name, choice] = list(prior[choice]) if prior else []
-        self.requests[name] = asked
-        self.note(self.scheduler.submit(asked, 0.0))
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data(), whole=st.booleans())
-    def cancel(self, data: st.DataObject, whole: bool) -> None:
-        name, choice = data.draw(st.sampled_from(sorted(self.streams)))
-        self.scheduler.cancel(name, None if whole else choice)
-        gone = range(self.requests[name].n) if whole else [choice]
-        self.cancelled |= {(name, c) for c in gone if (name, c) not in self.finishes}
-
-    @rule()
-    def launch(self) -> None:
-        plan = self.scheduler.schedule(1.0)
-        if plan is not None:
-            assert 0 < plan.tokens <= self.limits.max_batch_tokens
-            self.flying.append(plan)
-
-    @precondition(lambda self: self.flying)
-    @rule()
-    def complete(self) -> None:
-        self.note(self.scheduler.apply(self.rank.run(self.flying.popleft()), 2.0))
-
-    def note(self, deltas: tuple[Delta, ...]) -> None:
-        for delta in deltas:
-            key = (delta.id, delta.choice)
-            assert key not in self.cancelled, "a cancelled choice speaks"
-            assert key not in self.finishes, "a finished choice speaks"
-            assert delta.index == len(self.streams[key])
-            self.streams[key].extend(delta.token_ids)
-            if delta.finish:
-                self.finishes[key] = delta.finish
-
-    @invariant()
-    def books_agree(self) -> None:
-        if hasattr(self, "scheduler"):
-            self.scheduler.check_integrity()
-
-    def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        left = sum(len(r.prompt_ids) + r.max_tokens for r in self.requests.values()) * 3
-        for _ in range(60 * (left + 1)):
-            if not self.scheduler.has_work:
-                break
-            self.launch()
-            if self.flying:
-                self.complete()
-        assert not self.scheduler.has_work, "a sequence starves"
-        assert busy(self.scheduler) == (0, 0, self.limits.kv_blocks)
-        for (name, choice), tokens in self.streams.items():
-            asked = self.requests[name]
-            output, finish = expected(
-                asked.prompt_ids, asked.max_tokens, asked.ignore_eos, self.limits.window
-            )
-            if (name, choice) in self.cancelled:
-                assert tokens == output[: len(tokens)]
-            else:
-                assert (tokens, self.finishes[name, choice]) == (output, finish)
-
-
-TestArrivals = Arrivals.TestCase
-TestArrivals.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
 
 
 def test_sequences_are_preempted_when_blocks_run_out_and_lose_no_token() -> None:
@@ -488,3 +360,45 @@ def test_nobody_is_planned_ahead_while_somebody_has_to_give_way() -> None:
     assert preempted
     for name in ("older", "younger"):
         assert stream(deltas, name) == expected(range(1, 8), 8, True)[0]
+
+
+def test_a_sequence_that_lacks_blocks_waits_for_no_step_while_younger_ones_decode_asynchronously() -> None:
+    scheduler, rank = Scheduler(limits(kv_blocks=4, max_model_len=16, async_scheduling=True)), FakeRank(4)
+    scheduler.submit(request("older", prompt=7, max_tokens=8), 0.0)
+    scheduler.submit(request("younger", prompt=5, max_tokens=8), 0.0)
+    in_flight = deque[StepPlan]()
+    for _ in range(8):
+        while plan := scheduler.schedule(1.0):
+            in_flight.append(plan)
+        deltas = scheduler.apply(rank.run(in_flight.popleft()), 2.0)
+        assert "older" in {delta.id for delta in deltas}
+
+
+def test_an_urgent_request_is_not_kept_out_by_async_plans() -> None:
+    scheduler, rank = Scheduler(limits(max_running=1, async_scheduling=True)), FakeRank(4)
+    scheduler.submit(request("patient", max_tokens=20, priority=1), 0.0)
+    plan = scheduler.schedule(1.0)
+    scheduler.submit(request("urgent"), 0.0)
+    assert scheduler.schedule(1.0) is None
+    scheduler.apply(rank.run(plan), 2.0)  # type: ignore[arg-type]
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    assert plan.freed_slots
+
+
+def test_no_async_plan_is_made_while_choices_wait_for_their_prompt() -> None:
+    scheduler = Scheduler(limits(async_scheduling=True))
+    scheduler.submit(request("a", n=2), 0.0)
+    assert scheduler.schedule(1.0)
+    assert scheduler.schedule(1.0) is None
+
+
+def test_a_request_whose_tokens_the_host_must_know_does_not_start_in_an_async_plan() -> None:
+    scheduler = Scheduler(limits(async_scheduling=True))
+    scheduler.submit(request("plain"), 0.0)
+    assert scheduler.schedule(1.0)
+    scheduler.submit(request("scored", logprobs=0), 0.0)
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    assert not plan.new_sequences
+    assert plan.sample_on_device

@@ -13,31 +13,48 @@ from typing import Any
 import pytest
 
 from engine.plan import StepPlan
-from engine.request import Delta, Request
+from engine.request import Delta, Grammar, Request, SamplingParams
 from engine.scheduling.limits import Limits
 from engine.scheduling.scheduler import Scheduler
-from tests.unit.engine.fake_model import EOS, VOCABULARY, FakeRank, expected, kept_of_all
+from tests.unit.engine.fake_model import (
+    EOS,
+    VOCABULARY,
+    FakeMatcher,
+    FakeRank,
+    expected,
+    kv_of_all,
+    score_prompt,
+)
 
 STEPS = int(os.environ.get("PHALANX_STORM_STEPS", "100000"))
 WORLDS = 50
 BLOCK_SIZE = 4
 LONGEST = 28
+PLAIN = SamplingParams()
+NOT_PLAIN = (
+    SamplingParams(grammar=Grammar("json_object")),
+    SamplingParams(presence_penalty=1.0),
+    SamplingParams(repetition_penalty=1.5),
+    SamplingParams(frequency_penalty=1.0, grammar=Grammar("json_object")),
+)
+
+Key = tuple[str, int]  # request, choice
 
 
 class Storm:
-    """One scheduler, its rank and everybody who asks something of it.
+    """One scheduler, its rank and all clients.
 
-    Half of the prompts begin like others and half of the requests want several choices; some come with prior
-    output, some are cancelled, in flight or not.
+    Half of the prompts begin like others, and half of the requests want several choices. Some come with prior
+    output, up to the last token. Some are cancelled, in flight or not, or after their end. In most worlds
+    some requests have a grammar, penalties or log-probabilities, for which the host must know each token.
     """
 
     def __init__(self, seed: int) -> None:
         draw = self.draw = random.Random(seed)
         self.depth = draw.randint(1, 3)
         window = draw.choice((None, None, 1, 3, 8, 13))
-        budget = draw.randint(1, 20)
         shape: dict[str, Any] = {
-            "max_batch_tokens": budget,
+            "max_batch_tokens": draw.randint(1, 20),
             "max_running": draw.randint(1, 6),
             "window": window,
             "prefix_cache": draw.random() < 0.75,
@@ -45,23 +62,24 @@ class Storm:
             "weight_tokens": draw.choice((1, 16)),
             "async_scheduling": self.depth == 1 and draw.random() < 0.7,
         }
-        least = Limits(VOCABULARY, LONGEST, kv_blocks=99, block_size=BLOCK_SIZE, **shape).blocks_per_sequence
-        blocks = least + draw.choice((0, 1, 3, 8))
+        enough = Limits(VOCABULARY, LONGEST, kv_blocks=99, block_size=BLOCK_SIZE, **shape).blocks_per_sequence
+        blocks = enough + draw.choice((0, 1, 3, 8))
         self.limits = Limits(VOCABULARY, LONGEST, (EOS,), blocks, BLOCK_SIZE, **shape)
         self.scheduler = Scheduler(self.limits, depth=self.depth)
         self.rank = FakeRank(BLOCK_SIZE, window)
-        self.flying: deque[StepPlan] = deque()
+        self.in_flight: deque[StepPlan] = deque()
         self.letters = draw.choice((2, VOCABULARY - 1))
         self.beginnings = [[draw.randint(1, self.letters) for _ in range(16)] for _ in range(2)]
         self.requests: dict[str, Request] = {}  # with a choice that lives
-        self.streams: dict[tuple[str, int], list[int]] = {}
-        self.kept: dict[tuple[str, int], list[float]] = {}
-        self.born: dict[tuple[str, int], tuple[int, int]] = {}  # step of arrival, tokens ahead and its own
-        self.arrivals = self.steps = self.patience = 0
-        self.flat = draw.random() < 0.5  # all of one priority
+        self.streams: dict[Key, list[int]] = {}
+        self.kv: dict[Key, list[float]] = {}
+        self.born: dict[Key, tuple[int, int]] = {}  # step of arrival, tokens of all up to it
+        self.arrivals = self.steps = 0
+        self.has_one_priority = draw.random() < 0.5
+        self.not_plain = draw.choice((0.0, 0.2, 0.6))  # the share of requests that are not
 
     def run(self, steps: int) -> None:
-        """Live through that many steps, then let everyone finish."""
+        """Live through that many steps, then let all requests finish."""
         draw = self.draw
         calm, crowd = draw.uniform(0.05, 0.5), draw.randint(1, 12)
         while self.steps < steps:
@@ -70,8 +88,8 @@ class Storm:
             if self.streams and draw.random() < 0.02:
                 self.cancel()
             self.step()
-        # Every step computes a token that is needed, or computes again one that somebody ahead took the
-        # blocks of; that at most half of all steps are of the second kind is not a law, but holds.
+        # A step computes a token that is needed, or one again whose blocks went to an older sequence. That
+        # at most half of all steps are of the second kind is not a law, but holds.
         bound = self.steps + 2 * self.work()
         while self.scheduler.has_work:
             self.step()
@@ -81,16 +99,32 @@ class Storm:
         assert (load.running, load.waiting, load.kv_blocks_free) == (0, 0, self.limits.kv_blocks), "a leak"
 
     def work(self) -> int:
-        """Tokens that those who live may still have, computed or not."""
-        return sum(self.total(name) for name, _ in self.streams) + self.depth + self.limits.async_scheduling
-
-    def total(self, name: str) -> int:
-        request = self.requests[name]
-        return len(request.prompt_ids) + request.max_tokens
+        """Tokens that living choices may still have, computed or not."""
+        tokens = sum(
+            len(request.prompt_ids) + request.max_tokens
+            for request in (self.requests[name] for name, _ in self.streams)
+        )
+        return tokens + self.depth + self.limits.async_scheduling
 
     def submit(self) -> None:
-        draw, name = self.draw, f"r{self.arrivals}"
+        request = self.make_request(f"r{self.arrivals}")
         self.arrivals += 1
+        finished = request.finished or (False,) * request.n
+        choices = [choice for choice in range(request.n) if not finished[choice]]
+        if choices:
+            self.requests[request.id] = request
+        for choice in choices:
+            self.streams[request.id, choice] = list(request.prior[choice]) if request.prior else []
+            self.kv[request.id, choice] = []
+        for choice in choices:
+            self.born[request.id, choice] = self.steps, self.work()
+        follow = FakeMatcher if request.sampling.grammar else None
+        for delta in self.scheduler.submit(request, 0.0, follow):
+            assert not delta.token_ids
+            self.take(delta)
+
+    def make_request(self, name: str) -> Request:
+        draw = self.draw
         prompt = [draw.randint(1, self.letters) for _ in range(draw.randint(1, 16))]
         if draw.random() < 0.5:
             shared = draw.randint(1, 16)
@@ -98,71 +132,90 @@ class Storm:
         max_tokens = draw.randint(1, LONGEST - len(prompt))
         n = draw.choice((1, 1, 2, 4))
         ignore_eos = draw.random() < 0.5
+        sampling, logprobs, prompt_logprobs = PLAIN, None, None
+        if draw.random() < self.not_plain:
+            sampling = draw.choice((PLAIN, *NOT_PLAIN))
+            logprobs, prompt_logprobs = draw.choice((None, 0)), draw.choice((None, 0))
         prior: tuple[tuple[int, ...], ...] = ()
+        finished: tuple[bool, ...] = ()
         if draw.random() < 0.2:
-            output, _ = expected(prompt, max_tokens, ignore_eos, self.limits.window)
-            prior = tuple(tuple(output[: draw.randint(0, len(output) - 1)]) for _ in range(n))
-        request = Request(
+            output, _ = expected(prompt, max_tokens, ignore_eos, self.limits.window, sampling)
+            prior = tuple(tuple(output[: draw.randint(0, len(output))]) for _ in range(n))
+            if draw.random() < 0.2:
+                finished = tuple(draw.random() < 0.5 for _ in range(n))
+        return Request(
             name,
             tuple(prompt),
-            max_tokens=max_tokens,
+            sampling,
+            max_tokens,
             ignore_eos=ignore_eos,
             n=n,
+            logprobs=logprobs,
             prior=prior,
-            priority=0 if self.flat else draw.randint(-1, 1),
+            finished=finished,
+            prompt_logprobs=prompt_logprobs,
+            priority=0 if self.has_one_priority else draw.randint(-1, 1),
         )
-        self.requests[name] = request
-        for choice in range(n):
-            self.streams[name, choice] = list(prior[choice]) if prior else []
-            self.kept[name, choice] = []
-        for choice in range(n):
-            self.born[name, choice] = self.steps, self.work()
-        assert self.scheduler.submit(request, 0.0) == ()
 
     def cancel(self) -> None:
+        """Cancel a choice, or a request with the choices that have ended; what is gone is ignored."""
         name, choice = self.draw.choice(sorted(self.streams))
         whole = self.draw.random() < 0.5
         self.scheduler.cancel(name, None if whole else choice)
         for key in [key for key in self.streams if key == (name, choice) or (whole and key[0] == name)]:
             self.check(key, ended=None)
+        if self.draw.random() < 0.2:
+            self.scheduler.cancel(name, choice)
 
     def step(self) -> None:
-        """Launch what may be in flight, then take in the oldest of it."""
-        while (plan := self.scheduler.schedule(1.0)) is not None:
-            assert plan.tokens <= self.limits.max_batch_tokens
-            self.flying.append(plan)
-            if self.draw.random() < 0.3:
-                break
-        if self.flying:
-            self.steps += 1
-            for delta in self.scheduler.apply(self.rank.run(self.flying.popleft()), 2.0):
+        """Launch some of what may be in flight, then take in the oldest of it."""
+        may_launch = not self.in_flight or self.draw.random() < 0.9
+        while may_launch and (plan := self.scheduler.schedule(1.0)) is not None:
+            assert 0 < plan.tokens <= self.limits.max_batch_tokens
+            self.in_flight.append(plan)
+            may_launch = self.draw.random() < 0.7
+        self.steps += 1
+        if self.in_flight:
+            for delta in self.scheduler.apply(self.rank.run(self.in_flight.popleft()), 2.0):
                 self.take(delta)
         else:
             assert not self.scheduler.has_work
-            self.steps += 1
-        self.scheduler.check_integrity()
+        if self.steps % 3 == 0 or not self.scheduler.has_work:
+            self.scheduler.check_integrity()
 
     def take(self, delta: Delta) -> None:
+        """Take in a delta. One of a choice that has ended, or is cancelled, is a KeyError."""
         key = (delta.id, delta.choice)
         assert delta.index == len(self.streams[key])
+        self.check_prompt_logprobs(delta)
         self.streams[key] += delta.token_ids
-        self.kept[key] += [position.chosen.logprob for position in delta.logprobs]
+        self.kv[key] += [position.chosen.logprob for position in delta.logprobs]
         if delta.finish:
-            arrived, ahead = self.born[key]
-            if self.flat:
-                assert self.steps - arrived <= 2 * ahead, "somebody younger was served before"
+            arrived, work = self.born[key]
+            if self.has_one_priority:
+                assert self.steps - arrived <= 2 * work, "a younger sequence was served before"
             self.check(key, ended=delta.finish)
 
-    def check(self, key: tuple[str, int], ended: str | None) -> None:
-        """See that a choice got what an undisturbed run gives, down to what the model had kept of it."""
-        request, stream, kept = self.requests[key[0]], self.streams.pop(key), self.kept.pop(key)
+    def check_prompt_logprobs(self, delta: Delta) -> None:
+        """They come once, with the first token of the first choice, and for every token of the prompt."""
+        request = self.requests[delta.id]
+        if request.prompt_logprobs is None or delta.choice or delta.index:
+            assert not delta.prompt_logprobs
+        else:
+            kv = kv_of_all(request.prompt_ids, self.limits.window)
+            assert delta.prompt_logprobs == score_prompt(request.prompt_ids, kv)
+
+    def check(self, key: Key, ended: str | None) -> None:
+        """See that a choice got what an undisturbed run gives, down to the KV of every token."""
+        request, stream, kv = self.requests[key[0]], self.streams.pop(key), self.kv.pop(key)
+        window = self.limits.window
         output, finish = expected(
-            request.prompt_ids, request.max_tokens, request.ignore_eos, self.limits.window
+            request.prompt_ids, request.max_tokens, request.ignore_eos, window, request.sampling
         )
         assert stream == output[: len(stream)]
         assert ended is None or (stream, ended) == (output, finish)
-        all_kept = kept_of_all([*request.prompt_ids, *stream], self.limits.window)
-        assert kept == all_kept[len(all_kept) - 1 - len(kept) : -1]
+        all_kv = kv_of_all([*request.prompt_ids, *stream], window)
+        assert kv == all_kv[len(all_kv) - 1 - len(kv) : -1]
         if not any(name == key[0] for name, _ in self.streams):
             del self.requests[key[0]]
 

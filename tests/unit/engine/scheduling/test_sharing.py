@@ -259,3 +259,14 @@ def test_the_source_of_a_copy_is_no_target_in_the_same_plan() -> None:
     assert copy[0] not in tables.allocate_until(third, 32)
     tables.release_copy_sources()
     assert copy[0] in tables.allocate_until(third, 36)
+
+
+def test_blocks_that_a_waiting_sequence_shares_with_a_victim_do_not_count_as_freed() -> None:
+    engine = Engine(kv_blocks=5, max_model_len=20)
+    engine.ask("equal", (40,), 6)
+    engine.ask("victim", PROMPT[:8], 6, priority=1)
+    engine.step()
+    engine.step()
+    assert engine.scheduler.load.kv_blocks_free == 1
+    engine.ask("urgent", (*PROMPT[:8], *range(30, 39)), 2)  # 2 blocks are shared, 3 are missing
+    assert not engine.step().freed_slots
