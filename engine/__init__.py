@@ -1,7 +1,7 @@
 """The torch engine: one replica of a model over tensor- and pipeline-parallel ranks.
 
-Usable alone: `from engine import Engine`. Importing this package imports no torch; the modules that
-other processes share (`config`, `request`, `wire`) never do.
+It can be used alone: `from engine import Engine`. Importing this package does not import torch. Nor do the
+modules that other processes share, such as `config`, `request` and `ipc.wire`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The engine as a library: `with Engine(model) as engine: engine.generate(["Once upon"])`.
 
-Rank 0 lives in the caller's process; the others are `python -m engine.processes.rank` children.
+Rank 0 runs in the caller's process. The other ranks are children, `python -m engine.processes.rank`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,17 @@ Prompt = str | Sequence[int]
 
 @dataclass(slots=True)
 class Completion:
-    """One choice of one prompt. `text` is None when the prompts were token ids.
+    """One completion of one prompt.
 
-    `prompt_logprobs` of the first choice has an entry per prompt token after the first, where they were
-    asked for. `cached_tokens` of the prompt were computed already.
+    Attributes:
+        prompt: index of the prompt.
+        choice: which of the `n` completions of that prompt.
+        token_ids: the output, with the token that ends it.
+        logprobs: one entry per output token, if asked for.
+        finish: why the completion has ended.
+        text: the output as text; None if all prompts were token ids.
+        prompt_logprobs: of choice 0, one entry per prompt token after the first, if asked for.
+        cached_tokens: tokens of the prompt that were computed already.
     """
 
     prompt: int
@@ -56,12 +63,13 @@ class Engine:
         tp: tensor parallel ranks per stage.
         pp: pipeline stages.
         device: "cpu" or "cuda"; rank r takes GPU r modulo the GPUs there are.
-        progress: show how far rank 0 has loaded; None does so where standard error is a terminal.
-        options: further fields of EngineConfig, such as dtype and max_model_len.
+        progress: show how much of the weights rank 0 has loaded; None does so if standard error is a
+            terminal.
+        options: other fields of EngineConfig, such as dtype and max_model_len.
 
     Raises:
         ModelError: the model or the layout cannot be served.
-        EngineError: another rank has ended while starting.
+        EngineError: a rank cannot start, or has ended while starting.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class Engine:
         **options: Any,
     ) -> None:
         config = EngineConfig(str(model), tp=tp, pp=pp, device=_device(device, 0), **options)
-        check_layout(ModelConfig.load(config.model), tp, pp)  # before any rank is started for nothing
+        check_layout(ModelConfig.load(config.model), tp, pp)  # refuse before any rank starts
         self._model = config.model
         self._ids = itertools.count()
         self._tokenizer: Tokenizer | None = None
@@ -92,7 +100,7 @@ class Engine:
             own = isinstance(error, EngineError) and error.reason != "RANK_LOST"
             if cause is None or own or not isinstance(error, Exception):
                 raise
-            raise cause from error  # which knows better than rank 0 why it has gone
+            raise cause from error  # rank 0 knows only that its peer has gone; the peer said why
         self._core = member.core
         self.max_model_len = member.max_model_len
 
@@ -109,27 +117,27 @@ class Engine:
         prompt_logprobs: int | None = None,
         progress: bool | None = None,
     ) -> list[Completion]:
-        """Complete every prompt `n` times over; completions come in the order of prompts, then choices.
+        """Complete every prompt `n` times; completions come in the order of prompts, then choices.
 
         Args:
             prompts: texts or token ids.
-            sampling: how tokens are drawn, of all prompts alike.
+            sampling: how tokens are sampled, the same for all prompts.
             max_tokens: of each completion; one number, or one per prompt.
-            stop_token_ids: tokens that end a completion and are its last.
-            ignore_eos: go on after the model's end of sequence.
+            stop_token_ids: tokens that end a completion; it contains them.
+            ignore_eos: continue after the model's end of sequence.
             n: completions of each prompt.
-            logprobs: log-probabilities of the tokens drawn, with so many alternatives.
-            prompt_logprobs: the same of the prompts' tokens.
-            progress: show a bar on standard error; None does so where that is a terminal.
+            logprobs: log-probabilities of the sampled tokens, with this many alternatives.
+            prompt_logprobs: the same for the prompts' tokens.
+            progress: show a bar on standard error; None does so if that is a terminal.
 
         Raises:
             RequestError: a prompt cannot be served; nothing has been generated.
-            EngineError: BUSY, while requests of `submit` live.
+            EngineError: BUSY, if requests of `submit` live.
         """
         core = self._running()
         core.settle(time.time())
         if core.busy:
-            raise EngineError("BUSY", "requests of submit() live: generate() would take their tokens")
+            raise EngineError("BUSY", "requests of submit() live: generate() would consume their tokens")
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         tokenizer = None
         if any(isinstance(prompt, str) for prompt in prompts):
@@ -163,7 +171,7 @@ class Engine:
         return list(completions.values())
 
     def submit(self, request: Request) -> tuple[Delta, ...]:
-        """Queue a request for `step`. Returns choices whose prior output has ended already.
+        """Queue a request for `step`. Returns the end of each choice whose prior output is complete already.
 
         Raises:
             RequestError: the request cannot be served; nothing has changed.
@@ -171,13 +179,13 @@ class Engine:
         return self._running().submit(request, time.time())
 
     def step(self) -> tuple[Delta, ...]:
-        """Run the engine, which must be `busy`, for one step; returns the new tokens."""
+        """Run one step; returns the new tokens. The engine must be `busy`."""
         core = self._running()
         core.launch(time.time())
         return core.collect(time.time())[1]
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request, if it lives."""
+        """End a request without further tokens. An unknown one is ignored."""
         self._running().cancel(request_id)
 
     @property
@@ -217,7 +225,7 @@ class Engine:
         link.send(StartEngine(**start))
 
     def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        """A rank's process, which inherits its end of the socket."""
+        """Start a process for one rank; it inherits `theirs`, its end of the socket."""
         command = [
             sys.executable,
             "-m",
@@ -272,7 +280,7 @@ class Engine:
 
 
 def _text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """Text of a completion, as the text process would deliver it piece by piece."""
+    """The text of a completion. The text process of a worker builds the same text, piece by piece."""
     text = ChoiceText(Detokenizer(tokenizer.decode, tokenizer.context), ())
     return "".join(map(text.push, token_ids)) + text.flush()
 

@@ -13,7 +13,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How one rank runs a model. Zero and the empty string let the engine choose."""
+    """How one rank runs a model. The engine chooses where a field is zero or the empty string."""
 
     model: str
     tp: int = 1
@@ -25,25 +25,25 @@ class EngineConfig:
     dtype: str = ""
     max_model_len: int = 0
     max_batch_tokens: int = 0  # tokens per step, over all sequences
-    max_running: int = 64  # sequences that hold KV blocks at once
-    max_prefill_tokens: int = (
-        0  # prompt tokens in a step beside decodes; 0: as `engine.scheduling.budget` has it
-    )
-    prefix_cache: bool = True  # whether prompts start from what is left of others with the same beginning
-    # KV memory of one rank: 1 GiB on a CPU, most of what is left on a GPU, divided among the replica's
-    # ranks on it. Replicas that share a GPU know nothing of each other and must be given theirs.
+    max_running: int = 64  # sequences that have KV blocks at the same time
+    max_prefill_tokens: int = 0  # prompt tokens in a step beside decodes; 0: `engine.scheduling.budget`
+    prefix_cache: bool = True  # whether sequences with the same beginning share its KV
+    # KV memory of one rank. 0 means 1 GiB on a CPU. On a GPU it means most of the memory that is left, divided
+    # among the replica's ranks on that GPU. Replicas on one GPU do not know of each other: set it for them.
     kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
-    quantization: str = ""  # of weights: "", "int8", "fp8" (a scale per row), "int4" (per row and 64)
+    quantization: str = (
+        ""  # of weights: "", "int8" or "fp8" (a scale per row), "int4" (per row and 64 columns)
+    )
     load_format: str = "auto"  # or "dummy": random weights from config.json alone
     check_weights: bool = False  # refuse weights that are NaN or infinite
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens per step, chosen by the device where they are not given: more of them per weight read."""
+        """Tokens per step. The default is larger on a GPU: it computes more tokens per weight read."""
         return self.max_batch_tokens or (512 if self.device == "cpu" else 2048)
 
     @property
     def dtype_name(self) -> str:
-        """The dtype of weights and activations, chosen by the device where it is not given."""
+        """The dtype of weights and activations. The default depends on the device."""
         return self.dtype or ("float32" if self.device == "cpu" else "bfloat16")

@@ -1,4 +1,4 @@
-"""Errors of the engine, typed so that every caller can say what to do."""
+"""Errors of the engine, typed so that every caller can tell what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EngineError(Exception):
 
 
 class RequestError(EngineError):
-    """The request cannot be served as it is: the caller must change it. Nobody else is affected."""
+    """The request cannot be served as it is: the caller must change it. No other request is affected."""
 
 
 class ModelError(EngineError):
@@ -23,19 +23,22 @@ class ModelError(EngineError):
 
 
 def as_engine_error(error: Exception) -> EngineError:
-    """What an engine dies of, by a reason that tells a device from a program, and from a lack of memory.
+    """The typed error for what ends an engine.
 
-    OUT_OF_MEMORY: the device, or the host, had none left. DEVICE_FAILED: CUDA reports an error, after which
-    nothing that a process holds on the device can be trusted, and only its end frees it. INTERNAL: anything
-    else.
+    An EngineError stays itself. The reasons of the others:
+
+    - OUT_OF_MEMORY: the device or the host has no memory left.
+    - DEVICE_FAILED: CUDA reports an error. The process can no longer trust its data on the device, and only
+      its end frees the device.
+    - INTERNAL: anything else, probably a bug.
     """
     if isinstance(error, EngineError):
         return error
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's, which this module does not import
-    first = str(error).partition("\n")[0]
+    names = {kind.__name__ for kind in type(error).__mro__}  # by name: this module does not import torch
+    first_line = str(error).partition("\n")[0]
     no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == ENOMEM)
-    if no_memory or "OutOfMemoryError" in kinds:
-        return EngineError("OUT_OF_MEMORY", f"{first} Give the engine less kv_bytes, or more ranks.")
-    if "AcceleratorError" in kinds or "CUDA error" in first:
-        return EngineError("DEVICE_FAILED", first)
+    if no_memory or "OutOfMemoryError" in names:
+        return EngineError("OUT_OF_MEMORY", f"{first_line} Give the engine less kv_bytes, or more ranks.")
+    if "AcceleratorError" in names or "CUDA error" in first_line:
+        return EngineError("DEVICE_FAILED", first_line)
     return EngineError("INTERNAL", f"{type(error).__name__}: {error}")

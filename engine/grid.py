@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """One rank's place."""
+    """The place of one rank."""
 
     tp: int
     pp: int
@@ -15,27 +15,27 @@ class Grid:
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.tp * self.pp
 
     @property
     def tp_rank(self) -> int:
-        """The column: which slice of each layer."""
+        """The column of the grid: which slice of each layer the rank has."""
         return self.rank % self.tp
 
     @property
     def pp_rank(self) -> int:
-        """The row: which layers."""
+        """The row of the grid, the pipeline stage: which layers the rank has."""
         return self.rank // self.tp
 
     @property
     def is_first_stage(self) -> bool:
-        """Embeds tokens."""
+        """Whether the rank embeds tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Computes logits."""
+        """Whether the rank computes logits."""
         return self.pp_rank == self.pp - 1
 
     @property

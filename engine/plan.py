@@ -1,8 +1,8 @@
-"""One step as the leader decides it and every rank executes it, and what the step drew.
+"""One step: the plan that the leader decides and every rank executes, and what the step sampled.
 
-A plan is a difference: ranks keep, per slot, what earlier plans said about its sequence. A plan is applied
-in the order freed slots, new sequences, copies, chunks, so that a slot or block that it frees can be used
-again in the same plan. `engine.plan_codec` turns both into bytes.
+A plan is a difference. Ranks keep, per slot, what earlier plans said about its sequence. They apply a plan in
+this order: freed slots, new sequences, copies, chunks. So a slot or block that a plan frees can be used again
+in the same plan. `engine.plan_codec` encodes plans and samples as bytes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import NamedTuple
 from engine.request import PositionLogprobs, SamplingParams
 
 PENDING_TOKEN = (1 << 31) - 1
-"""In place of a token: the one that the step before draws for this slot, which nobody has read yet."""
+"""Placeholder for the token that the previous step samples for the same slot; the device fills it in."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
-    """A sequence that takes a slot: how it is sampled, and where its output begins.
+    """A sequence that takes a slot: how its tokens are sampled, and where its output begins.
 
-    Where drawing depends on tokens before (`needs_output`, `needs_prompt`), it brings those known by now;
-    the rank that samples adds what it draws. `ends` may not be drawn before `sampling.min_tokens`. The
-    grammar stays with the leader, which sends masks.
+    `prompt_ids` and `output_ids` are the tokens known so far. They are empty unless sampling depends on them
+    (penalties, bad words) or the log-probabilities of the prompt are wanted. The sampling rank adds each
+    token that it samples. Before `sampling.min_tokens` output tokens, no token of `ends` may be sampled. The
+    grammar stays on the leader, which sends masks.
     """
 
     slot: int
@@ -37,12 +38,12 @@ class NewSequence:
 
 
 class SequenceChunk(NamedTuple):
-    """Consecutive tokens of one sequence. A tuple, since every step makes and reads one for each sequence.
+    """Consecutive tokens of one sequence. A tuple, because each step makes and reads one per sequence.
 
-    `start` is the position of the first; `blocks` are appended to its block table; with `sample`
-    the token after the last is drawn. The first row of a slot may start behind tokens whose keys and
-    values are in its blocks already. Block 0 stands for blocks that only an attention window has passed:
-    the table keeps their place, and nothing of them may be read.
+    `start` is the position of the first token. `blocks` are appended to the sequence's block table. With
+    `sample`, the step samples the token after the last one of the chunk. The first chunk of a slot may start
+    after tokens whose KV is in its blocks already. Block 0 may stand for a block out of the attention
+    window: it keeps the place in the table, and no query may read it.
     """
 
     slot: int
@@ -54,7 +55,7 @@ class SequenceChunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Which tokens a grammar allows next: bit i of the little-endian `bits` stands for token id i."""
+    """The tokens that a grammar allows next: bit i of the little-endian `bits` stands for token id i."""
 
     slot: int
     bits: bytes
@@ -62,10 +63,10 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Everything that one step does. Steps of an epoch are numbered from 1 without gaps.
+    """Everything that one step does. The steps of an epoch are numbered from 1 without gaps.
 
-    With `sample_on_device`, every rank samples and keeps the ids on its device: the next plan may come before
-    they are read, and say `PENDING_TOKEN` for them.
+    With `sample_on_device`, every rank samples and keeps the token ids on its device. Then the next plan may
+    come before the host has read them, with `PENDING_TOKEN` in their place.
     """
 
     epoch: int
@@ -73,21 +74,21 @@ class StepPlan:
     freed_slots: tuple[int, ...] = ()
     new_sequences: tuple[NewSequence, ...] = ()
     chunks: tuple[SequenceChunk, ...] = ()
-    masks: tuple[Mask, ...] = ()  # of rows that sample under a grammar
-    copies: tuple[tuple[int, int], ...] = ()  # whole KV blocks, from and to; no target is a source
+    masks: tuple[Mask, ...] = ()  # for the chunks that sample under a grammar
+    copies: tuple[tuple[int, int], ...] = ()  # whole KV blocks: (source, target); no target is a source
     sample_on_device: bool = False
 
     @property
     def tokens(self) -> int:
-        """Tokens in all rows."""
+        """Tokens in all chunks."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Log-probabilities of prompt tokens, of each given those before it.
+    """Log-probabilities of prompt tokens, each given the tokens before it.
 
-    They are the tokens after those of the plan's row number `row`, as far as the prompt goes.
+    They belong to the tokens that follow those of chunk number `row` of the plan, up to the prompt's end.
     """
 
     row: int
@@ -96,7 +97,7 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens drawn in a step, in the order of the plan's rows that sample."""
+    """The tokens that a step sampled, in the order of the plan's chunks with `sample`."""
 
     step: int
     token_ids: tuple[int, ...]

@@ -1,4 +1,7 @@
-"""Plans and what they sampled as bytes: little-endian integers and floats, no pickle."""
+"""Step plans and sampled tokens as bytes: little-endian integers and floats, no pickle.
+
+Chunks are packed column by column, since every step waits for them; all else is packed value by value.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,16 @@ from typing import Any
 from engine.plan import Mask, NewSequence, PromptLogprobs, Sampled, SequenceChunk, StepPlan
 from engine.request import PositionLogprobs, SamplingParams, TokenLogprob
 
-_HEADER = struct.Struct(
-    "<qqIIIII?"
-)  # epoch, step, freed_slots, new_sequences, rows, masks, copies, sample_on_device
-_JOIN = struct.Struct("<IIIiidqddQdddI")
-_LISTS = struct.Struct("<IIIII")  # lengths of a join's: prompt, output, ends, logit_bias, bad_words
-_BIAS = struct.Struct("<Id")
+# Epoch, step; the numbers of freed slots, new sequences, chunks, masks and copies; sample_on_device.
+_HEADER = struct.Struct("<qqIIIII?")
+_NEW_SEQUENCE = struct.Struct("<IIIiidqddQdddI")
+_LENGTHS = struct.Struct("<IIIII")  # of a new sequence's prompt, output, ends, logit_bias, bad_words
+_BIAS = struct.Struct("<Id")  # token id, bias
 _COUNT = struct.Struct("<I")
 _MASK = struct.Struct("<II")  # slot, bytes
-_COPY = struct.Struct("<II")  # source, destination
-_SAMPLED = struct.Struct("<qII")  # step, tokens, rows with log-probabilities of the prompt
-_TOKEN = struct.Struct("<Id")
+_COPY = struct.Struct("<II")  # source, target
+_SAMPLED = struct.Struct("<qII")  # step, tokens, chunks with log-probabilities of the prompt
+_LOGPROB = struct.Struct("<Id")  # token id, log-probability
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -35,9 +37,9 @@ def encode_plan(plan: StepPlan) -> bytes:
     )
     parts = [_HEADER.pack(plan.epoch, plan.step, *counts, plan.sample_on_device)]
     parts.append(_pack_ids(plan.freed_slots))
-    for join in plan.new_sequences:
-        parts.extend(_pack_join(join))
-    parts.extend(_pack_rows(plan.chunks))
+    for new in plan.new_sequences:
+        parts.extend(_pack_new_sequence(new))
+    parts.extend(_pack_chunks(plan.chunks))
     for mask in plan.masks:
         parts += (_MASK.pack(mask.slot, len(mask.bits)), mask.bits)
     parts.extend(_COPY.pack(*copy) for copy in plan.copies)
@@ -45,15 +47,19 @@ def encode_plan(plan: StepPlan) -> bytes:
 
 
 def decode_plan(data: bytes) -> StepPlan:
-    """The plan in `data`. Raises struct.error or ValueError when it is cut short or too long."""
+    """The plan in `data`.
+
+    Raises:
+        struct.error, ValueError: `data` is cut short or too long.
+    """
     reader = _Reader(data)
-    epoch, step, freed_slots, new_sequences, rows, masks, copies, sample_on_device = reader.take(_HEADER)
+    epoch, step, freed_slots, new_sequences, chunks, masks, copies, sample_on_device = reader.take(_HEADER)
     plan = StepPlan(
         epoch,
         step,
         reader.ids(freed_slots),
-        tuple(_read_join(reader) for _ in range(new_sequences)),
-        _read_rows(reader, rows),
+        tuple(_read_new_sequence(reader) for _ in range(new_sequences)),
+        _read_chunks(reader, chunks),
         tuple(_read_mask(reader) for _ in range(masks)),
         tuple(_read_copy(reader) for _ in range(copies)),
         sample_on_device,
@@ -63,7 +69,7 @@ def decode_plan(data: bytes) -> StepPlan:
 
 
 def encode_sampled(sampled: Sampled) -> bytes:
-    """The drawn tokens as bytes."""
+    """The sampled tokens as bytes."""
     parts = [_SAMPLED.pack(sampled.step, len(sampled.token_ids), len(sampled.prompt_logprobs))]
     parts.append(_pack_ids(sampled.token_ids))
     parts.extend(_pack_logprobs(sampled.logprobs))
@@ -74,7 +80,11 @@ def encode_sampled(sampled: Sampled) -> bytes:
 
 
 def decode_sampled(data: bytes) -> Sampled:
-    """The drawn tokens in `data`. Raises struct.error or ValueError when it is cut short or too long."""
+    """The sampled tokens in `data`.
+
+    Raises:
+        struct.error, ValueError: `data` is cut short or too long.
+    """
     reader = _Reader(data)
     step, count, prompts = reader.take(_SAMPLED)
     token_ids = reader.ids(count)
@@ -84,38 +94,38 @@ def decode_sampled(data: bytes) -> Sampled:
     return Sampled(step, token_ids, logprobs, prompt_logprobs)
 
 
-def _pack_join(join: NewSequence) -> Iterable[bytes]:
-    s = join.sampling
-    yield _JOIN.pack(
-        join.slot,
-        join.prompt_len,
-        join.choice,
-        -1 if join.logprobs is None else join.logprobs,
-        -1 if join.prompt_logprobs is None else join.prompt_logprobs,
-        s.temperature,
-        s.top_k,
-        s.top_p,
-        s.min_p,
-        s.seed,
-        s.repetition_penalty,
-        s.presence_penalty,
-        s.frequency_penalty,
-        s.min_tokens,
+def _pack_new_sequence(new: NewSequence) -> Iterable[bytes]:
+    sampling = new.sampling
+    yield _NEW_SEQUENCE.pack(
+        new.slot,
+        new.prompt_len,
+        new.choice,
+        -1 if new.logprobs is None else new.logprobs,
+        -1 if new.prompt_logprobs is None else new.prompt_logprobs,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.seed,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        sampling.min_tokens,
     )
-    id_lists = (join.prompt_ids, join.output_ids, join.ends)
-    yield _LISTS.pack(*map(len, id_lists), len(s.logit_bias), len(s.bad_words))
+    id_lists = (new.prompt_ids, new.output_ids, new.ends)
+    yield _LENGTHS.pack(*map(len, id_lists), len(sampling.logit_bias), len(sampling.bad_words))
     yield from map(_pack_ids, id_lists)
-    for token, bias in s.logit_bias:
+    for token, bias in sampling.logit_bias:
         yield _BIAS.pack(token, bias)
-    for word in s.bad_words:
+    for word in sampling.bad_words:
         yield _COUNT.pack(len(word)) + _pack_ids(word)
 
 
-def _pack_rows(rows: Sequence[SequenceChunk]) -> Iterable[bytes]:
-    """Column by column: a step waits for this, and a call per row would take longer than its way."""
-    if rows:
-        slots, starts, token_ids, blocks, samples = zip(*rows, strict=True)
-        growing = [index for index, ids in enumerate(blocks) if ids]  # few of those that decode
+def _pack_chunks(chunks: Sequence[SequenceChunk]) -> Iterable[bytes]:
+    """All slots, all starts, and so on: a call per chunk would take longer than sending the bytes."""
+    if chunks:
+        slots, starts, token_ids, blocks, samples = zip(*chunks, strict=True)
+        growing = [index for index, ids in enumerate(blocks) if ids]  # few decodes get a new block
         yield _pack_ids((len(growing), *slots, *starts, *map(len, token_ids)))
         yield bytes(samples)
         yield _pack_ids(tuple(chain.from_iterable(token_ids)))
@@ -124,12 +134,12 @@ def _pack_rows(rows: Sequence[SequenceChunk]) -> Iterable[bytes]:
 
 
 def _pack_logprobs(entries: Sequence[PositionLogprobs | None]) -> Iterable[bytes]:
-    """How many tokens each entry has, 0 for None, then the tokens."""
+    """The number of tokens of each entry, 0 for None; then the tokens of all entries."""
     yield _pack_ids([0 if entry is None else 1 + len(entry.top) for entry in entries])
     for entry in entries:
         if entry is not None:
             for token in (entry.chosen, *entry.top):
-                yield _TOKEN.pack(token.token_id, token.logprob)
+                yield _LOGPROB.pack(token.token_id, token.logprob)
 
 
 def _pack_ids(ids: Sequence[int]) -> bytes:
@@ -137,20 +147,20 @@ def _pack_ids(ids: Sequence[int]) -> bytes:
 
 
 class _Reader:
-    """A place in a byte string."""
+    """Reads values from a byte string, one after another."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
 
     def take(self, layout: struct.Struct) -> tuple[Any, ...]:
-        """The values that `layout` describes."""
+        """The next values, as `layout` describes them."""
         values = layout.unpack_from(self._data, self._at)
         self._at += layout.size
         return values
 
     def ids(self, count: int) -> tuple[int, ...]:
-        """`count` unsigned 32-bit numbers."""
+        """The next `count` unsigned 32-bit numbers."""
         values = struct.unpack_from(f"<{count}I", self._data, self._at)
         self._at += 4 * count
         return values
@@ -164,17 +174,21 @@ class _Reader:
         return part
 
     def end(self) -> None:
-        """See that nothing is left."""
+        """Check that all bytes are read.
+
+        Raises:
+            ValueError: some are left.
+        """
         if self._at != len(self._data):
             raise ValueError(f"{len(self._data) - self._at} bytes after the end")
 
 
-def _read_join(reader: _Reader) -> NewSequence:
+def _read_new_sequence(reader: _Reader) -> NewSequence:
     (
         slot, prompt_len, choice, logprobs, prompt_logprobs,
         temperature, top_k, top_p, min_p, seed, repetition, presence, frequency, min_tokens,
-    ) = reader.take(_JOIN)  # fmt: skip
-    prompt, output, ends, biases, words = reader.take(_LISTS)
+    ) = reader.take(_NEW_SEQUENCE)  # fmt: skip
+    prompt, output, ends, biases, words = reader.take(_LENGTHS)
     prompt_ids, output_ids, end_ids = reader.ids(prompt), reader.ids(output), reader.ids(ends)
     logit_bias = tuple(reader.take(_BIAS) for _ in range(biases))
     bad_words = tuple(reader.ids(*reader.take(_COUNT)) for _ in range(words))
@@ -205,8 +219,8 @@ def _read_join(reader: _Reader) -> NewSequence:
 
 
 def _read_copy(reader: _Reader) -> tuple[int, int]:
-    source, destination = reader.take(_COPY)
-    return source, destination
+    source, target = reader.take(_COPY)
+    return source, target
 
 
 def _read_mask(reader: _Reader) -> Mask:
@@ -223,7 +237,7 @@ def _read_prompt(reader: _Reader) -> PromptLogprobs:
     return PromptLogprobs(row, present)
 
 
-def _read_rows(reader: _Reader, count: int) -> tuple[SequenceChunk, ...]:
+def _read_chunks(reader: _Reader, count: int) -> tuple[SequenceChunk, ...]:
     if count == 0:
         return ()
     ((growing,), slots, starts, lengths) = map(reader.ids, (1, count, count, count))
@@ -233,16 +247,16 @@ def _read_rows(reader: _Reader, count: int) -> tuple[SequenceChunk, ...]:
     indices, lengths = reader.ids(growing), reader.ids(growing)
     for index, ids in zip(indices, _cut(reader.ids(sum(lengths)), lengths), strict=True):
         if index >= count:
-            raise ValueError(f"blocks for row {index} of {count}")
+            raise ValueError(f"blocks for chunk {index} of {count}")
         blocks[index] = ids
     fields = zip(slots, starts, token_ids, blocks, samples, strict=True)
-    return tuple(
-        map(partial(tuple.__new__, SequenceChunk), fields)
-    )  # SequenceChunk._make, without a Python call for each
+    # Like SequenceChunk._make, but without a Python call for each chunk.
+    return tuple(map(partial(tuple.__new__, SequenceChunk), fields))
 
 
 def _cut(ids: tuple[int, ...], lengths: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
-    if len(ids) == len(lengths) and 0 not in lengths:  # one each, as in decoding
+    """Consecutive pieces of `ids` with these lengths."""
+    if len(ids) == len(lengths) and 0 not in lengths:  # one id each, as in a decode step
         return zip(ids, strict=True)
     return [ids[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
 
@@ -253,6 +267,6 @@ def _read_logprobs(reader: _Reader, count: int) -> tuple[PositionLogprobs | None
         return (None,) * count
     entries: list[PositionLogprobs | None] = []
     for count in counts:
-        tokens = tuple(TokenLogprob(*reader.take(_TOKEN)) for _ in range(count))
+        tokens = tuple(TokenLogprob(*reader.take(_LOGPROB)) for _ in range(count))
         entries.append(PositionLogprobs(tokens[0], tokens[1:]) if tokens else None)
     return tuple(entries)

@@ -1,4 +1,4 @@
-"""The progress bars of an engine as a library: of loading, and of `Engine.generate`."""
+"""Progress bars for the engine as a library: while it loads, and during `Engine.generate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Advance = Callable[[int, int, Load], None]
 
 @contextmanager
 def loading_bar(shown: bool | None) -> Iterator[Callable[[float], None]]:
-    """A function to call with the fraction of the weights that is loaded; `shown` as of `progress_bar`."""
+    """Yields a function that takes the fraction of weights loaded; for `shown` see `progress_bar`."""
     if not _is_shown(shown):
         yield lambda fraction: None
         return
@@ -33,12 +33,12 @@ def loading_bar(shown: bool | None) -> Iterator[Callable[[float], None]]:
 
 @contextmanager
 def progress_bar(total: int, before: Load, shown: bool | None) -> Iterator[Advance]:
-    """A function to call after every step with completions ended, tokens drawn, and the load then.
+    """Yields a function to call after every step: with completions ended, tokens sampled, and the load.
 
     Args:
-        total: completions to come.
-        before: the load at the start, from which prefix hits are counted.
-        shown: None shows it where standard error is a terminal.
+        total: number of completions.
+        before: the load at the start; prefix hits are counted from there.
+        shown: whether there is a bar; None shows it if standard error is a terminal.
     """
     if not _is_shown(shown):
         yield lambda ended, tokens, load: None
@@ -55,13 +55,13 @@ def progress_bar(total: int, before: Load, shown: bool | None) -> Iterator[Advan
     )
     with rich.Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task("", total=total, state="")
-        drawn = 0
+        num_tokens = 0
 
         def advance(ended: int, tokens: int, load: Load) -> None:
-            nonlocal drawn
-            drawn += tokens
+            nonlocal num_tokens
+            num_tokens += tokens
             elapsed = bars.tasks[task].elapsed
-            bars.update(task, advance=ended, state=describe(drawn, elapsed or 0.0, before, load))
+            bars.update(task, advance=ended, state=describe(num_tokens, elapsed or 0.0, before, load))
 
         yield advance
 
@@ -71,7 +71,7 @@ def _is_shown(shown: bool | None) -> bool:
 
 
 def describe(tokens: int, elapsed: float, before: Load, load: Load) -> str:
-    """Tokens per second, and the share of prompt tokens that the prefix cache had, where it had any."""
+    """Tokens per second, and the share of prompt tokens that were cached, unless it is zero."""
     parts = [f"{tokens / elapsed:.0f} tokens/s"] if elapsed > 0 else []
     hits = load.prefix_hits - before.prefix_hits
     if hits:

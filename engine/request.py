@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it answers. Plain values, no torch."""
+"""Requests to the engine and its answers. Plain values, no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ GrammarKind = Literal["json_schema", "json_object", "regex", "choice"]
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What the output must match, from its first token to its last.
+    """What the whole output must match.
 
-    `source` is a JSON Schema, a regular expression, or a JSON array of the texts to choose from; for
-    `json_object`, any JSON object, it is empty.
+    `source` is a JSON Schema, a regular expression, or a JSON array of the texts to choose from. For
+    `json_object`, which allows any JSON object, it is empty.
     """
 
     kind: GrammarKind
@@ -23,10 +23,11 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn.
+    """How the next token is sampled.
 
-    Noise is keyed by (seed, choice, output position) and by nothing else, so that a replayed
-    request draws what the lost attempt would have drawn. `prior` output counts as output everywhere.
+    Noise is keyed by (seed, choice, output position) and by nothing else. So a replayed request samples the
+    tokens that the lost attempt would have sampled. Output of earlier attempts (`Request.prior`) counts as
+    output everywhere.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -34,17 +35,19 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0  # 0 <= seed < 2**64
-    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens seen at all
-    presence_penalty: float = 0.0  # taken once from the logits of tokens in the output
-    frequency_penalty: float = 0.0  # taken from them once per occurrence
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
-    min_tokens: int = 0  # output tokens before end-of-sequence, stop ids and stop texts count
+    repetition_penalty: float = (
+        1.0  # divides positive, multiplies negative logits of prompt and output tokens
+    )
+    presence_penalty: float = 0.0  # subtracted once from the logits of output tokens
+    frequency_penalty: float = 0.0  # subtracted once per occurrence in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value added to its logit)
+    min_tokens: int = 0  # output tokens before an end of sequence, stop id or stop text may end it
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids that the output must not contain
     grammar: Grammar | None = None
 
     @property
     def has_penalties(self) -> bool:
-        """Whether tokens that have come before change the logits."""
+        """Whether earlier tokens change the logits."""
         return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
     @property
@@ -57,23 +60,23 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and how to complete it, `n` times over.
+    """One prompt, and how to complete it `n` times.
 
-    `prior` holds, per choice, what earlier attempts generated: it is output, not prompt, so output
-    positions, `max_tokens` and noise go on from it. `finished` marks choices that have ended.
+    `prior` has, per choice, the tokens that earlier attempts generated. They are output, not prompt: output
+    positions, `max_tokens` and noise continue from them. `finished` marks choices that have ended.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
-    max_tokens: int = 16  # 0 is as many as fit
+    max_tokens: int = 16  # 0: as many as fit
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
     prior: tuple[tuple[int, ...], ...] = ()
     finished: tuple[bool, ...] = ()
-    prompt_logprobs: int | None = None  # alternatives beside each prompt token, None for no such thing
+    prompt_logprobs: int | None = None  # alternatives beside each prompt token; None: no scores
     priority: int = 0  # lower is served earlier
 
 
@@ -96,7 +99,7 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When a choice passed its milestones, in seconds since the Unix epoch."""
+    """When a choice reached each milestone, in seconds since the Unix epoch."""
 
     queued: float
     scheduled: float
@@ -106,13 +109,14 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one choice. `index` is the output position of the first, prior output included.
+    """New tokens of one choice. `index` is the output position of the first one, prior output included.
 
-    `pieces` is the text that each token completed (one entry per token); the engine leaves it empty
-    and the text process fills it. `finish` and `timing` come with the choice's last token,
-    `prompt_logprobs`, one entry per prompt token after the first, with the first choice's first.
-    `cached_tokens` comes with an attempt's first token of each choice: how many tokens of the prompt were
-    computed already, for other requests or another choice.
+    - `pieces`: the text that each token completes, one entry per token. The engine leaves it empty; the text
+      process fills it.
+    - `finish`, `timing`: come with the last token of the choice.
+    - `prompt_logprobs`: one entry per prompt token after the first; come with the first token of choice 0.
+    - `cached_tokens`: comes with the first token that an attempt generates for the choice. So many tokens of
+      the prompt were computed already, for other requests or another choice.
     """
 
     id: str
@@ -138,9 +142,12 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a replica is: choices running and waiting, KV blocks free or kept as cache, and in all.
+    """How busy a replica is.
 
-    Of `prefix_tokens` prompt tokens looked up in the prefix cache since the start, `prefix_hits` were there.
+    - `running`, `waiting`: choices.
+    - `kv_blocks_free`: KV blocks that can be allocated, free or evictable, of `kv_blocks_total`.
+    - `prefix_tokens`: prompt tokens looked up in the prefix cache since the start; `prefix_hits` of them were
+      cached.
     """
 
     running: int = 0

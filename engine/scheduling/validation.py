@@ -1,4 +1,4 @@
-"""What a request must be like to be served."""
+"""Which requests the engine refuses, and why."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from engine.text.prompt_length import too_many_tokens
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
-MAX_PENALTY = 2.0  # of presence and frequency, either way
-MAX_BIAS = 100.0  # either way
+MAX_PENALTY = 2.0  # presence and frequency penalties are between -MAX_PENALTY and MAX_PENALTY
+MAX_BIAS = 100.0  # logit biases are between -MAX_BIAS and MAX_BIAS
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 1024
-MAX_PROMPT_LOGPROBS = 100_000  # of all a prompt's tokens together: they travel in one message
+MAX_PROMPT_LOGPROBS = 100_000  # alternatives included, over the whole prompt: they travel in one message
 
 
 def validate(request: Request, limits: Limits) -> None:
-    """See that a request is well-formed and fits.
+    """Check that a request is well-formed and within the limits.
 
     Raises:
         RequestError: with the reason EMPTY_PROMPT, PROMPT_TOO_LONG, MAX_TOKENS_TOO_LARGE,
@@ -45,7 +45,7 @@ def validate(request: Request, limits: Limits) -> None:
     _validate_ids(request, limits)
     _validate_choices(request)
     _validate_sampling(request.sampling)
-    _validate_rules(request, limits)
+    _validate_logits_processors(request, limits)
 
 
 def _validate_ids(request: Request, limits: Limits) -> None:
@@ -94,7 +94,7 @@ def _validate_sampling(sampling: SamplingParams) -> None:
         raise _invalid(f"seed must be at least 0 and below 2**64, not {sampling.seed}")
 
 
-def _validate_rules(request: Request, limits: Limits) -> None:
+def _validate_logits_processors(request: Request, limits: Limits) -> None:
     sampling = request.sampling
     if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
         raise _invalid(f"repetition_penalty must be above 0, not {sampling.repetition_penalty}")
@@ -112,9 +112,9 @@ def _validate_rules(request: Request, limits: Limits) -> None:
     for _, bias in sampling.logit_bias:
         if not -MAX_BIAS <= bias <= MAX_BIAS:
             raise _invalid(f"logit_bias must be between -{MAX_BIAS:g} and {MAX_BIAS:g}, not {bias}")
-    most = request.max_tokens or limits.max_model_len - len(request.prompt_ids)
-    if not 0 <= sampling.min_tokens <= most:
-        raise _invalid(f"min_tokens must be between 0 and max_tokens {most}, not {sampling.min_tokens}")
+    max_tokens = request.max_tokens or limits.max_model_len - len(request.prompt_ids)
+    if not 0 <= sampling.min_tokens <= max_tokens:
+        raise _invalid(f"min_tokens must be between 0 and max_tokens {max_tokens}, not {sampling.min_tokens}")
     if not all(sampling.bad_words) or len(sampling.bad_words) > MAX_BAD_WORDS:
         raise _invalid(f"bad_words must be at most {MAX_BAD_WORDS}, none of them empty")
     if sampling.grammar is not None:
