@@ -28,8 +28,8 @@ class EngineConfig:
     max_running: int = 64  # sequences that have KV blocks at the same time
     max_prefill_tokens: int = 0  # prompt tokens in a step beside decodes; 0: `engine.scheduling.budget`
     prefix_cache: bool = True  # whether sequences with the same beginning share its KV
-    # KV memory of one rank. 0 means 1 GiB on a CPU. On a GPU it means most of the memory that is left, divided
-    # among the replica's ranks on that GPU. Replicas on one GPU do not know of each other: set it for them.
+    # KV memory of one rank. 0 means 1 GiB on a CPU. On a GPU it means most of the memory that is left,
+    # divided among the replica's ranks on that GPU. Replicas on one GPU do not know of each other: set it.
     kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
     quantization: str = (

@@ -50,7 +50,7 @@ class RunningWork:
     ready_prompts: list[Sequence]
 
 
-def sort_running(running: Iterable[Sequence], *, is_async: bool) -> RunningWork:
+def classify_running(running: Iterable[Sequence], *, is_async: bool) -> RunningWork:
     """Tell decodes from prompts.
 
     A sequence in flight is not ready: its next token is not known. But an async plan builds on the plan in
@@ -81,7 +81,7 @@ def measure_demand(
         next_waiting: the waiting sequences that could get a slot, in priority order.
         num_waiting: all waiting sequences.
         max_tokens: tokens of all plans that can be in flight; waiting sequences beyond do not matter now.
-        is_async: as in `sort_running`.
+        is_async: as in `classify_running`.
     """
     num_prompt_tokens = num_ready_tokens = num_tokens_in_flight = num_resumed = 0
     for sequence in work.prompts:

@@ -36,7 +36,7 @@ from engine.request import Delta, Load, Request, Timing
 from engine.scheduling.block_tables import BlockTables
 from engine.scheduling.budget import next_budget
 from engine.scheduling.choices import Choices
-from engine.scheduling.demand import measure_demand, sort_running
+from engine.scheduling.demand import classify_running, measure_demand
 from engine.scheduling.integrity import check_plans_in_flight, check_sequences, check_slots
 from engine.scheduling.limits import Limits
 from engine.scheduling.plan_draft import PlanDraft, slot_of
@@ -74,7 +74,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._tables = BlockTables(limits)
         self._free_slots = list(range(limits.max_running - 1, -1, -1))
-        self._freed_slots: list[int] = []  # that the next plan tells the ranks about
+        self._freed_slots: list[int] = []  # since the last plan
         self._running = PriorityQueue()
         self._waiting = PriorityQueue()
         self._choices = Choices(self._tables)
@@ -151,12 +151,16 @@ class Scheduler:
                 self._remove(sequence)
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next plan, or None where enough plans are in flight or nothing can be computed now."""
+        """The next plan, or None if enough plans are in flight or nothing can be computed now.
+
+        Raises:
+            EngineError: INTERNAL, if sequences live, nothing is in flight and nothing can be computed: a bug.
+        """
         is_async = len(self._in_flight) >= self._depth
         if is_async and not self._can_schedule_async():
             return None
         self._preempt_for_waiting()
-        work = sort_running(self._running, is_async=is_async)
+        work = classify_running(self._running, is_async=is_async)
         demand = measure_demand(
             work,
             islice(self._waiting, max(1, len(self._free_slots))),
@@ -166,13 +170,15 @@ class Scheduler:
         )
         budget = next_budget(self._limits, self._depth, demand)
         draft = PlanDraft(self._epoch, self._step + 1, is_async)
+        # 1. Decodes. 2. Prompts, running and waiting ones merged in priority order. 3. More decodes, with the
+        # tokens that the prompts could not use. `tokens` is what is left of the budget.
         tokens = self._schedule_running(draft, work.ready_decodes, budget.tokens - budget.prompt_tokens)
         tokens += budget.prompt_tokens
         for sequence in work.ready_prompts:
             tokens = self._schedule_waiting(draft, tokens, now, before=sequence)
             tokens = self._schedule_running(draft, (sequence,), tokens)
         tokens = self._schedule_waiting(draft, tokens, now)
-        self._schedule_running(draft, work.ready_decodes, tokens)  # tokens that the prompts could not use
+        self._schedule_running(draft, work.ready_decodes, tokens)
         self._tables.release_copy_sources()
         if not draft.chunks:
             if self._choices.live and not self._in_flight:
@@ -188,7 +194,7 @@ class Scheduler:
         """Take in the results of the oldest plan in flight; returns the new tokens.
 
         Raises:
-            EngineError: INTERNAL, where the results belong to another step.
+            EngineError: INTERNAL, if the results belong to another step.
         """
         plan, sequences = self._in_flight.popleft()
         if sampled.step != plan.step:
@@ -230,8 +236,8 @@ class Scheduler:
     def _can_schedule_async(self) -> bool:
         """Whether one more plan can be made on top of the plan in flight.
 
-        Not where a sequence may have to be preempted in it: all of them may be in flight, and a sequence in
-        flight is never preempted. Then the plan in flight ends first.
+        The plan in flight ends first in these cases: its tokens must be known to go on; choices are held back
+        until its results come; or a sequence may have to be preempted, but is in flight.
         """
         if not self._limits.async_scheduling or len(self._in_flight) > self._depth or self._choices.held_back:
             return False
@@ -257,8 +263,8 @@ class Scheduler:
         for sequence in sequences:
             if tokens == 0:
                 break
-            if sequence.last_planned_step == draft.step or sequence.slot is None:  # None: preempted just now
-                continue
+            if sequence.last_planned_step == draft.step or sequence.slot is None:
+                continue  # it is in this plan already, or was preempted for a sequence in this plan
             chunk = min(sequence.num_unplanned_tokens, tokens)
             end = sequence.num_planned_tokens + chunk
             if self._make_room(sequence, end):
@@ -298,7 +304,10 @@ class Scheduler:
     def _start(
         self, draft: PlanDraft, sequence: Sequence, match: PrefixMatch, now: float, *, is_fork: bool
     ) -> None:
-        """Give a waiting sequence a slot and the blocks of its prefix match, which has room for it."""
+        """Give a waiting sequence a slot and the blocks of its prefix match. The caller has checked for room.
+
+        With `is_fork` the match comes from a sibling, so it is not counted as a prefix cache lookup.
+        """
         self._waiting.remove(sequence)
         self._running.add(sequence)
         sequence.slot = self._free_slots.pop()

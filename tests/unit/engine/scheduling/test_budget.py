@@ -40,8 +40,8 @@ def test_answers_that_stopped_in_the_middle_get_whole_steps() -> None:
 
 
 def test_a_given_number_of_prompt_tokens_is_kept() -> None:
-    share = next_budget(limits(max_prefill_tokens=40), 1, Demand(16, 500, 4000, 4000))
-    assert (share.tokens, share.prompt_tokens) == (56, 40)
+    budget = next_budget(limits(max_prefill_tokens=40), 1, Demand(16, 500, 4000, 4000))
+    assert (budget.tokens, budget.prompt_tokens) == (56, 40)
 
 
 def test_plans_of_a_round_get_equally_many_tokens_with_a_prompt_beside_many_decodes() -> None:
@@ -53,8 +53,8 @@ def test_plans_of_a_round_get_equally_many_tokens_with_a_prompt_beside_many_deco
 
 
 def test_decodes_are_divided_among_the_plans() -> None:
-    share = next_budget(limits(), 4, Demand(10, 0, 0, 0))
-    assert (share.tokens, share.prompt_tokens) == (3, 0)
+    budget = next_budget(limits(), 4, Demand(10, 0, 0, 0))
+    assert (budget.tokens, budget.prompt_tokens) == (3, 0)
 
 
 @given(
@@ -66,10 +66,10 @@ def test_decodes_are_divided_among_the_plans() -> None:
     st.integers(0, 100),
     st.integers(0, 100),
 )
-def test_a_share_fits_a_plan_and_is_never_empty_while_there_is_work(
-    depth: int, budget: int, decodes: int, prompts: int, tokens: int, ready: int, in_flight: int
+def test_a_budget_fits_a_plan_and_is_never_empty_while_there_is_work(
+    depth: int, max_batch_tokens: int, decodes: int, prompts: int, tokens: int, ready: int, in_flight: int
 ) -> None:
     demand = Demand(decodes, prompts, tokens + ready, ready, in_flight, num_resumed=prompts // 2)
-    share = next_budget(limits(max_batch_tokens=budget), depth, demand)
-    assert 0 <= share.prompt_tokens <= share.tokens <= budget
-    assert share.tokens > 0 or not (decodes or tokens + ready)
+    budget = next_budget(limits(max_batch_tokens=max_batch_tokens), depth, demand)
+    assert 0 <= budget.prompt_tokens <= budget.tokens <= max_batch_tokens
+    assert budget.tokens > 0 or not (decodes or tokens + ready)
