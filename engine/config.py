@@ -29,7 +29,8 @@ class EngineConfig:
     max_prefill_tokens: int = 0  # prompt tokens in a step beside decodes; 0: `engine.scheduling.budget`
     prefix_cache: bool = True  # whether sequences with the same beginning share its KV
     # KV memory of one rank. 0 means 1 GiB on a CPU. On a GPU it means most of the memory that is left,
-    # divided among the replica's ranks on that GPU. Replicas on one GPU do not know of each other: set it.
+    # divided among the replica's ranks on that GPU. Set it where replicas share a GPU: they do not know of
+    # each other.
     kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
     quantization: str = (

@@ -116,7 +116,7 @@ def test_little_kv_memory_shortens_the_longest_sequence(model_dir: Path) -> None
 
 
 def test_recomputed_sequences_continue_to_the_last_bit(engine: Engine, model_dir: Path) -> None:
-    """With KV memory for 6 blocks, 6 sequences that grow to 5 blocks each keep pushing each other out."""
+    """KV memory has room for 6 blocks. 6 sequences that grow to 5 blocks each preempt each other."""
     prompts = [[i + 1] * (11 + i) for i in range(6)]
     sampling = SamplingParams(seed=9)
     with Engine(
@@ -129,7 +129,7 @@ def test_recomputed_sequences_continue_to_the_last_bit(engine: Engine, model_dir
 
 
 def test_the_end_of_sequence_is_no_part_of_the_text(engine: Engine, model_dir: Path) -> None:
-    """At this temperature nearly every token is as likely as the next, and so is the end among 320."""
+    """At this temperature all 320 tokens are about equally likely, and the end of sequence is one of them."""
     done = engine.generate(["the shield"], SamplingParams(temperature=50.0, seed=3), max_tokens=200, n=16)
     ended = [c for c in done if c.finish == "stop"]
     assert ended
@@ -156,7 +156,7 @@ def test_the_tokeniser_is_loaded_once(model_dir: Path, monkeypatch: pytest.Monke
 
 
 def test_options_reach_every_rank_and_ranks_outlive_the_thread_that_made_them(model_dir: Path) -> None:
-    """The other rank's pool is as large as rank 0's, though larger than by default."""
+    """Rank 1 gets `max_running` too: its pool has as many blocks as rank 0's, more than by default."""
     made: list[Engine] = []
 
     def make() -> None:
@@ -177,7 +177,7 @@ def test_options_reach_every_rank_and_ranks_outlive_the_thread_that_made_them(mo
     assert [c.token_ids for c in done] == [c.token_ids for c in expected]
 
 
-@pytest.mark.timeout(90)  # without the check the groups' own time-out ends it, after 10 minutes
+@pytest.mark.timeout(90)  # without the check only the groups' own time-out ends it, after 10 minutes
 def test_a_rank_that_dies_while_starting_ends_the_start(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +200,7 @@ def test_ranks_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_rank_has_the_smallest_pool(model_dir: Path) -> None:
-    """A plan of rank 0 may name any of its blocks."""
+    """A plan may use any block of rank 0, so every rank must have it."""
     with child("engine.processes.rank") as leader, child("engine.processes.rank") as other:
         for rank, (process, most) in enumerate([(leader, 8), (other, 3)]):
             process.send(

@@ -32,14 +32,14 @@ alternatives = st.none() | st.integers(0, 20)
 new_sequences = st.builds(
     NewSequence, ids, ids, ids, sampling, alternatives, alternatives, id_lists, id_lists, id_lists
 )
-rows = st.builds(SequenceChunk, ids, ids, id_lists, id_lists, st.booleans())
+chunks = st.builds(SequenceChunk, ids, ids, id_lists, id_lists, st.booleans())
 plans = st.builds(
     StepPlan,
     st.integers(-(2**63), 2**63 - 1),
     st.integers(0, 2**63 - 1),
     id_lists,
     st.lists(new_sequences, max_size=3).map(tuple),
-    st.lists(rows, max_size=4).map(tuple),
+    st.lists(chunks, max_size=4).map(tuple),
     st.lists(st.builds(Mask, ids, st.binary(max_size=9)), max_size=3).map(tuple),
     st.lists(st.tuples(ids, ids), max_size=3).map(tuple),
     st.booleans(),
@@ -58,10 +58,10 @@ def test_a_plan_survives_its_bytes(plan: StepPlan) -> None:
 @given(
     st.integers(0, 2**63 - 1), st.lists(st.tuples(ids, logprobs), max_size=4), st.lists(prompts, max_size=2)
 )
-def test_drawn_tokens_survive_their_bytes(
-    step: int, drawn: list[tuple[int, PositionLogprobs | None]], prompts: list[PromptLogprobs]
+def test_sampled_tokens_survive_their_bytes(
+    step: int, sampled_tokens: list[tuple[int, PositionLogprobs | None]], prompts: list[PromptLogprobs]
 ) -> None:
-    tokens, entries = tuple(token for token, _ in drawn), tuple(entry for _, entry in drawn)
+    tokens, entries = tuple(token for token, _ in sampled_tokens), tuple(entry for _, entry in sampled_tokens)
     sampled = Sampled(step, tokens, entries, tuple(prompts))
     assert decode_sampled(encode_sampled(sampled)) == sampled
 
@@ -91,16 +91,16 @@ def test_a_plan_with_bytes_left_over_is_refused() -> None:
         (SamplingParams(logit_bias=((1, 2.0),)), (), (), ()),
     ],
 )
-def test_a_join_brings_the_ids_that_drawing_depends_on_and_no_others(
+def test_a_new_sequence_brings_the_ids_that_sampling_depends_on_and_no_others(
     sampling: SamplingParams, prompt_ids: tuple[int, ...], output_ids: tuple[int, ...], ends: tuple[int, ...]
 ) -> None:
-    joined = new_sequence(
+    new = new_sequence(
         Request("r", (5, 6), sampling, stop_token_ids=(9,)), 0, [7], slot=3, eos_token_ids=(2,)
     )
-    assert (joined.prompt_ids, joined.output_ids, joined.ends) == (prompt_ids, output_ids, ends)
+    assert (new.prompt_ids, new.output_ids, new.ends) == (prompt_ids, output_ids, ends)
 
 
-def test_end_of_sequence_that_is_ignored_may_be_drawn_at_once() -> None:
+def test_end_of_sequence_that_is_ignored_may_be_sampled_at_once() -> None:
     request = Request("r", (5,), SamplingParams(min_tokens=3), stop_token_ids=(9,), ignore_eos=True)
     assert new_sequence(request, 0, [], slot=3, eos_token_ids=(2,)).ends == (9,)
 

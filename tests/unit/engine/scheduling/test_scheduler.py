@@ -76,7 +76,7 @@ def test_a_long_prompt_is_chunked_beside_decodes_that_go_on() -> None:
     for _ in range(4):
         plan = scheduler.schedule(1.0)
         assert plan is not None
-        assert [len(row.token_ids) for row in plan.chunks] == [1, 15]
+        assert [len(chunk.token_ids) for chunk in plan.chunks] == [1, 15]
         scheduler.apply(rank.run(plan), 2.0)
 
 
@@ -104,10 +104,10 @@ def test_blocks_that_a_running_prompt_still_lacks_are_not_given_to_newcomers() -
     scheduler.submit(request("later", prompt=1), 0.0)
     second = scheduler.schedule(1.0)
     assert second is not None
-    assert [len(row.token_ids) for row in second.chunks] == [12]
+    assert [len(chunk.token_ids) for chunk in second.chunks] == [12]
 
 
-def test_the_younger_gives_way_when_neither_has_blocks_to_go_on() -> None:
+def test_the_lower_priority_is_preempted_when_neither_has_blocks_to_go_on() -> None:
     scheduler, rank = Scheduler(limits(), depth=2), FakeRank(4)
     for name in ("older", "younger"):
         scheduler.submit(request(name, prompt=12, max_tokens=20), 0.0)
@@ -116,18 +116,18 @@ def test_the_younger_gives_way_when_neither_has_blocks_to_go_on() -> None:
     assert stream(deltas, "younger") == expected(range(1, 13), 20, True)[0]
 
 
-def test_nobody_gives_way_while_a_younger_sequence_is_in_flight() -> None:
+def test_a_sequence_in_flight_is_not_preempted() -> None:
     scheduler, rank = Scheduler(limits(max_batch_tokens=32), depth=2), FakeRank(4)
     for name in "abcd":
         scheduler.submit(request(name, prompt=5, max_tokens=20), 0.0)
     run(scheduler, rank, steps=1)
-    flying = deque([scheduler.schedule(1.0), scheduler.schedule(1.0)])
-    plan = flying.popleft()
+    in_flight = deque([scheduler.schedule(1.0), scheduler.schedule(1.0)])
+    plan = in_flight.popleft()
     while plan is not None:
         scheduler.apply(rank.run(plan), 2.0)
-        flying.append(scheduler.schedule(1.0))
-        plan = flying.popleft() if flying[-1] else None
-    (cd, _) = flying  # a and b lack their third block
+        in_flight.append(scheduler.schedule(1.0))
+        plan = in_flight.popleft() if in_flight[-1] else None
+    (cd, _) = in_flight  # a and b lack a third block
     assert busy(scheduler) == (4, 0, 0)
     scheduler.check_integrity()
     assert cd is not None
@@ -162,7 +162,7 @@ def test_a_request_of_lower_number_runs_first() -> None:
     assert finished == ["first", "second", "third", "later"]
 
 
-def test_less_priority_gives_way_and_loses_no_token() -> None:
+def test_a_lower_priority_is_preempted_and_loses_no_token() -> None:
     scheduler, rank = Scheduler(limits(max_running=2)), FakeRank(4)
     for name in ("a", "b"):
         scheduler.submit(request(name, max_tokens=12, priority=1), 0.0)
@@ -181,10 +181,10 @@ def test_an_urgent_request_overtakes_a_long_prompt_that_is_being_computed() -> N
     scheduler.submit(request("urgent", prompt=12), 0.0)
     plan = scheduler.schedule(1.0)
     assert plan is not None
-    assert [len(row.token_ids) for row in plan.chunks] == [12, 4]
+    assert [len(chunk.token_ids) for chunk in plan.chunks] == [12, 4]
 
 
-def test_equal_priority_does_not_give_way_to_newcomers() -> None:
+def test_an_equal_priority_is_not_preempted_for_newcomers() -> None:
     scheduler, rank = Scheduler(limits(max_running=1)), FakeRank(4)
     scheduler.submit(request("a", max_tokens=12), 0.0)
     run(scheduler, rank, steps=3)
@@ -308,11 +308,11 @@ def test_a_live_id_cannot_be_used_twice() -> None:
     assert scheduler.load.waiting == 1
 
 
-def test_those_that_decode_are_planned_ahead_of_their_tokens() -> None:
+def test_decodes_are_planned_before_their_tokens_are_known() -> None:
     scheduler, rank = Scheduler(limits(async_scheduling=True)), FakeRank(4)
     scheduler.submit(request("a", prompt=3, max_tokens=3), 0.0)
     plans = [scheduler.schedule(1.0), scheduler.schedule(1.0), scheduler.schedule(1.0)]
-    assert plans[2] is None, "one ahead is enough"
+    assert plans[2] is None, "one async plan is enough"
     assert [plan.chunks[0].token_ids for plan in plans if plan] == [(1, 2, 3), (PENDING_TOKEN,)]
     deltas: list[Delta] = []
     while plans[0]:
@@ -337,24 +337,24 @@ def test_what_follows_the_end_of_a_sequence_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("rule", [{"logprobs": 0}, {"sampling": SamplingParams(presence_penalty=1.0)}])
-def test_who_needs_more_than_a_token_is_not_planned_ahead(rule: dict[str, Any]) -> None:
+def test_a_sequence_that_needs_more_than_token_ids_gets_no_async_plan(rule: dict[str, Any]) -> None:
     scheduler = Scheduler(limits(async_scheduling=True))
     scheduler.submit(Request("a", (1, 2), max_tokens=4, **rule), 0.0)
     assert scheduler.schedule(1.0)
     assert scheduler.schedule(1.0) is None
 
 
-def test_nobody_is_planned_ahead_while_somebody_has_to_give_way() -> None:
+def test_no_async_plan_is_made_while_a_sequence_has_to_be_preempted() -> None:
     scheduler, rank = Scheduler(limits(kv_blocks=4, max_model_len=16, async_scheduling=True)), FakeRank(4)
     for name in ("older", "younger"):
         scheduler.submit(request(name, prompt=7, max_tokens=8), 0.0)
     deltas: list[Delta] = []
-    flying = deque[StepPlan]()
+    in_flight = deque[StepPlan]()
     preempted = False
     while scheduler.has_work:
         while plan := scheduler.schedule(1.0):
-            flying.append(plan)
-        deltas += scheduler.apply(rank.run(flying.popleft()), 2.0)
+            in_flight.append(plan)
+        deltas += scheduler.apply(rank.run(in_flight.popleft()), 2.0)
         scheduler.check_integrity()
         preempted |= busy(scheduler)[1] == 1
     assert preempted

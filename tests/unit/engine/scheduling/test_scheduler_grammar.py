@@ -44,11 +44,11 @@ class Countdown:
 
 
 def step(scheduler: Scheduler, token: int = 7) -> tuple[list[bytes], tuple[Delta, ...]]:
-    """One step that draws `token` everywhere: its masks and deltas."""
+    """One step that samples `token` everywhere: its masks and deltas."""
     plan = scheduler.schedule(0.0)
     assert plan is not None
-    draws = sum(row.sample for row in plan.chunks)
-    deltas = scheduler.apply(Sampled(plan.step, (token,) * draws, (None,) * draws), 0.0)
+    samples = sum(chunk.sample for chunk in plan.chunks)
+    deltas = scheduler.apply(Sampled(plan.step, (token,) * samples, (None,) * samples), 0.0)
     scheduler.check_integrity()
     return [mask.bits for mask in plan.masks], deltas
 
@@ -103,15 +103,15 @@ def test_log_probabilities_of_the_prompt_come_with_the_first_token_of_the_first_
         plan = scheduler.schedule(0.0)
         assert plan is not None
         scoring -= set(plan.freed_slots)
-        scoring |= {join.slot for join in plan.new_sequences if join.prompt_logprobs is not None}
+        scoring |= {new.slot for new in plan.new_sequences if new.prompt_logprobs is not None}
         scored = []
-        for index, row in enumerate(plan.chunks):
-            if row.slot in scoring:
-                tokens = prompt[row.start + 1 : row.start + 1 + len(row.token_ids)]
+        for index, chunk in enumerate(plan.chunks):
+            if chunk.slot in scoring:
+                tokens = prompt[chunk.start + 1 : chunk.start + 1 + len(chunk.token_ids)]
                 entries = tuple(PositionLogprobs(TokenLogprob(token, -1.0)) for token in tokens)
                 scored.append(PromptLogprobs(index, entries))
-        draws = sum(row.sample for row in plan.chunks)
-        deltas += scheduler.apply(Sampled(plan.step, (30,) * draws, (None,) * draws, tuple(scored)), 0.0)
+        samples = sum(chunk.sample for chunk in plan.chunks)
+        deltas += scheduler.apply(Sampled(plan.step, (30,) * samples, (None,) * samples, tuple(scored)), 0.0)
     (first,) = (delta for delta in deltas if delta.prompt_logprobs)
     assert (first.choice, first.index) == (0, 0)
     assert [entry.chosen.token_id for entry in first.prompt_logprobs] == list(prompt[1:])

@@ -104,7 +104,7 @@ def test_a_block_is_found_only_once_it_is_computed() -> None:
     second = engine.scheduler.schedule(1.0)
     assert first is not None
     assert second is not None
-    assert [row.start for row in second.chunks] == [0]
+    assert [chunk.start for chunk in second.chunks] == [0]
 
 
 def test_nothing_is_found_where_the_cache_is_off() -> None:
@@ -152,8 +152,13 @@ def test_choices_compute_their_prompt_once() -> None:
         engine = Engine(prefix_cache=cache)
         engine.ask("a", n=4)
         prompt, forks = engine.step(), engine.step()
-        assert [len(row.token_ids) for row in prompt.chunks] == [10]
-        assert [(row.start, len(row.token_ids)) for row in forks.chunks] == [(10, 1), (9, 1), (9, 1), (9, 1)]
+        assert [len(chunk.token_ids) for chunk in prompt.chunks] == [10]
+        assert [(chunk.start, len(chunk.token_ids)) for chunk in forks.chunks] == [
+            (10, 1),
+            (9, 1),
+            (9, 1),
+            (9, 1),
+        ]
         assert len(forks.copies) == 3
         assert engine.limits.kv_blocks - engine.scheduler.load.kv_blocks_free == 2 + 4
         engine.run()
@@ -166,7 +171,7 @@ def test_choices_copy_the_last_block_of_a_prompt_that_fills_it() -> None:
     engine.step()
     forks = engine.step()
     assert len(forks.copies) == 1
-    assert [row.start for row in forks.chunks] == [8, 7]
+    assert [chunk.start for chunk in forks.chunks] == [8, 7]
     engine.run()
     assert engine.stream("a", 1) == engine.undisturbed(PROMPT[:8])
 
@@ -176,7 +181,7 @@ def test_choices_with_prior_output_share_the_prompt_too() -> None:
     whole = engine.undisturbed(max_tokens=8)
     engine.ask("a", max_tokens=8, n=3, prior=((), tuple(whole[:5]), tuple(whole[:1])))
     engine.step()
-    assert [row.start for row in engine.step().chunks][-2:] == [10, 10]
+    assert [chunk.start for chunk in engine.step().chunks][-2:] == [10, 10]
     engine.run()
     assert engine.stream("a", 1) == whole[5:]
     assert engine.stream("a", 2) == whole[1:]
@@ -186,7 +191,7 @@ def test_choices_that_wait_for_their_prompt_hold_up_nobody() -> None:
     engine = Engine(max_batch_tokens=12)
     engine.ask("a", n=3)
     engine.ask("b", (40, 41))
-    assert [len(row.token_ids) for row in engine.step().chunks] == [10, 2]
+    assert [len(chunk.token_ids) for chunk in engine.step().chunks] == [10, 2]
 
 
 def test_another_choice_computes_the_prompt_when_the_first_is_cancelled() -> None:
@@ -195,7 +200,7 @@ def test_another_choice_computes_the_prompt_when_the_first_is_cancelled() -> Non
     engine.step()
     engine.scheduler.cancel("a", 0)
     engine.scheduler.check_integrity()
-    assert [row.start for row in engine.step().chunks] == [0]
+    assert [chunk.start for chunk in engine.step().chunks] == [0]
     engine.run()
     assert engine.stream("a", 1) == engine.stream("a", 2) == engine.undisturbed()
 
@@ -224,15 +229,15 @@ def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_whole() -> None
     assert delta.prompt_logprobs == scores
 
 
-def test_blocks_behind_the_window_are_let_go() -> None:
+def test_blocks_out_of_the_window_are_freed() -> None:
     engine = Engine(window=6, kv_blocks=8, max_model_len=200, max_batch_tokens=16)
     engine.ask("a", PROMPT * 5, 150)
-    most = 0
+    max_used = 0
     while engine.scheduler.has_work:
         engine.step()
-        most = max(most, engine.limits.kv_blocks - engine.scheduler.load.kv_blocks_free)
+        max_used = max(max_used, engine.limits.kv_blocks - engine.scheduler.load.kv_blocks_free)
     assert engine.stream("a") == engine.undisturbed(PROMPT * 5, 150)
-    assert most <= blocks_for(6, 4) + 1
+    assert max_used <= blocks_for(6, 4) + 1
 
 
 def test_a_window_needs_no_blocks_before_it_to_go_on_from_the_cache() -> None:
