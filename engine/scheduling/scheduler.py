@@ -351,7 +351,8 @@ class Scheduler:
             return
         match = self._tables.match_prefix(first, sibling)
         victims = victims_to_start(first, match, self._running, self._tables, len(self._free_slots))
-        self._preempt(victims or ())
+        if victims:
+            self._preempt(victims)
 
     def _preempt(self, victims: Iterable[Sequence]) -> None:
         """Take slot and blocks from running sequences and requeue them.
