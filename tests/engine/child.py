@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from engine.config import EngineConfig
 from engine.ipc.link import Link
 from engine.ipc.wire import EngineReady, Message, StartEngine, Step, SubmitRequest
 from engine.request import Delta, Request
@@ -85,6 +86,6 @@ def child(module: str) -> Iterator[Child]:
 def engine(model: Path, epoch: int = 5) -> Iterator[Child]:
     """A ready engine of one rank."""
     with child("engine.processes.rank") as process:
-        process.send(StartEngine(str(model), 1, 1, 0, epoch, "127.0.0.1"))
+        process.send(StartEngine(EngineConfig(str(model), epoch=epoch)))
         process.expect(EngineReady)
         yield process

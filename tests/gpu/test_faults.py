@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.ipc.link import LinkClosedError
 from engine.ipc.wire import EngineFailed, EngineReady, StartEngine, SubmitRequest
 from engine.request import Request, SamplingParams
@@ -19,8 +20,8 @@ PETABYTE = 1 << 50
 
 
 def serving(process: Child, directory: Path, kv_bytes: int = 1 << 20, max_running: int = 8) -> None:
-    options = {"device": DEVICE, "kv_bytes": kv_bytes, "max_running": max_running}
-    process.send(StartEngine(str(directory), 1, 1, 0, 1, "127.0.0.1", **options))  # type: ignore[arg-type]
+    config = EngineConfig(str(directory), device=DEVICE, kv_bytes=kv_bytes, max_running=max_running)
+    process.send(StartEngine(config))
 
 
 def answer(process: Child) -> list[int]:
