@@ -42,7 +42,8 @@ def test_a_failed_device_is_named_and_the_next_engine_serves(
     for life in range(2):
         assert len(shard.starts) == life + 1
         with child("tests.gpu.faulty_engine") as process:
-            process.send(replace(shard.starts[life], kv_bytes=1 << 20, max_running=8))
+            config = replace(shard.starts[life].config, kv_bytes=1 << 20, max_running=8)
+            process.send(StartEngine(config))
             shard.engine_said(process.expect(EngineReady))
             answers.append(answer(process))
             process.send(SubmitRequest(Request("bad", (1, token))))
