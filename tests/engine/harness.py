@@ -22,7 +22,7 @@ MAX_SEQUENCES = 64
 
 
 class Harness:
-    """Feeds tokens of several sequences step by step; every fed chunk's last token gives logits."""
+    """Feeds chunks of several sequences step by step; returns the logits of each chunk's last token."""
 
     def __init__(
         self, directory: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None

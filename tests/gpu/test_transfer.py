@@ -17,6 +17,8 @@ CYCLES = 2_000_000_000  # of the GPU's clock: about a second of work
 @pytest.fixture
 def busy() -> Callable[[], bool]:
     """Queues a second of work on the GPU; the function says whether the GPU is still at it."""
+    # Allocating pinned memory may wait for the device; torch keeps these blocks for the test.
+    from_device(to_device([3, 1, 2], torch.device("cuda")).long())()
     torch.cuda.synchronize()
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     torch.cuda._sleep(CYCLES)

@@ -1,4 +1,4 @@
-"""What ranks do in a step, and in which order."""
+"""The order of what ranks do in steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from engine.request import SamplingParams
 from tests.engine.processes.test_async_scheduling import outputs, some_requests
 from tests.parallel.ranks import DEADLINE_S, engine_of_threads, finish
 
-HELD = range(5, 12)  # steps that the last stage computes only when the first is one ahead
+# The last stage waits in these steps until the first stage has finished the next one.
+HELD_STEPS = range(5, 12)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -26,19 +27,19 @@ def test_the_first_stage_computes_the_next_micro_batch_while_the_last_computes_t
     model_dir: Path, tp: int
 ) -> None:
     done = defaultdict[int, threading.Event](threading.Event)
-    in_time: list[bool] = []
+    first_stage_was_ahead: list[bool] = []
 
     def hold(rank: int, started: StartedRank) -> None:
         run = started.runner.run
 
         def first_stage(plan: StepPlan) -> Any:
-            sampled = run(plan)
+            pending = run(plan)
             done[plan.step].set()
-            return sampled
+            return pending
 
         def last_stage(plan: StepPlan) -> Any:
-            if plan.step in HELD:
-                in_time.append(done[plan.step + 1].wait(DEADLINE_S))
+            if plan.step in HELD_STEPS:
+                first_stage_was_ahead.append(done[plan.step + 1].wait(DEADLINE_S))
             return run(plan)
 
         if rank == 0:
@@ -48,7 +49,7 @@ def test_the_first_stage_computes_the_next_micro_batch_while_the_last_computes_t
 
     with engine_of_threads(model_dir, tp, 2, before=hold) as core:
         finish(core, requests=4, tokens=16)
-    assert in_time == [True] * len(HELD) * tp
+    assert first_stage_was_ahead == [True] * len(HELD_STEPS) * tp
 
 
 COLLECTIVES = ("all_reduce", "gather_vocab", "send_hidden", "recv_hidden")
@@ -62,11 +63,11 @@ def test_every_collective_that_serving_uses_has_run_before_the_engine_is_ready(
     for name in COLLECTIVES:
         original = getattr(Parallel, name)
 
-        def noted(self: Parallel, *arguments: Any, name: str = name, original: Any = original) -> Any:
+        def noting(self: Parallel, *arguments: Any, name: str = name, original: Any = original) -> Any:
             used.add((self.grid.rank, name))
             return original(self, *arguments)
 
-        monkeypatch.setattr(Parallel, name, noted)
+        monkeypatch.setattr(Parallel, name, noting)
     with engine_of_threads(model_dir, tp, pp) as core:
         warmed = set(used)
         finish(

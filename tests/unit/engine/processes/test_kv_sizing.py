@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,21 +11,7 @@ from engine.config import BLOCK_SIZE, EngineConfig
 from engine.errors import ModelError
 from engine.processes.kv_sizing import KVSize, block_bytes, kv_heads_per_rank, kv_memory_bytes, size_kv_cache
 from engine.weights.model_config import ModelConfig
-
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 320,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "eos_token_id": 0,
-}
+from tests.unit.engine.processes.llama import LLAMA
 
 
 @pytest.fixture(scope="module")
