@@ -9,7 +9,7 @@ from tests.engine.heads import numbers
 
 
 def scores(shape: str, vocabulary: int, rows: int = 24) -> torch.Tensor:
-    """Logits of several rows: "random", "equal" (many ties), "peaked" (one far ahead), "masked" (half -inf)."""
+    """Logits of several rows: "random", "equal" (many ties), "peaked" (one far ahead), "masked" (half)."""
     logits = numbers(rows, vocabulary, seed=9) * 3
     match shape:
         case "equal":
