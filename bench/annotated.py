@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from engine.kernels import AttentionInput, HeadNorms, Kernels, KVCache, Matrix, Rope
-from engine.kernels.draw import Draw
+from engine.kernels.sample import SampleSpec
 
 PREFIX = "phalanx: "
 
@@ -22,7 +22,7 @@ PREFIX = "phalanx: "
 class Annotated:
     """`engine.kernels.interface.Kernels` around others. Counts nothing until `counting`."""
 
-    recordable = False
+    capturable = False
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -92,10 +92,10 @@ class Annotated:
             self._attended.append((stage, inputs.sequences_B4, per_token))
         return out
 
-    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
         """See Kernels."""
-        with self._stage(f"draw, {_rows(logits_SV)}") as moved:
-            out = self._kernels.draw(logits_SV, draws)
+        with self._stage(f"sample, {_rows(logits_SV)}") as moved:
+            out = self._kernels.sample(logits_SV, specs)
             moved(logits_SV)
         return out
 

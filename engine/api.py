@@ -20,7 +20,7 @@ from engine.errors import EngineError, ModelError
 from engine.ipc.link import Link, LinkClosedError
 from engine.ipc.wire import EngineFailed, Rendezvous, StartEngine
 from engine.processes.core import EngineCore
-from engine.processes.startup import join
+from engine.processes.startup import start_rank
 from engine.progress import loading_bar, progress_bar
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, SamplingParams
 from engine.text.detokenizer import ChoiceText, Detokenizer
@@ -93,7 +93,7 @@ class Engine:
             for rank in range(1, tp * pp):
                 self._spawn(config, rank, _device(device, rank))
             with loading_bar(progress) as loaded:
-                member = join(config, self._announce, lambda: "", loaded, self._check)
+                rank_0 = start_rank(config, self._announce, lambda: "", loaded, self._check)
         except BaseException as error:
             cause = self._first_failure()
             self.close()
@@ -101,8 +101,8 @@ class Engine:
             if cause is None or own or not isinstance(error, Exception):
                 raise
             raise cause from error  # rank 0 knows only that its peer has gone; the peer said why
-        self._core = member.core
-        self.max_model_len = member.max_model_len
+        self._core = rank_0.core
+        self.max_model_len = rank_0.max_model_len
 
     def generate(
         self,
@@ -221,8 +221,7 @@ class Engine:
             process = self._start(theirs)
         link = Link(ours)
         self._children.append((process, link))
-        start = dataclasses.asdict(dataclasses.replace(config, rank=rank, device=device))
-        link.send(StartEngine(**start))
+        link.send(StartEngine(dataclasses.replace(config, rank=rank, device=device)))
 
     def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         """Start a process for one rank; it inherits `theirs`, its end of the socket."""

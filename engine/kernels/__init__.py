@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from engine.kernels.draw import Draw
+from engine.kernels.sample import SampleSpec
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Kernels(Protocol):
     device: torch.device
     activation_dtype: torch.dtype
     torch_threads: int  # that torch should use beside these kernels
-    recordable: bool  # whether a decode step never waits for the host
+    capturable: bool  # whether a CUDA graph can capture a decode step: it never waits for the host
 
     def matrix(self, rows: int, columns: int, *, gated: bool = False, quantise: bool = True) -> Matrix:
         """An empty matrix; `gated` stacks gate over up, for `swiglu`."""
@@ -141,8 +141,8 @@ class Kernels(Protocol):
         """Do what would keep a first request waiting, once all matrices are there."""
         ...
 
-    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """The token ids [S] that rows of float32 logits draw, as `draw.draw_tokens` defines it."""
+    def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+        """Sample a token id [S] from each row of float32 logits, as `sample.sample_tokens` defines it."""
         ...
 
 

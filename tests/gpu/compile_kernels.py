@@ -24,7 +24,7 @@ from engine.distributed.parallel import Parallel
 from engine.execution.runner import Runner
 from engine.grammar.grammars import Grammars
 from engine.grid import Grid
-from engine.kernels.gpu import attention, draw, gemv, rows
+from engine.kernels.gpu import attention, gemv, rows, sample
 from engine.kernels.gpu.kernels import GpuKernels
 from engine.kernels.gpu.tuning import Tuner
 from engine.processes.core import EngineCore
@@ -83,7 +83,7 @@ def compile_only() -> Hopper:
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         assert all(0 < size <= (1 << 31 if axis == 0 else 65535) for axis, size in enumerate(grid)), grid
         hopper.keep(self.__name__, real(self, *arguments, grid=grid, warmup=True, **named))
-        if self is draw._draw:
+        if self is sample._sample:
             arguments[2].zero_()  # tokens are to be tokens
 
     driver.set_active(hopper)
@@ -142,11 +142,11 @@ def main() -> None:
         launched = hopper.compiled = {}
         core = core_of(*SHAPES[name], quantisation, running, longest, step)
         core.canary(0.0)
-        core.rehearse(0.0, running, min(step, longest - 2), step)
-        rehearsed = set(launched)
+        core.warm_up(0.0, running, min(step, longest - 2), step)
+        warmed_up = set(launched)
         for sequences, length in ((1, 100), (3, 16), (7, 33), (11, 40), (10, 5), (4, 110), (1, 12), (2, 3)):
             run(core, sequences, length)
-        late += [f"{name} {quantisation}: {launched[one]}" for one in launched.keys() - rehearsed]
+        late += [f"{name} {quantisation}: {launched[one]}" for one in launched.keys() - warmed_up]
         every |= launched
     for tiles in gemv.CANDIDATES:
         for rows_of_x in (1, 16) if tiles.splits == 1 or tiles.rows == 64 else ():
@@ -156,7 +156,7 @@ def main() -> None:
     names = list((every | hopper.compiled).values())
     kernels = {
         one.__name__
-        for module in (attention, draw, gemv, rows)
+        for module in (attention, gemv, rows, sample)
         for one in vars(module).values()
         if isinstance(one, JITFunction)
     }

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from engine.execution.batch import Batch
 from engine.execution.decoder import Decoder
+from engine.execution.step_input import StepTensors
 from engine.processes import rank as process
 
 IN_A_KERNEL, NO_MEMORY, LOST = 201, 202, 203
@@ -25,13 +25,13 @@ _WORDS = {
 class Faulty(Decoder):
     """Hurts its device when a step has one of the tokens above."""
 
-    def forward(self, batch: Batch, x_TD: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, step: StepTensors, x_TD: torch.Tensor | None = None) -> torch.Tensor:
         """See Decoder."""
-        if batch.token_ids_T.is_cuda and torch.cuda.is_current_stream_capturing():
-            return super().forward(batch, x_TD)  # nobody may look
-        for token in set(batch.token_ids_T.tolist()) & _WORDS.keys():
-            _hurt(token, batch.token_ids_T.device)
-        return super().forward(batch, x_TD)
+        if step.token_ids_T.is_cuda and torch.cuda.is_current_stream_capturing():
+            return super().forward(step, x_TD)  # nobody may look
+        for token in set(step.token_ids_T.tolist()) & _WORDS.keys():
+            _hurt(token, step.token_ids_T.device)
+        return super().forward(step, x_TD)
 
 
 def _hurt(what: int, device: torch.device) -> None:

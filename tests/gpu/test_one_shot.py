@@ -8,7 +8,7 @@ from torch.distributed import Store
 
 from engine.distributed.one_shot import OneShotRow
 from engine.distributed.parallel import GroupRow, connect
-from engine.execution.graphs import CudaRecorder
+from engine.execution.cuda_graphs import CudaGraphCapture
 from engine.grid import Grid
 from tests.parallel.processes import run
 
@@ -38,7 +38,7 @@ def add(rank: int, ranks: int, store: Store) -> str:
         total = parallel.all_reduce(x)
         return total, parallel.all_reduce(total * 2)
 
-    repeat, (once, twice) = CudaRecorder()(work)
+    repeat, (once, twice) = CudaGraphCapture()(work)
     for number in range(REPEATS):
         each = parts(16, number, device)
         x.copy_(each[rank])

@@ -14,13 +14,13 @@ from triton.runtime.errors import TritonError
 
 from engine.config import BLOCK_SIZE
 from engine.kernels import AttentionInput, HeadNorms, KVCache, Matrix, Rope
-from engine.kernels.draw import Draw
 from engine.kernels.gpu import attention, rows
-from engine.kernels.gpu.draw import ROW, draw, pack
 from engine.kernels.gpu.gemv import MOST_ROWS, TILE_ROWS, Tiles, gemv
 from engine.kernels.gpu.matrices import QuantisedMatrix
+from engine.kernels.gpu.sample import SPEC_INTS, pack, sample
 from engine.kernels.gpu.tuning import Shape, Tuner, cache_path
 from engine.kernels.reference import ReferenceMatrix
+from engine.kernels.sample import SampleSpec
 from engine.kernels.transfer import to_device
 
 _MEASURED_ROWS = (1, 2, 4, 8, TILE_ROWS)
@@ -54,7 +54,7 @@ class GpuCache:
 class GpuKernels:
     """See `engine.kernels.Kernels`."""
 
-    recordable = True
+    capturable = True
     torch_threads = 1
 
     def __init__(self, device: torch.device, dtype: torch.dtype, quantisation: str = "") -> None:
@@ -132,9 +132,9 @@ class GpuKernels:
             attention.prefill(qkv_TA, keys, values, inputs, out_TA, window=window)
         return out_TA
 
-    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """The token ids drawn."""
-        return draw(logits_SV, to_device(pack(draws), self.device).view(-1, ROW))
+    def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+        """Sample a token id per row."""
+        return sample(logits_SV, to_device(pack(specs), self.device).view(-1, SPEC_INTS))
 
     def warm(self) -> None:
         """Measure how the products with few rows are best computed."""

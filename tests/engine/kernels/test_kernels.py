@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engine.kernels import HeadNorms, Kernels, choose, native
-from engine.kernels.draw import Draw, draw_tokens
 from engine.kernels.native import NativeKernels
 from engine.kernels.reference import ReferenceKernels
+from engine.kernels.sample import SampleSpec, sample_tokens
 from engine.request import SamplingParams
 from tests.engine.heads import Heads, numbers
 from tests.engine.logits import SAMPLINGS, scores
@@ -192,17 +192,17 @@ def test_a_library_that_computes_wrong_products_is_not_taken(monkeypatch: pytest
 @pytest.mark.parametrize("shape", ["random", "equal", "peaked", "masked"])
 @pytest.mark.parametrize("vocabulary", [1000, 33, 20001])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_rows_draw_what_the_definition_draws(
+def test_rows_sample_what_the_definition_samples(
     variant: str, shape: str, vocabulary: int, sampling: SamplingParams
 ) -> None:
     logits = scores(shape, vocabulary)
-    draws = [Draw(replace(sampling, seed=17 * row), 0, row) for row in range(len(logits))]
-    drawn = kernels_of(variant, torch.float32).draw(logits, draws)
-    assert drawn.tolist() == draw_tokens(logits, draws).tolist()
+    specs = [SampleSpec(replace(sampling, seed=17 * row), 0, row) for row in range(len(logits))]
+    sampled = kernels_of(variant, torch.float32).sample(logits, specs)
+    assert sampled.tolist() == sample_tokens(logits, specs).tolist()
 
 
-def test_drawing_of_numbers_that_are_none_ends(variant: str) -> None:
+def test_sampling_from_nan_ends(variant: str) -> None:
     logits = torch.full((2, 50), torch.nan)
-    draws = [Draw(SamplingParams(temperature=t, top_p=0.5), 0, 0) for t in (0.0, 1.0)]
-    drawn = kernels_of(variant, torch.float32).draw(logits, draws)
-    assert all(0 <= token < 50 for token in drawn.tolist())
+    specs = [SampleSpec(SamplingParams(temperature=t, top_p=0.5), 0, 0) for t in (0.0, 1.0)]
+    sampled = kernels_of(variant, torch.float32).sample(logits, specs)
+    assert all(0 <= token < 50 for token in sampled.tolist())
