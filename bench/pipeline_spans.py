@@ -25,7 +25,7 @@ class Span:
     """One step on one rank, on the clock that the processes of a machine share.
 
     The rank computes from `begin` to `end`, in nanoseconds; before, it waited for the stage before it.
-    `reducing` of these passed in sums over the row, waiting for the others included.
+    `reducing` of these passed in all-reduces, waiting for the other ranks included.
     """
 
     rank: int

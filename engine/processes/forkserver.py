@@ -36,7 +36,7 @@ def main() -> None:
     import_in_background(
         "engine.processes.core",
         "engine.grammar.grammars",
-        "engine.distributed.parallel",
+        "engine.distributed.rendezvous",
         "engine.execution.runner",
         "engine.weights.loader",
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import BLOCK_SIZE, DTYPES, LOAD_FORMATS, QUANTIZATIONS, EngineConfig
 from engine.errors import ModelError
+from engine.grid import Grid
 from engine.scheduling.validation import blocks_per_sequence
 from engine.weights.locate import check_weights
 from engine.weights.model_config import ModelConfig, check_layout
@@ -89,7 +90,7 @@ def join(
     import torch
 
     from engine.distributed.channel import PlanHub, PlanLink
-    from engine.distributed.parallel import Grid, connect, join_store, open_store
+    from engine.distributed.rendezvous import connect, join_store, open_store
     from engine.execution.runner import Runner
     from engine.kernels import choose
     from engine.weights.loader import load_weights
@@ -134,10 +135,10 @@ def join(
         blocks, max_model_len = _size_cache(
             engine,
             config,
-            parallel.agree_on_least(_kv_bytes(engine, parallel.sharers) // block_bytes),
+            parallel.min_over_ranks(_kv_bytes(engine, parallel.ranks_on_device) // block_bytes),
             in_flight=engine.batch_tokens * (2 if alone else 1),
         )
-        blocks = parallel.agree_on_least(blocks)  # plans name blocks: no rank may have fewer than rank 0
+        blocks = parallel.min_over_ranks(blocks)  # plans name blocks: no rank may have fewer than rank 0
         cache = kernels.cache(len(weights.layers), kv_heads, config.head_dim, blocks)
         kernels.warm()
         record = _recorder() if alone and kernels.device.type == "cuda" else None
@@ -160,7 +161,7 @@ def _device_works_alone(config: ModelConfig, parallel: Parallel, kernels: Kernel
     Experts are chosen on the host, ranks that share a GPU speak through it, and stages wait for each other.
     """
     experts = any(layer.moe for layer in config.layers)
-    return kernels.recordable and not experts and parallel.grid.pp == 1 and parallel.on_device
+    return kernels.recordable and not experts and parallel.grid.pp == 1 and parallel.capturable
 
 
 def _recorder() -> Record:

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from engine.config import BLOCK_SIZE
-from engine.distributed.parallel import Grid, Parallel
+from engine.distributed.parallel import Parallel
 from engine.execution.batch import Batcher
 from engine.execution.decoder import Decoder
+from engine.grid import Grid
 from engine.kernels import Kernels, choose
 from engine.plan import NewSequence, SequenceChunk, StepPlan
 from engine.request import SamplingParams

@@ -17,7 +17,7 @@ _CONTEXT.set_forkserver_preload(
         "engine.execution.runner",
         "engine.weights.loader",
         "engine.distributed.channel",
-        "engine.distributed.parallel",
+        "engine.distributed.rendezvous",
         "engine.processes.rank",
     ]
 )

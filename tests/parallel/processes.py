@@ -11,10 +11,10 @@ from typing import Any
 
 from torch.distributed import Store
 
-from engine.distributed.parallel import join_store, open_store
+from engine.distributed.rendezvous import join_store, open_store
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["engine.distributed.parallel"])
+_CONTEXT.set_forkserver_preload(["engine.distributed.rendezvous"])
 
 Work = Callable[..., Any]
 
