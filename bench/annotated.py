@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from engine.kernels import AttentionInput, HeadNorms, Kernels, KVCache, Matrix, Rope
 from engine.kernels.draw import Draw
+from engine.kernels.interface import AttentionInput, HeadNorms, Kernels, KVCache, Matrix, Rope
 
 PREFIX = "phalanx: "
 
 
 class Annotated:
-    """`engine.kernels.Kernels` around others. Counts nothing until `counting`."""
+    """`engine.kernels.interface.Kernels` around others. Counts nothing until `counting`."""
 
     recordable = False
 

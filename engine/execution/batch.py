@@ -11,8 +11,8 @@ from itertools import chain
 
 import torch
 
-from engine.kernels import AttentionInput
 from engine.kernels.draw import Draw
+from engine.kernels.interface import AttentionInput
 from engine.kernels.transfer import to_device
 from engine.plan import PENDING_TOKEN, NewSequence, StepPlan
 from engine.sampling.sampler import PromptRows

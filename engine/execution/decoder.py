@@ -15,7 +15,7 @@ import torch
 from engine.distributed.parallel import Parallel
 from engine.execution.batch import Batch
 from engine.execution.rope import rope_tables
-from engine.kernels import Kernels, KVCache, Rope
+from engine.kernels.interface import Kernels, KVCache, Rope
 from engine.weights.loader import Mlp, Moe, StageWeights
 from engine.weights.model_config import ModelConfig
 

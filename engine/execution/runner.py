@@ -15,7 +15,7 @@ from engine.distributed.parallel import Parallel
 from engine.errors import EngineError
 from engine.execution.batch import Batch, Batcher
 from engine.execution.decoder import Decoder
-from engine.kernels import Kernels, KVCache
+from engine.kernels.interface import Kernels, KVCache
 from engine.kernels.transfer import once_done
 from engine.plan import StepPlan
 from engine.sampling.sampler import Drawn, Sampler, score_prompts

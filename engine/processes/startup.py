@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.distributed.parallel import Parallel
     from engine.execution.graphs import Record
     from engine.execution.runner import Runner
-    from engine.kernels import Kernels
+    from engine.kernels.interface import Kernels
     from engine.processes.core import EngineCore
 
 _log = logging.getLogger(__name__)
@@ -92,14 +92,14 @@ def join(
     from engine.distributed.channel import PlanHub, PlanLink
     from engine.distributed.rendezvous import connect, join_store, open_store
     from engine.execution.runner import Runner
-    from engine.kernels import choose
+    from engine.kernels.choose import choose_kernels
     from engine.weights.loader import load_weights
 
     grid = Grid(engine.tp, engine.pp, engine.rank)
     device, dtype = torch.device(engine.device), getattr(torch, engine.dtype_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    kernels = choose(device, dtype, engine.quantization, threads=thread_count(engine))
+    kernels = choose_kernels(device, dtype, engine.quantization, threads=thread_count(engine))
     torch.set_num_threads(kernels.torch_threads)
     _log.info("rank %d of %d: %s kernels", grid.rank, grid.world, kernels.name)
     with ExitStack() as undo:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.grid import Grid
-from engine.kernels import HeadNorms, Kernels, Matrix
+from engine.kernels.interface import HeadNorms, Kernels, Matrix
 from engine.weights.locate import Found, find_tensors
 from engine.weights.model_config import ModelConfig, MoeConfig
 from engine.weights.source import DummySource, FileSource, Source, check_finite, pieces

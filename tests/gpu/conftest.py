@@ -14,4 +14,4 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     from engine.kernels.gpu import attention  # after `tests.device`
 
     if not GPU:
-        monkeypatch.setattr(attention, "_ENTER_ROWS", 512)
+        monkeypatch.setattr(attention, "_WRITE_ROWS", 512)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.grid import Grid
-from engine.kernels import Matrix
+from engine.kernels.interface import Matrix
 from engine.kernels.reference import ReferenceKernels, ReferenceMatrix
 from engine.weights.loader import Mlp, StageWeights, load_weights
 from engine.weights.model_config import ModelConfig

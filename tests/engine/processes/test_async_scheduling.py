@@ -12,7 +12,8 @@ from engine.execution.graphs import Record
 from engine.execution.runner import Runner
 from engine.grammar.grammars import Grammars
 from engine.grid import Grid
-from engine.kernels import Kernels, choose
+from engine.kernels.choose import choose_kernels
+from engine.kernels.interface import Kernels
 from engine.plan import PENDING_TOKEN, StepPlan
 from engine.processes.core import EngineCore
 from engine.request import Request, SamplingParams
@@ -91,7 +92,7 @@ def some_requests(*, rules: bool) -> list[Request]:
 
 
 def test_steps_planned_ahead_draw_the_same(model_dir: Path) -> None:
-    kernels = choose(torch.device("cpu"), torch.float32)
+    kernels = choose_kernels(torch.device("cpu"), torch.float32)
     for rules in (False, True):
         (plain, _), (ahead, runner) = (core_of(model_dir, kernels, ahead=one) for one in (False, True))
         requests = some_requests(rules=rules)
@@ -100,7 +101,7 @@ def test_steps_planned_ahead_draw_the_same(model_dir: Path) -> None:
 
 
 def test_a_rehearsal_has_batches_of_every_size_and_leaves_nothing_behind(model_dir: Path) -> None:
-    kernels = choose(torch.device("cpu"), torch.float32)
+    kernels = choose_kernels(torch.device("cpu"), torch.float32)
     requests = [
         Request(str(number), (1, 2, 3 + number), SamplingParams(seed=number), 6) for number in range(4)
     ]

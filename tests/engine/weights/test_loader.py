@@ -68,10 +68,10 @@ def test_peak_memory_is_about_the_share(large_model: Path, grid: tuple[int, int,
         from pathlib import Path
         from engine.weights.model_config import ModelConfig
         from engine.grid import Grid
-        from engine.kernels import choose
+        from engine.kernels.choose import choose_kernels
         from engine.weights.loader import load_weights
         model = {str(large_model)!r}
-        kernels = choose(torch.device("cpu"), torch.bfloat16)
+        kernels = choose_kernels(torch.device("cpu"), torch.bfloat16)
 
         def kib(field):
             return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
