@@ -16,8 +16,8 @@ from engine.distributed.parallel import Parallel
 from engine.execution.batch import Batch
 from engine.execution.rope import rope_tables
 from engine.kernels.interface import Kernels, KVCache, Rope
-from engine.weights.loader import Mlp, Moe, StageWeights
 from engine.weights.model_config import ModelConfig
+from engine.weights.stage_weights import Mlp, Moe, StageWeights
 
 
 class Decoder:

@@ -19,8 +19,8 @@ from engine.kernels.interface import Kernels, KVCache
 from engine.kernels.transfer import once_done
 from engine.plan import StepPlan
 from engine.sampling.sampler import Drawn, Sampler, score_prompts
-from engine.weights.loader import StageWeights
 from engine.weights.model_config import ModelConfig
+from engine.weights.stage_weights import StageWeights
 
 if TYPE_CHECKING:
     from engine.execution.graphs import DecodeGraphs, Record

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from engine.grid import Grid
 from engine.kernels.interface import Matrix
 from engine.kernels.reference import ReferenceKernels, ReferenceMatrix
-from engine.weights.loader import Mlp, StageWeights, load_weights
+from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
+from engine.weights.stage_weights import Mlp, StageWeights
 from tests.engine.conftest import MakeModel
 
 KERNELS = ReferenceKernels(torch.device("cpu"), torch.float32)

@@ -16,13 +16,15 @@ from engine.errors import ModelError
 from engine.grid import Grid
 from engine.kernels.reference import ReferenceKernels, ReferenceMatrix
 from engine.weights.check_model import check_model
+from engine.weights.dummy_source import DummySource
+from engine.weights.file_source import FileSource
 from engine.weights.identity import engine_identity, model_hash
-from engine.weights.loader import StageWeights, load_weights
-from engine.weights.locate import Located, check_weights, find_tensors
+from engine.weights.loader import load_weights
+from engine.weights.locate import check_weights, find_tensors
 from engine.weights.manifest import MANIFEST, shard_name
 from engine.weights.model_config import ModelConfig
 from engine.weights.shard_model import shard_model
-from engine.weights.source import DummySource, FileSource
+from engine.weights.stage_weights import StageWeights
 from engine.weights.tensors import rank_slices
 from tests.engine.conftest import MakeModel
 from tests.engine.execution.test_architectures import QWEN3_MOE
@@ -179,13 +181,14 @@ def test_tensors_of_no_use_are_named_and_left(
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_named(model_dir: Path, tmp_path: Path) -> None:
     model = damaged(model_dir, tmp_path, UP, lambda tensor: tensor)
-    tensors = dict(find_tensors(model, ModelConfig.load(model), Grid(1, 1, 0)).tensors)
-    last = max(tensors.values(), key=lambda each: each.entry.start)
+    config, grid = ModelConfig.load(model), Grid(1, 1, 0)
+    tensors = find_tensors(model, config, grid).stored
+    last = max(tensors, key=lambda name: tensors[name].offset)
     file = model / "model.safetensors"
     with file.open("r+b") as data:
         data.truncate(file.stat().st_size - 1)
-    with FileSource(tensors) as source, pytest.raises(ModelError, match=f"{last.part.name} ends before"):
-        source.read(last.part)
+    with FileSource(tensors) as source, pytest.raises(ModelError, match=f"{last} ends before"):
+        source.read(rank_slices(config, grid)[last])
 
 
 def test_slices_of_slices_are_read(model_dir: Path, tmp_path: Path) -> None:
@@ -194,10 +197,10 @@ def test_slices_of_slices_are_read(model_dir: Path, tmp_path: Path) -> None:
     config = ModelConfig.load(model_dir)
     (path,) = shard_model(model_dir, tmp_path / "sharded", 1, 1)
     whole = load_file(path)[name]
-    located: dict[str, Located] = dict(find_tensors(tmp_path / "sharded", config, Grid(1, 1, 0)).tensors)
+    stored = find_tensors(tmp_path / "sharded", config, Grid(1, 1, 0)).stored
     part = rank_slices(config, Grid(4, 1, 3))[name]
     assert part.columns is not None
-    with FileSource(located) as source:
+    with FileSource(stored) as source:
         assert torch.equal(source.read(part), whole[:, part.columns.start : part.columns.stop])
 
 

@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from controlplane import leader
 from controlplane.server import SERVICE, ControlService
 from controlplane.view import View
-from engine.weights.checkpoint import write_header
 from engine.weights.model_config import ModelConfig
+from engine.weights.safetensors_header import write_header
 from engine.weights.tensors import tensor_shapes
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
