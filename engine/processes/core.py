@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from engine.distributed.channel import HasFileno, PlanHub
 from engine.execution.runner import Runner
-from engine.grammar.grammars import Grammars
+from engine.grammar.service import GrammarService
 from engine.request import Delta, Load, Request, SamplingParams
 from engine.sampling.sampler import Drawn
 from engine.scheduling.scheduler import Scheduler
@@ -21,7 +21,12 @@ class EngineCore:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, hub: PlanHub | None, sampler: int, grammars: Grammars
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        hub: PlanHub | None,
+        sampler: int,
+        grammars: GrammarService,
     ) -> None:
         self.grammars = grammars
         self._scheduler = scheduler

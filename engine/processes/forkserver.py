@@ -35,7 +35,7 @@ def main() -> None:
     # What `engine.processes.startup.join` imports.
     import_in_background(
         "engine.processes.core",
-        "engine.grammar.grammars",
+        "engine.grammar.service",
         "engine.distributed.rendezvous",
         "engine.execution.runner",
         "engine.weights.loader",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError, as_engine_error
-from engine.grammar.gate import Gate
+from engine.grammar.grammar_queue import GrammarQueue
 from engine.ipc.link import Link, LinkClosedError, die_with_parent
 from engine.ipc.wire import (
     Alive,
@@ -127,10 +127,10 @@ def _messages(link: Link) -> Iterable[Message]:
 def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
     """Serve: one `Step` for what has arrived, one for each step that has run."""
     step, told = 0, core.load
-    gate = Gate(core.grammars, link)
+    gate = GrammarQueue(core.grammars, link)
     messages: Iterable[Message] = early
     while True:
-        accepted, failed, finished, probed = _take(core, gate.passing(messages))
+        accepted, failed, finished, probed = _take(core, gate.admit(messages))
         if accepted or failed or finished or core.load != told:
             told = core.load
             link.send(Step(step, told, accepted, finished, failed))

@@ -219,7 +219,7 @@ def _core(
     ahead: bool,
 ) -> EngineCore:
     from engine.distributed.channel import PlanHub
-    from engine.grammar.grammars import Grammars
+    from engine.grammar.service import GrammarService
     from engine.processes.core import EngineCore
     from engine.scheduling.scheduler import Scheduler
     from engine.scheduling.validation import Limits
@@ -239,5 +239,5 @@ def _core(
         ahead,
     )
     assert hub is None or isinstance(hub, PlanHub)
-    grammars = Grammars(engine.model, config.vocab_size, config.eos_token_ids)
+    grammars = GrammarService(engine.model, config.vocab_size, config.eos_token_ids)
     return EngineCore(Scheduler(limits, epoch=engine.epoch, depth=engine.pp), runner, hub, sampler, grammars)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from engine.errors import EngineError, RequestError
-from engine.grammar.grammars import Follow
+from engine.grammar.matcher import MakeMatcher
 from engine.plan import Mask, NewSequence, Sampled, SequenceChunk, StepPlan
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, Timing
 from engine.scheduling.block_tables import BlockTables, Start
@@ -87,7 +87,7 @@ class Scheduler:
         blocks = self._tables.available, self._tables.size
         return Load(running, self._count - running, *blocks, self._prefix_tokens, self._prefix_hits)
 
-    def submit(self, request: Request, now: float, follow: Follow | None = None) -> tuple[Delta, ...]:
+    def submit(self, request: Request, now: float, follow: MakeMatcher | None = None) -> tuple[Delta, ...]:
         """Queue a request. Choices whose prior output has ended already finish at once.
 
         `follow` makes the matchers of a request with a grammar.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
-from engine.grammar.grammars import Matcher
+from engine.grammar.matcher import Matcher
 from engine.plan import PENDING_TOKEN, NewSequence
 from engine.request import PositionLogprobs, Request
 

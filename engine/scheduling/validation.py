@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from engine.errors import RequestError
-from engine.grammar.source import check as check_grammar
+from engine.grammar.validation import check_grammar
 from engine.request import Request, SamplingParams
 from engine.text.prompt_length import too_many_tokens
 

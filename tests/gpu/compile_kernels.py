@@ -22,7 +22,7 @@ from bench.shapes import Shape, config_json
 from engine.config import EngineConfig
 from engine.distributed.parallel import Parallel
 from engine.execution.runner import Runner
-from engine.grammar.grammars import Grammars
+from engine.grammar.service import GrammarService
 from engine.grid import Grid
 from engine.kernels.gpu import attention, draw, gemv, rows
 from engine.kernels.gpu.kernels import GpuKernels
@@ -116,7 +116,7 @@ def core_of(
             window=config.kv_window,
             ahead=True,
         )
-        return EngineCore(Scheduler(limits), runner, None, 0, Grammars(folder, config.vocab_size, ()))
+        return EngineCore(Scheduler(limits), runner, None, 0, GrammarService(folder, config.vocab_size, ()))
 
 
 def run(core: EngineCore, sequences: int, length: int, tokens: int = 3) -> None:

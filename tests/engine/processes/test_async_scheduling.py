@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.distributed.parallel import Parallel
 from engine.execution.graphs import Record
 from engine.execution.runner import Runner
-from engine.grammar.grammars import Grammars
+from engine.grammar.service import GrammarService
 from engine.grid import Grid
 from engine.kernels.choose import choose_kernels
 from engine.kernels.interface import Kernels
@@ -51,7 +51,7 @@ def core_of(
     limits = Limits(
         config.vocab_size, LONGEST, config.eos_token_ids, 12, max_batch_tokens=16, max_running=4, ahead=ahead
     )
-    grammars = Grammars(str(directory), config.vocab_size, config.eos_token_ids)
+    grammars = GrammarService(str(directory), config.vocab_size, config.eos_token_ids)
     return EngineCore(Scheduler(limits), runner, None, 0, grammars), runner
 
 
