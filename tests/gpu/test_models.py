@@ -1,4 +1,4 @@
-"""Whole models through the GPU's kernels, and decode steps recorded and repeated."""
+"""Whole models through the GPU's kernels, and decode steps captured and replayed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines whose ranks are forked from a process that has imported torch: for tests that start many."""
+"""Engines that start fast: their ranks are forked from a process that has imported torch already."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Rank(ForkServerProcess):
 
 
 class ForkedEngine(Engine):
-    """An engine like any other but for how its ranks begin."""
+    """An engine whose other ranks are forked instead of started."""
 
     def _start(self, theirs: socket.socket) -> Any:
         process = _Rank(target=_serve, args=(theirs,), daemon=True)

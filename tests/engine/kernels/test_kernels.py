@@ -1,4 +1,4 @@
-"""Every native kernel agrees with the reference, and no row's bits depend on the rows beside it."""
+"""Every native kernel agrees with the reference, and a row's bits do not depend on the rows beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not VARIANTS, reason="no native kernels for this
 
 REFERENCE = ReferenceKernels(CPU, torch.float32)
 EVERY_FORMAT = [(torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "int8"), (torch.float32, "int4")]
-# Of one weight, as a share of the largest beside it: what rounding may cost.
+# Maximum rounding error of a weight, relative to the largest weight that shares its scale.
 TOLERANCE = {"": 2**-8, "int8": 1 / 127, "int4": 1 / 7}
 
 

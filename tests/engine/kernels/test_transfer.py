@@ -1,4 +1,4 @@
-"""What a device does not have yet is not taken to be there; a stand-in plays the device."""
+"""A result waits for the work that its device had queued. A stand-in plays the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.kernels.transfer import once_done
 
 
 class Event:
-    """Tells what is asked of it."""
+    """Records the calls."""
 
     told: list[str]
 

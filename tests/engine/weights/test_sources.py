@@ -1,4 +1,4 @@
-"""Weights from files, from per-rank files and from random numbers; and what is wrong with them, by name."""
+"""Weights from files, from per-rank files and from random numbers; errors name the tensor and the file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(model: Path, grid: Grid, load_format: str = "auto") -> list[torch.Tenso
 
 @pytest.fixture(scope="module")
 def moe(make_model: MakeModel) -> Path:
-    """Experts, a dense layer, norms of heads, biases, a vocabulary that two ranks do not share evenly."""
+    """Experts, a dense layer, head norms, biases, and a vocabulary that two ranks cannot share evenly."""
     fields = QWEN3_MOE | {"mlp_only_layers": [1], "attention_bias": True, "vocab_size": 321}
     return make_model(family="Qwen3Moe", num_hidden_layers=2, **fields)
 
@@ -57,7 +57,7 @@ def test_a_sharded_model_is_what_its_source_is(moe: Path, tmp_path: Path, tp: in
     paths = shard_model(moe, sharded, tp, pp)
     assert [path.name for path in paths] == [shard_name(Grid(tp, pp, rank)) for rank in range(tp * pp)]
     for rank in range(tp * pp):
-        alone = tmp_path / f"host{rank}"  # with the file of this rank only
+        alone = tmp_path / f"host{rank}"  # has only the file of this rank
         shutil.copytree(sharded, alone, ignore=lambda _, names: {n for n in names if n.startswith("pp")})
         shutil.copy(paths[rank], alone)
         grid = Grid(tp, pp, rank)
@@ -129,7 +129,7 @@ def test_random_weights_need_nothing_but_the_configuration(moe: Path, tmp_path: 
         engine_identity(EngineConfig(str(tmp_path), load_format="dummy", **fields), config)
         for fields in ({}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"tp": 2})
     }
-    assert len(identities) == 3  # a layout makes no other model
+    assert len(identities) == 3  # a layout does not change the identity
 
 
 def test_random_weights_spread_as_trained_ones_do(moe: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_value_that_is_no_number_is_named_with_its_place(
     config, second = ModelConfig.load(model), Grid(2, 1, 1)
     with pytest.raises(ModelError, match=message):
         load_weights(str(model), config, second, KERNELS, check=True)
-    load_weights(str(model), config, Grid(2, 1, 0), KERNELS, check=True)  # which has other rows
+    load_weights(str(model), config, Grid(2, 1, 0), KERNELS, check=True)  # rank 0 does not read that row
     load_weights(str(model), config, second, KERNELS)
     assert check_model(model) == ()
 

@@ -1,4 +1,4 @@
-"""The layouts to fall back to: every smaller one that the model can run in, the largest first."""
+"""Smaller layouts of a model: every one that the model can run in, the largest first."""
 
 from __future__ import annotations
 
