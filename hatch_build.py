@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 KERNELS = "engine/kernels"
 GENERATED = ("phalanx/v1", "phalanx/internal/v1")
-SOURCES = ("linear.cpp", "attention.cpp", "weights.cpp", "draw.cpp")
+SOURCES = ("linear.cpp", "attention.cpp", "weights.cpp", "sample.cpp")
 # Instruction sets that engine/kernels/native.py chooses from, as the compiler names them.
 CPUS = {"avx512_bf16": "x86_64_v4+avx512bf16", "avx512": "x86_64_v4", "avx2": "x86_64_v3"}
 FLAGS = [

@@ -1,7 +1,7 @@
 """Kernels that say what they do: a named range around each call, and the bytes that it must move.
 
-Ranges show up in torch's profiler and, on a GPU, as NVTX in Nsight Systems. Steps are not recorded as CUDA
-graphs meanwhile, which have no ranges inside.
+Ranges show up in torch's profiler and, on a GPU, as NVTX in Nsight Systems. Steps are not captured in CUDA
+graphs meanwhile: a graph has no ranges inside.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from engine.kernels.draw import Draw
 from engine.kernels.interface import AttentionInput, HeadNorms, Kernels, KVCache, Matrix, Rope
+from engine.kernels.sample import SampleSpec
 
 PREFIX = "phalanx: "
 
@@ -22,7 +22,7 @@ PREFIX = "phalanx: "
 class Annotated:
     """`engine.kernels.interface.Kernels` around others. Counts nothing until `counting`."""
 
-    recordable = False
+    capturable = False
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -92,10 +92,10 @@ class Annotated:
             self._attended.append((stage, inputs.sequences_B4, per_token))
         return out
 
-    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
         """See Kernels."""
-        with self._stage(f"draw, {_rows(logits_SV)}") as moved:
-            out = self._kernels.draw(logits_SV, draws)
+        with self._stage(f"sample, {_rows(logits_SV)}") as moved:
+            out = self._kernels.sample(logits_SV, specs)
             moved(logits_SV)
         return out
 

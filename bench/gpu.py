@@ -59,7 +59,7 @@ LONG = 2048
 BESIDE = 16
 STEPS = 32  # of which a median is taken
 FILLING_STEPS = 96  # a sequence decodes meanwhile, until the last one's prompt has been computed
-SETTLED = 700  # decode steps until every size of batch has been recorded
+SETTLED = 700  # decode steps until every batch size has its CUDA graph
 KV_SHARE = 0.93  # of the memory, with the weights
 PEER_TIMEOUT_S = 300.0
 
@@ -219,7 +219,7 @@ class Bench:
 
 @contextmanager
 def engine_of(shape: Shape, quantization: str, **options: Any) -> Iterator[tuple[Bench, int]]:
-    """An engine that has recorded every size of batch, and the bytes of its KV cache."""
+    """An engine that has captured a CUDA graph for every batch size, and the bytes of its KV cache."""
     import torch
 
     _, memory = torch.cuda.mem_get_info()

@@ -20,7 +20,7 @@ from engine.errors import EngineError, ModelError
 from engine.ipc.link import Link, LinkClosedError
 from engine.ipc.wire import EngineFailed, Rendezvous, StartEngine
 from engine.processes.core import EngineCore
-from engine.processes.startup import join
+from engine.processes.startup import start_rank
 from engine.progress import loading_bar, progress_bar
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, SamplingParams
 from engine.text.detokenizer import ChoiceText, Detokenizer
@@ -85,7 +85,7 @@ class Engine:
             for rank in range(1, tp * pp):
                 self._spawn(config, rank, _device(device, rank))
             with loading_bar(progress) as loaded:
-                member = join(config, self._announce, lambda: "", loaded, self._check)
+                rank_0 = start_rank(config, self._announce, lambda: "", loaded, self._check)
         except BaseException as error:
             cause = self._first_failure()
             self.close()
@@ -93,8 +93,8 @@ class Engine:
             if cause is None or own or not isinstance(error, Exception):
                 raise
             raise cause from error  # which knows better than rank 0 why it has gone
-        self._core = member.core
-        self.max_model_len = member.max_model_len
+        self._core = rank_0.core
+        self.max_model_len = rank_0.max_model_len
 
     def generate(
         self,
@@ -213,8 +213,7 @@ class Engine:
             process = self._start(theirs)
         link = Link(ours)
         self._children.append((process, link))
-        start = dataclasses.asdict(dataclasses.replace(config, rank=rank, device=device))
-        link.send(StartEngine(**start))
+        link.send(StartEngine(dataclasses.replace(config, rank=rank, device=device)))
 
     def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         """A rank's process, which inherits its end of the socket."""

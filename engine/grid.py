@@ -39,6 +39,6 @@ class Grid:
         return self.pp_rank == self.pp - 1
 
     @property
-    def sampler(self) -> int:
-        """The rank that draws tokens: the first of the last stage."""
+    def sampling_rank(self) -> int:
+        """The rank that samples tokens: the first of the last stage."""
         return (self.pp - 1) * self.tp

@@ -48,7 +48,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
     @property
-    def has_rules(self) -> bool:
+    def has_logits_processors(self) -> bool:
         """Whether anything changes the logits before temperature and truncation do."""
         return self.has_penalties or bool(
             self.logit_bias or self.min_tokens or self.bad_words or self.grammar is not None

@@ -39,6 +39,7 @@ from dataplane.shard.events import (
     Unassigned,
     Withdraw,
 )
+from engine.config import EngineConfig
 from engine.ipc.wire import EngineFailed, EngineReady, Message, Rendezvous, StartEngine, StartText, TextReady
 from phalanx.store.records import ShardRecord, ShardState
 
@@ -137,7 +138,7 @@ class Supervisor:
         self._place = place
         self._limits, self._rendezvous_sent = None, False
         self._engine = _Child(self._number())
-        start = StartEngine(
+        config = EngineConfig(
             model=place.model,
             tp=place.tp,
             pp=place.pp,
@@ -150,7 +151,7 @@ class Supervisor:
             load_format=place.load_format or "auto",
             quantization=place.quantization,
         )
-        todo.append(SpawnEngine(self._engine.id, start))
+        todo.append(SpawnEngine(self._engine.id, StartEngine(config)))
         if place.rank == 0 and self._text is None:
             self._text, self._text_start = _Child(self._number()), text
             todo.append(SpawnText(self._text.id, text))

@@ -1,1 +1,5 @@
-"""Executes step plans: a plan becomes tensors, the decoder runs them, a CUDA graph repeats them."""
+"""Executes plans on one rank.
+
+`step_input.py` turns a plan into tensors. `runner.py` runs forward and sampling. `decoder.py` is the model.
+`cuda_graphs.py` replays decode steps that were captured before.
+"""

@@ -1,11 +1,11 @@
-"""The decoder of every architecture, one rank's part of it.
+"""One rank's part of the decoder, for every architecture.
 
 Shapes: T tokens of a step, D hidden, H query heads, K KV heads, E head size, A = (H + 2 K) E, F MLP,
-X experts, C experts of a token, V vocabulary, S sampled rows, P positions. H, K, F and V are this rank's
-share.
+X experts, C experts per token, N tokens of one expert, V vocabulary, S rows that sample, P positions.
+H, K, F and V are this rank's share.
 
-Parallelism is in the lines that name `parallel`: the embedding, attention and MLP end in one sum over
-the tensor parallel ranks each; stages pass `x_TD` on.
+Parallelism is in the lines that name `parallel`: the embedding, attention and the MLP each end in one sum
+over the tensor parallel ranks. `Runner` passes `x_TD` from stage to stage.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from engine.distributed.parallel import Parallel
-from engine.execution.batch import Batch
 from engine.execution.rope import rope_tables
+from engine.execution.step_input import StepTensors
 from engine.kernels.interface import Kernels, KVCache, Rope
 from engine.weights.model_config import ModelConfig
 from engine.weights.stage_weights import Mlp, Moe, StageWeights
@@ -40,11 +40,11 @@ class Decoder:
         cos_PE, sin_PE = rope_tables(config.rope, config.head_dim, max_positions)
         self._rope = Rope(cos_PE.to(kernels.device), sin_PE.to(kernels.device))
 
-    def forward(self, batch: Batch, x_TD: torch.Tensor | None = None) -> torch.Tensor:
-        """A stage: [T, D] of the stage before (None on the first) to [T, D] for the next."""
+    def forward(self, step: StepTensors, x_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """Run this stage's layers: [T, D] from the previous stage (None on the first) to [T, D]."""
         ops, eps, reduce = self._kernels, self._config.rms_eps, self._parallel.all_reduce
         if x_TD is None:
-            x_TD = self._embed(batch.token_ids_T)
+            x_TD = self._embed(step.token_ids_T)
         delta_TD = None
         for index, layer in enumerate(self._weights.layers):
             y_TD = ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm, eps)
@@ -53,7 +53,7 @@ class Decoder:
                 qkv_TA,
                 self._cache,
                 index,
-                batch.attention,
+                step.attention,
                 self._rope,
                 window=layer.window,
                 norms=layer.head_norms,
@@ -67,7 +67,7 @@ class Decoder:
         return x_TD if delta_TD is None else x_TD.add_(delta_TD)
 
     def logits(self, rows_S: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-        """The last stage's float32 logits [S, V of the model] of some rows."""
+        """The last stage's float32 logits [S, the model's vocabulary] of some rows."""
         assert self._weights.final_norm is not None
         assert self._weights.head is not None
         x_SD = x_TD[rows_S]
@@ -80,22 +80,22 @@ class Decoder:
         return self._kernels.linear(y_TF, mlp.down.weight, mlp.down.bias)
 
     def _moe(self, y_TD: torch.Tensor, moe: Moe) -> torch.Tensor:
-        """This rank's share of every chosen expert, weighted and summed.
+        """This rank's share of the experts of every token, weighted and summed.
 
-        A token's experts are added in the order of their numbers, so that its sum does not depend on
-        what the tokens beside it have chosen.
+        A token's experts are added in the order of their numbers, so that the sum does not depend on the
+        experts of other tokens.
         """
         logits_TX = self._kernels.linear(y_TD, moe.router)
         weights_TC, experts_TC = route(logits_TX, moe.config.per_token, normalised=moe.config.normalised)
         order = experts_TC.flatten().argsort(stable=True)
         counts = experts_TC.flatten().bincount(minlength=moe.config.experts).tolist()
         sum_TD = torch.zeros_like(y_TD, dtype=torch.float32)
-        for expert, chosen in zip(moe.experts, torch.split(order, counts), strict=True):
-            if not chosen.shape[0]:
+        for expert, choices in zip(moe.experts, torch.split(order, counts), strict=True):
+            if not choices.shape[0]:
                 continue
-            rows = chosen // moe.config.per_token
+            rows = choices // moe.config.per_token
             delta_ND = self._mlp(y_TD[rows], expert)
-            sum_TD[rows] += delta_ND.float() * weights_TC.flatten()[chosen, None]
+            sum_TD[rows] += delta_ND.float() * weights_TC.flatten()[choices, None]
         return sum_TD.to(y_TD.dtype)
 
     def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
@@ -105,16 +105,16 @@ class Decoder:
             return self._kernels.embed(token_ids_T, table)
         rows = -(-self._config.vocab_size // self._parallel.grid.tp)
         local_T = token_ids_T - self._parallel.grid.tp_rank * rows
-        mine_T = (local_T >= 0) & (local_T < rows)
-        x_TD = self._kernels.embed(local_T.clamp(0, rows - 1), table) * mine_T[:, None]
+        is_local_T = (local_T >= 0) & (local_T < rows)
+        x_TD = self._kernels.embed(local_T.clamp(0, rows - 1), table) * is_local_T[:, None]
         return self._parallel.all_reduce(x_TD)
 
 
 def route(logits_TX: torch.Tensor, per_token: int, *, normalised: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of each token and their weights, both [T, per_token], of a router's logits.
+    """Route each token by the router's logits: weights and expert numbers, both [T, per_token].
 
-    Every step works row by row, or element by element: the few weights of a row are added one after
-    another, since how `sum` orders them may depend on the number of rows.
+    All arithmetic is by row or by element. The weights of a row are added one by one, because the order in
+    which `sum` adds them may depend on the number of rows.
     """
     weights_TC, experts_TC = torch.softmax(logits_TX.float(), dim=-1).topk(per_token, dim=-1)
     if normalised:

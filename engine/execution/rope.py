@@ -1,4 +1,4 @@
-"""Rotary embedding: the angle of every position and frequency, for every scaling that models use."""
+"""Rotary position embedding (RoPE): cosines and sines for every kind of scaling that models use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: int) -> tuple[torch.
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Radians per position, [head_dim / 2] in float32, in the order of operations of transformers."""
+    """Radians per position, [head_dim / 2] in float32, computed in the order of transformers."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     match rope.kind:
         case "longrope":
@@ -29,11 +29,11 @@ def frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
             return inverse / rope.factor
         case "llama3":
             return _llama3(rope, inverse)
-    return inverse  # "dynamic" is the default up to the length that is served
+    return inverse  # "dynamic" equals the default up to max_position_embeddings, and no more is served
 
 
 def _llama3(rope: RopeConfig, inverse: torch.Tensor) -> torch.Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, between them interpolated."""
+    """Llama 3.1: stretch long wavelengths by `factor`, keep short ones, interpolate between them."""
     wavelength = 2 * math.pi / inverse
     longest = rope.original_max_position / rope.low_freq_factor
     shortest = rope.original_max_position / rope.high_freq_factor
@@ -46,11 +46,11 @@ def _llama3(rope: RopeConfig, inverse: torch.Tensor) -> torch.Tensor:
 
 
 def _yarn(rope: RopeConfig, wavelengths: torch.Tensor) -> torch.Tensor:
-    """YaRN (Peng et al. 2023): a ramp over the frequencies from kept to stretched by `factor`."""
+    """YaRN (Peng et al. 2023): keep high frequencies, stretch low ones by `factor`, with a ramp between."""
     half = wavelengths.shape[0]
 
     def place(rotations: float) -> float:
-        """Where the frequency stands that makes so many rotations in the original length."""
+        """The index of the frequency that makes this many rotations in the original length."""
         turns = rope.original_max_position / (rotations * 2 * math.pi)
         return 2 * half * math.log(turns) / (2 * math.log(rope.theta))
 
@@ -59,7 +59,7 @@ def _yarn(rope: RopeConfig, wavelengths: torch.Tensor) -> torch.Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
     if low == high:
-        high += 0.001  # as transformers does, where the ramp is a step
+        high += 0.001  # as transformers: avoids a division by zero
     stretched = ((torch.arange(half).float() - low) / (high - low)).clamp(0, 1)
     kept = 1 - stretched
     return 1.0 / (rope.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Union
 
+from engine.config import EngineConfig
 from engine.request import Delta, Load, Refusal, Request
 
 MAX_FRAME = 64 << 20
@@ -33,26 +34,9 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True, slots=True)
 class StartEngine:
-    """Load this rank of the model and join the group; fields and defaults are those of `EngineConfig`."""
+    """Load this rank of the model and join the group."""
 
-    model: str
-    tp: int
-    pp: int
-    rank: int
-    epoch: int
-    host: str
-    device: str = "cpu"
-    dtype: str = ""
-    max_model_len: int = 0
-    max_batch_tokens: int = 0
-    max_running: int = 64
-    max_prefill_tokens: int = 0
-    prefix_cache: bool = True
-    kv_bytes: int = 0
-    threads: int = 0
-    quantization: str = ""
-    load_format: str = "auto"
-    check_weights: bool = False
+    config: EngineConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from engine.kernels.draw import Draw
+from engine.kernels.sample import SampleSpec
 
 
 class Matrix(Protocol):
@@ -90,7 +90,7 @@ class Kernels(Protocol):
     device: torch.device
     activation_dtype: torch.dtype
     torch_threads: int  # how many threads torch should use beside these kernels
-    recordable: bool  # whether a CUDA graph can capture a decode step: no kernel waits for the host
+    capturable: bool  # whether a CUDA graph can capture a decode step: no kernel waits for the host
 
     def matrix(self, rows: int, columns: int, *, gated: bool = False, quantise: bool = True) -> Matrix:
         """An empty matrix.
@@ -148,6 +148,6 @@ class Kernels(Protocol):
         """Do once, after all matrices are made, what would delay the first request."""
         ...
 
-    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """The token ids [S] that rows of float32 logits draw, as `draw.draw_tokens` defines it."""
+    def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+        """Sample a token id [S] from each row of float32 logits, as `sample.sample_tokens` defines it."""
         ...

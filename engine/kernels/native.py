@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.draw import GREEDY_BELOW, Draw, noise_key
 from engine.kernels.interface import AttentionInput, HeadNorms, KVCache, Matrix, Rope
 from engine.kernels.native_library import AttentionCall, LinearCall, NativeLibrary, PackCall
+from engine.kernels.sample import GREEDY_BELOW, SampleSpec, noise_key
 
 _PANEL = 16
 _FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # as FOR_FORMAT in panels.h numbers them
 
 
-class _Row(ctypes.Structure):
+class _Spec(ctypes.Structure):
     _fields_ = (
         ("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("log_min_p", ctypes.c_float),
         ("top_k", ctypes.c_int32), ("low", ctypes.c_uint32), ("high", ctypes.c_uint32),
@@ -78,7 +78,7 @@ class NativeKernels:
 
     device = torch.device("cpu")
     activation_dtype = torch.float32
-    recordable = False
+    capturable = False
     torch_threads = 1  # waiting threads of torch would take the cores from the threads of these kernels
 
     def __init__(
@@ -161,13 +161,13 @@ class NativeKernels:
     def warm(self) -> None:
         """Do nothing: these kernels are compiled when the project is installed."""
 
-    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """The token ids drawn."""
+    def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+        """Sample a token id per row."""
         logits_SV = logits_SV.contiguous()
-        ids_S = torch.empty(len(draws), dtype=torch.int64)
-        rows = (_Row * len(draws))(*map(_row, draws))
-        self._functions.phalanx_draw(
-            logits_SV.data_ptr(), rows, ids_S.data_ptr(), len(draws), logits_SV.shape[1], self._threads
+        ids_S = torch.empty(len(specs), dtype=torch.int64)
+        packed = (_Spec * len(specs))(*map(_pack_spec, specs))
+        self._functions.phalanx_sample(
+            logits_SV.data_ptr(), packed, ids_S.data_ptr(), len(specs), logits_SV.shape[1], self._threads
         )
         return ids_S
 
@@ -188,12 +188,12 @@ class NativeKernels:
         return out
 
 
-def _row(draw: Draw) -> _Row:
-    sampling, (low, high) = draw.sampling, noise_key(draw)
+def _pack_spec(spec: SampleSpec) -> _Spec:
+    sampling, (low, high) = spec.sampling, noise_key(spec)
     if sampling.temperature < GREEDY_BELOW:
-        return _Row(0, 1, -math.inf, 0, low, high)
+        return _Spec(0, 1, -math.inf, 0, low, high)
     log_min_p = math.log(sampling.min_p) if sampling.min_p else -math.inf
-    return _Row(sampling.temperature, sampling.top_p, log_min_p, sampling.top_k, low, high)
+    return _Spec(sampling.temperature, sampling.top_p, log_min_p, sampling.top_k, low, high)
 
 
 def _zeros(size: int, *, huge_pages: bool = False) -> torch.Tensor:

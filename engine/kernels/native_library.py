@@ -65,7 +65,7 @@ def open_library(variant: str) -> NativeLibrary:
     library.phalanx_panel_bytes.argtypes = (ctypes.c_int, ctypes.c_long)
     pointer, whole = ctypes.c_void_p, ctypes.c_long
     library.phalanx_unpack.argtypes = (ctypes.c_int, pointer, pointer, pointer, whole, whole, ctypes.c_int)
-    library.phalanx_draw.argtypes = (pointer, pointer, pointer, whole, whole, ctypes.c_int)
+    library.phalanx_sample.argtypes = (pointer, pointer, pointer, whole, whole, ctypes.c_int)
     library.phalanx_add_rms_norm.argtypes = (
         pointer, pointer, pointer, pointer, whole, whole, ctypes.c_float, ctypes.c_int,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.draw import Draw, draw_tokens
 from engine.kernels.interface import AttentionInput, HeadNorms, KVCache, Matrix, Rope
+from engine.kernels.sample import SampleSpec, sample_tokens
 
 
 class ReferenceMatrix:
@@ -53,7 +53,7 @@ class ReferenceCache:
 class ReferenceKernels:
     """Implements `interface.Kernels`."""
 
-    recordable = False
+    capturable = False
 
     def __init__(self, device: torch.device, dtype: torch.dtype, *, threads: int = 1) -> None:
         self.name = f"torch on {device}, {str(dtype).removeprefix('torch.')}, {threads} threads"
@@ -141,9 +141,9 @@ class ReferenceKernels:
     def warm(self) -> None:
         """Do nothing."""
 
-    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """The token ids drawn."""
-        return draw_tokens(logits_SV, draws)
+    def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+        """Sample a token id per row."""
+        return sample_tokens(logits_SV, specs)
 
 
 def _weight(matrix: Matrix) -> torch.Tensor:

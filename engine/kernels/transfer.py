@@ -1,4 +1,7 @@
-"""Integers on their way between host and device, for which neither waits."""
+"""Copies integers between host and device without blocking the host or the device.
+
+Only CUDA is asynchronous here. On any other device every function copies at once.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,36 @@ T = TypeVar("T")
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 on a device, after what it does at present."""
+    """Copy integers to an int32 tensor on a device, in order with the work queued there."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int32, device=device)
-    # Copied from other than pinned memory, torch would wait for the device.
+    # A copy from memory that is not pinned makes the host wait for the device.
     return torch.tensor(numbers, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
 
 
 def from_device(numbers_N: torch.Tensor) -> Callable[[], list[int]]:
-    """Begin to copy what a tensor will hold after what its device does at present; what is returned waits."""
+    """Start to copy a tensor to the host, after the work queued on its device.
+
+    Returns a function that waits for the copy and returns the numbers. Work queued later may overwrite the
+    tensor.
+    """
     if numbers_N.device.type != "cuda":
-        here = numbers_N.tolist()
-        return lambda: here
-    here_N = torch.empty(numbers_N.shape, dtype=numbers_N.dtype, pin_memory=True)
-    here_N.copy_(numbers_N, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
+        numbers = numbers_N.tolist()
+        return lambda: numbers
+    on_host_N = torch.empty(numbers_N.shape, dtype=numbers_N.dtype, pin_memory=True)
+    on_host_N.copy_(numbers_N, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
 
     def wait() -> list[int]:
-        arrived.synchronize()
-        return here_N.tolist()
+        copied.synchronize()
+        return on_host_N.tolist()
 
     return wait
 
 
-def once_done(device: torch.device, result: Callable[[], T]) -> Callable[[], T]:
-    """A result that is there when a device has done what it does at present."""
+def after_device(device: torch.device, result: Callable[[], T]) -> Callable[[], T]:
+    """Delay `result`: the returned function first waits for the work that is queued on the device now."""
     if device.type != "cuda":
         return result
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]

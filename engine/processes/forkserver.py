@@ -1,11 +1,16 @@
 """Forks engines: `python -m engine.processes.forkserver --fd N`, N an inherited SOCK_SEQPACKET socket.
 
-Importing torch takes seconds of a core; forking a process that has done so takes milliseconds. First of all
-the other end of the socket hears `ready`. It sends `fork` with the descriptor of an engine's link, hears
-`forked PID` with a pidfd, which names that process for ever, and at its end `ended PID CODE`, as of
-`subprocess`. A closed socket ends this process, and with it every engine.
+Importing torch takes seconds of a core; forking a process that has imported it takes milliseconds. The
+messages on the socket, where the client is a worker:
 
-No thread may run beside `serve`: a fork takes only the one that forks.
+    server -> client  ready             once, after the imports
+    client -> server  fork              with the descriptor of an engine's link
+    server -> client  forked PID        with a pidfd, which stays valid when the PID is reused
+    server -> client  ended PID CODE    when it ends; CODE is negative for a signal, as in `subprocess`
+
+A closed socket ends this process, and the kernel then kills every engine.
+
+No other thread may run beside `serve`: a forked child has only the thread that forked.
 """
 
 from __future__ import annotations
@@ -21,9 +26,9 @@ import sys
 
 from engine.ipc.background import import_in_background
 from engine.ipc.link import die_with_parent
-from engine.processes import rank as process
+from engine.processes import rank
 
-_REQUEST = 64
+_MAX_MESSAGE = 64  # bytes
 
 
 def main() -> None:
@@ -32,7 +37,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket")
     connection = socket.socket(fileno=parser.parse_args().fd)
     die_with_parent()
-    # What `engine.processes.startup.join` imports.
+    # The modules that `engine.processes.startup` imports inside functions.
     import_in_background(
         "engine.processes.core",
         "engine.grammar.service",
@@ -41,16 +46,16 @@ def main() -> None:
         "engine.weights.loader",
     )
     gc.collect()
-    gc.freeze()  # or the first collection of every engine would copy all pages
+    gc.freeze()  # else the first garbage collection of every engine copies all shared pages
     connection.send(b"ready")
     serve(connection)
 
 
 def serve(connection: socket.socket) -> None:
-    """Fork when asked, and tell how engines end."""
+    """Fork an engine on request, and report every engine that ends."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
-    engines: dict[int, int] = {}  # by pidfd
+    engines: dict[int, int] = {}  # process ids by pidfd
     while True:
         for fd, _ in poll.poll():
             if fd != connection.fileno():
@@ -59,7 +64,7 @@ def serve(connection: socket.socket) -> None:
                 os.close(fd)
                 connection.send(b"ended %d %d" % (engines.pop(fd), os.waitstatus_to_exitcode(status)))
                 continue
-            request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST, 1)
+            request, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, 1)
             if not request:
                 return
             (link,) = descriptors
@@ -77,12 +82,12 @@ def serve(connection: socket.socket) -> None:
 
 
 def _become_engine(link: int) -> None:
-    """Never returns."""
+    """Run an engine in this forked process; never returns."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     random.seed()
     try:
-        process.run(link, survive_thread=False)
+        rank.run(link, survive_thread=False)
     finally:
         os._exit(1)
 
@@ -91,4 +96,4 @@ if __name__ == "__main__":
     try:
         main()
     except (BrokenPipeError, ConnectionResetError):
-        sys.exit(0)  # the parent has gone
+        sys.exit(0)  # the worker has gone

@@ -1,12 +1,12 @@
 """Entry point of one rank: `python -m engine.processes.rank --fd N`, N an inherited `engine.ipc.wire` socket.
 
-Rank 0 serves requests; every other rank executes plans. A closed socket ends the process at once.
+Rank 0, the leader, serves requests (`engine.processes.serve`); every other rank runs the leader's plans. The
+process ends as soon as its socket is closed.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import logging
 import os
@@ -18,26 +18,11 @@ from contextlib import ExitStack
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig
-from engine.errors import EngineError, ModelError, RequestError, as_engine_error
-from engine.grammar.grammar_queue import GrammarQueue
+from engine.errors import EngineError, ModelError, as_engine_error
 from engine.ipc.link import Link, LinkClosedError, die_with_parent
-from engine.ipc.wire import (
-    Alive,
-    Began,
-    CancelRequest,
-    EngineFailed,
-    EngineReady,
-    Loading,
-    Message,
-    Probe,
-    Rendezvous,
-    StartEngine,
-    Step,
-    SubmitRequest,
-)
-from engine.processes.startup import Member, join
-from engine.request import Delta, Refusal
+from engine.ipc.wire import EngineFailed, EngineReady, Loading, Message, Rendezvous, StartEngine
+from engine.processes.serve import serve
+from engine.processes.startup import StartedRank, start_rank
 from engine.weights.identity import engine_identity
 
 if TYPE_CHECKING:
@@ -51,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--survive-thread",
         action="store_true",
-        help="outlive the thread that started this process: only the closed socket ends it",
+        help="outlive the thread that started this process; only the closed socket ends it",
     )
     arguments = parser.parse_args()
     run(arguments.fd, survive_thread=arguments.survive_thread)
@@ -63,22 +48,23 @@ def run(fd: int, *, survive_thread: bool) -> None:
     link = Link.inherited(fd)
     if not survive_thread:
         die_with_parent()
-        link.beat()  # a worker listens; an offline engine does not read any more once its ranks are ready
+        link.beat()  # for a worker; an offline engine stops reading once its ranks are ready
     code = 0
     with ExitStack() as at_end:
         try:
             _run(link, at_end)
         except LinkClosedError:
-            pass  # nobody is left to tell
+            pass  # the parent has gone: nobody to report to
         except Exception as error:
             code = 1
             if isinstance(error, EngineError) and error.reason != "INTERNAL":
                 sys.stderr.write(f"engine: {error.message}\n")
             else:
                 traceback.print_exc(file=sys.stderr)
-            _last_word(link, error)  # before other ranks call this one lost: the first reason is kept
+            # Report before the exit: the other ranks then report RANK_LOST, and the first reason is kept.
+            _report_failure(link, error)
     sys.stderr.flush()
-    # Threads of a communicator whose peer has gone may never end.
+    # No ordinary exit: threads of a communicator whose peer has gone may never end.
     os._exit(code)
 
 
@@ -86,33 +72,32 @@ def _run(link: Link, at_end: ExitStack) -> None:
     start, *early = link.receive()
     if not isinstance(start, StartEngine):
         raise EngineError("INTERNAL", f"expected StartEngine, got {type(start).__name__}")
-    engine = EngineConfig(**dataclasses.asdict(start))
-    member = join(
-        engine,
+    rank = start_rank(
+        start.config,
         announce=lambda address: link.send(Rendezvous(address)),
         meet=lambda: _meet(link, early),
         progress=lambda fraction: link.send(Loading(fraction)),
     )
-    at_end.callback(member.parallel.leave)
-    gc.freeze()  # what is there now stays: a collection under load need not look at it
-    config, identity = member.config, engine_identity(engine, member.config)
-    step_s = 0.0 if member.core is None else _timed_canary(member.core)
-    link.send(EngineReady(identity, member.max_model_len, config.vocab_size, config.eos_token_ids, step_s))
-    if member.core is not None:
-        _lead(member.core, link, early)
+    at_end.callback(rank.parallel.leave)
+    gc.freeze()  # exclude what startup has allocated from every later garbage collection
+    config, identity = rank.config, engine_identity(start.config, rank.config)
+    step_s = 0.0 if rank.core is None else _timed_canary(rank.core)
+    link.send(EngineReady(identity, rank.max_model_len, config.vocab_size, config.eos_token_ids, step_s))
+    if rank.core is not None:
+        serve(rank.core, link, early)
     else:
-        _follow(member, link)
+        _run_plans(rank, link)
 
 
 def _timed_canary(core: EngineCore) -> float:
-    """How long a small step of the whole group takes, in seconds."""
+    """Seconds that a small step of all ranks takes."""
     began = time.monotonic()
     core.canary(time.time())
     return time.monotonic() - began
 
 
 def _meet(link: Link, early: list[Message]) -> str:
-    """The group's address, which may have come with the first message."""
+    """Wait for the address where the ranks meet; it may have come with the first message."""
     for message in chain(early, _messages(link)):
         if isinstance(message, Rendezvous):
             return message.address
@@ -124,74 +109,25 @@ def _messages(link: Link) -> Iterable[Message]:
         yield from link.receive()
 
 
-def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
-    """Serve: one `Step` for what has arrived, one for each step that has run."""
-    step, told = 0, core.load
-    gate = GrammarQueue(core.grammars, link)
-    messages: Iterable[Message] = early
+def _run_plans(rank: StartedRank, link: Link) -> None:
+    """Run plans until the leader or the parent has gone; the sampling rank sends the sampled tokens back."""
+    assert rank.plans is not None
     while True:
-        accepted, failed, finished, probed = _take(core, gate.admit(messages))
-        if accepted or failed or finished or core.load != told:
-            told = core.load
-            link.send(Step(step, told, accepted, finished, failed))
-        if probed:
-            if not core.busy:
-                core.canary(time.time())
-            link.send(Alive())
-        if core.busy:
-            core.launch(time.time(), lambda tokens: link.send(Began(tokens)))
-            step, deltas = core.collect(time.time())
-            told = core.load
-            link.send(Step(step, told, deltas=deltas))
-        if not core.busy:
-            core.wait(gate)
-        messages = link.receive(0)
-
-
-def _take(
-    core: EngineCore, messages: Iterable[Message]
-) -> tuple[tuple[str, ...], tuple[Refusal, ...], tuple[Delta, ...], bool]:
-    """Apply commands: requests accepted, refused, choices that ended at once, and whether one is a probe."""
-    accepted: list[str] = []
-    failed: list[Refusal] = []
-    finished: list[Delta] = []
-    probed = False
-    for message in messages:
-        match message:
-            case SubmitRequest(request):
-                try:
-                    finished.extend(core.submit(request, time.time()))
-                    accepted.append(request.id)
-                except RequestError as error:
-                    failed.append(Refusal(request.id, error.reason, error.message))
-            case CancelRequest(request_id, choice):
-                core.cancel(request_id, choice)
-            case Probe():
-                probed = True
-            case _:
-                raise EngineError("INTERNAL", f"unexpected {type(message).__name__}")
-    return tuple(accepted), tuple(failed), tuple(finished), probed
-
-
-def _follow(member: Member, link: Link) -> None:
-    """Execute plans until the leader or the parent has gone."""
-    assert member.plans is not None
-    while True:
-        plan = member.plans.receive(beside=[link])
+        plan = rank.plans.receive(beside=[link])
         if plan is None:
-            link.receive()  # raises LinkClosedError: the parent has nothing to say
+            link.receive()  # raises LinkClosedError: the parent sends nothing, so readable means closed
             continue
-        drawn = member.runner.run(plan)
-        if drawn is not None:
-            member.plans.send(drawn())
+        pending = rank.runner.run(plan)
+        if pending is not None:
+            rank.plans.send(pending())
 
 
-def _last_word(link: Link, error: Exception) -> None:
+def _report_failure(link: Link, error: Exception) -> None:
     known = as_engine_error(error)
     try:
         link.send(EngineFailed(known.reason, known.message, permanent=isinstance(known, ModelError)))
     except LinkClosedError:
-        sys.stderr.write("engine: the parent has gone before it could be told\n")
+        sys.stderr.write("engine: the parent has gone and cannot be told\n")
 
 
 if __name__ == "__main__":

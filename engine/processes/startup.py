@@ -1,6 +1,6 @@
-"""Brings one rank up: weights, KV cache, groups, and on rank 0 the core.
+"""Starts one rank. `start_rank` reads as the list of steps; the functions below it are the steps.
 
-Imports torch only where it is used, so that whoever reads this module's values need not.
+Imports torch only inside functions, so that a module which imports this one does not load torch.
 """
 
 from __future__ import annotations
@@ -13,33 +13,40 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.config import BLOCK_SIZE, DTYPES, LOAD_FORMATS, QUANTIZATIONS, EngineConfig
-from engine.errors import ModelError
+from engine.config import BLOCK_SIZE, EngineConfig
 from engine.grid import Grid
-from engine.scheduling.validation import blocks_per_sequence
-from engine.weights.locate import check_weights
-from engine.weights.model_config import ModelConfig, check_layout
-from engine.weights.stages import stage_layers
+from engine.processes.config_check import load_config
+from engine.processes.kv_sizing import (
+    KVSize,
+    block_bytes,
+    kv_heads_per_rank,
+    kv_memory_bytes,
+    size_kv_cache,
+)
+from engine.processes.replica_group import connect_collectives, join_group, open_group
+from engine.weights.model_config import ModelConfig
 
 if TYPE_CHECKING:
-    from engine.distributed.channel import PlanLink
+    import torch
+
+    from engine.distributed.channel import PlanHub, PlanLink
     from engine.distributed.parallel import Parallel
-    from engine.execution.graphs import Record
+    from engine.execution.cuda_graphs import Capture
     from engine.execution.runner import Runner
     from engine.kernels.interface import Kernels
     from engine.processes.core import EngineCore
+    from engine.weights.stage_weights import StageWeights
 
 _log = logging.getLogger(__name__)
 
-_CPU_KV_BYTES = 1 << 30
-_GPU_FREE_SHARE = 0.9
-_CPU_WEIGHT_TOKENS = 16  # Limits.weight_tokens: arithmetic per byte read is 10 to 20 times less on a CPU
+# Limits.weight_tokens: a CPU does 10 to 20 times less arithmetic per byte that it reads than a GPU.
+_CPU_WEIGHT_TOKENS = 16
 _GPU_WEIGHT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """A rank that has joined its group. Rank 0 has a core, the others a link to it."""
+class StartedRank:
+    """A rank that is ready to run plans. Rank 0 has a core; every other rank has a link to rank 0's core."""
 
     config: ModelConfig
     max_model_len: int
@@ -49,195 +56,191 @@ class Member:
     parallel: Parallel
 
 
-def thread_count(engine: EngineConfig) -> int:
-    """Threads of a rank: those asked for, else OMP_NUM_THREADS, else its share of the cores."""
-    cores = len(os.sched_getaffinity(0))
-    asked = engine.threads or int(os.environ.get("OMP_NUM_THREADS", 0))
-    return max(1, asked or cores // (engine.tp * engine.pp))
-
-
-def join(
+def start_rank(
     engine: EngineConfig,
     announce: Callable[[str], None],
     meet: Callable[[], str],
     progress: Callable[[float], None],
     check: Callable[[], None] = lambda: None,
-) -> Member:
-    """Load this rank and join the group; on rank 0, run a first step through all of it.
+) -> StartedRank:
+    """Start this rank and join it to its replica; rank 0 also runs a first step through all ranks.
 
-    Rank 0 calls `announce` with the address where the group meets before it loads; the others call
-    `meet` for it once they have loaded. While rank 0 waits for the others it keeps calling `check`,
-    which raises if one of them will never come.
+    Args:
+        engine: this rank's configuration.
+        announce: rank 0 calls it before loading, with the address where the ranks meet.
+        meet: the other ranks call it after loading; it waits for that address.
+        progress: called with the loaded fraction of the weights, 0 to 1.
+        check: rank 0 calls it repeatedly while it waits for the others; it raises if one will never come.
 
     Raises:
         ModelError: the model or the layout cannot be served.
         EngineError: another rank has gone.
     """
-    config = ModelConfig.load(engine.model, engine.max_model_len)
-    check_layout(config, engine.tp, engine.pp)
-    if engine.load_format not in LOAD_FORMATS:
-        formats = ", ".join(LOAD_FORMATS)
-        raise ModelError("INVALID_LAYOUT", f"load_format {engine.load_format} is not one of {formats}")
-    if engine.load_format == "auto":
-        check_weights(engine.model, engine.tp, engine.pp, engine.rank)  # before the seconds that torch takes
-    if engine.dtype_name not in DTYPES:
-        raise ModelError("INVALID_LAYOUT", f"dtype {engine.dtype} is not one of {', '.join(DTYPES)}")
-    if engine.quantization not in QUANTIZATIONS:
-        raise ModelError(
-            "INVALID_LAYOUT",
-            f"quantization {engine.quantization} is not one of {', '.join(filter(None, QUANTIZATIONS))}",
-        )
+    config = load_config(engine)
+    kernels = choose_kernels(engine)
+    with ExitStack() as undo:
+        store, hub = open_group(engine, announce, undo)
+        weights = load_stage(engine, config, kernels, progress)
+        plans = None
+        if engine.rank != 0:
+            store, plans = join_group(engine, meet)
+        if hub is not None:
+            hub.gather(check)  # before any collective: a collective would wait for a dead rank for ever
+        parallel = connect_collectives(engine, config, kernels, store)
+        async_steps = can_run_async(config, parallel, kernels)
+        size = agree_on_kv_size(engine, config, parallel, kernels, async_steps=async_steps)
+        runner = build_runner(engine, config, weights, parallel, kernels, size, async_steps=async_steps)
+        if engine.rank != 0:
+            return StartedRank(config, size.max_model_len, runner, None, plans, parallel)
+        core = build_core(engine, config, runner, hub, size, async_steps=async_steps)
+        warm_up(core, engine, kernels, size)
+        undo.pop_all()
+        return StartedRank(config, size.max_model_len, runner, core, None, parallel)
+
+
+def choose_kernels(engine: EngineConfig) -> Kernels:
+    """The fastest kernels for the rank's device; sets torch's device and number of threads."""
     import torch
 
-    from engine.distributed.channel import PlanHub, PlanLink
-    from engine.distributed.rendezvous import connect, join_store, open_store
-    from engine.execution.runner import Runner
-    from engine.kernels.choose import choose_kernels
-    from engine.weights.loader import load_weights
+    from engine.kernels import choose
 
-    grid = Grid(engine.tp, engine.pp, engine.rank)
-    device, dtype = torch.device(engine.device), getattr(torch, engine.dtype_name)
+    device = torch.device(engine.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    kernels = choose_kernels(device, dtype, engine.quantization, threads=thread_count(engine))
+    dtype = getattr(torch, engine.dtype_name)
+    kernels = choose.choose_kernels(device, dtype, engine.quantization, threads=thread_count(engine))
     torch.set_num_threads(kernels.torch_threads)
-    _log.info("rank %d of %d: %s kernels", grid.rank, grid.world, kernels.name)
-    with ExitStack() as undo:
-        store = hub = link = None
-        if grid.world > 1 and grid.rank == 0:
-            store, address = open_store(engine.host)
-            hub = PlanHub(engine.host, grid.world, engine.epoch)
-            undo.callback(hub.close)
-            store.set("plans", hub.address)
-            announce(address)
-        weights = load_weights(
-            engine.model,
-            config,
-            grid,
-            kernels,
-            progress,
-            load_format=engine.load_format,
-            check=engine.check_weights,
-        )
-        if grid.rank != 0:
-            store = join_store(meet())
-            link = PlanLink(store.get("plans").decode(), engine.epoch, grid.rank)
-        if hub is not None:
-            hub.gather(check)  # before any collective, which would wait for a dead rank
-        hidden_bytes = engine.batch_tokens * config.hidden_size * kernels.activation_dtype.itemsize
-        parallel = connect(grid, store, engine.host, device, hidden_bytes)
-        layers = max(
-            len(stage_layers(config, Grid(engine.tp, engine.pp, rank))) for rank in range(grid.world)
-        )
-        kv_heads = max(1, config.num_kv_heads // engine.tp)
-        block_bytes = 2 * layers * kv_heads * config.head_dim * dtype.itemsize * BLOCK_SIZE
-        alone = _device_works_alone(config, parallel, kernels)
-        blocks, max_model_len = _size_cache(
-            engine,
-            config,
-            parallel.min_over_ranks(_kv_bytes(engine, parallel.ranks_on_device) // block_bytes),
-            in_flight=engine.batch_tokens * (2 if alone else 1),
-        )
-        blocks = parallel.min_over_ranks(blocks)  # plans name blocks: no rank may have fewer than rank 0
-        cache = kernels.cache(len(weights.layers), kv_heads, config.head_dim, blocks)
-        kernels.warm()
-        record = _recorder() if alone and kernels.device.type == "cuda" else None
-        runner = Runner(engine, config, weights, parallel, kernels, cache, max_model_len, record)
-        if grid.rank != 0:
-            return Member(config, max_model_len, runner, None, link, parallel)
-        core = _core(engine, config, runner, hub, grid.sampler, blocks, max_model_len, ahead=alone)
-        core.canary(time.time())  # communicators are built now, not under the first request
-        if kernels.device.type == "cuda":
-            longest = min(engine.batch_tokens, max_model_len - 2)  # two tokens are drawn
-            if longest > 0:
-                core.rehearse(time.time(), engine.max_running, longest, engine.batch_tokens)
-        undo.pop_all()
-        return Member(config, max_model_len, runner, core, None, parallel)
+    _log.info("rank %d of %d: %s kernels", engine.rank, engine.tp * engine.pp, kernels.name)
+    return kernels
 
 
-def _device_works_alone(config: ModelConfig, parallel: Parallel, kernels: Kernels) -> bool:
-    """Whether a step, once launched, never waits for the host: it can be recorded, and the next be planned.
+def thread_count(engine: EngineConfig) -> int:
+    """Threads of a rank: `engine.threads`, else OMP_NUM_THREADS, else its share of the cores."""
+    cores = len(os.sched_getaffinity(0))
+    asked = engine.threads or int(os.environ.get("OMP_NUM_THREADS", 0))
+    return max(1, asked or cores // (engine.tp * engine.pp))
 
-    Experts are chosen on the host, ranks that share a GPU speak through it, and stages wait for each other.
+
+def load_stage(
+    engine: EngineConfig, config: ModelConfig, kernels: Kernels, progress: Callable[[float], None]
+) -> StageWeights:
+    """Load this rank's slices of its stage's weights."""
+    from engine.weights.loader import load_weights
+
+    return load_weights(
+        engine.model,
+        config,
+        Grid(engine.tp, engine.pp, engine.rank),
+        kernels,
+        progress,
+        load_format=engine.load_format,
+        check=engine.check_weights,
+    )
+
+
+def can_run_async(config: ModelConfig, parallel: Parallel, kernels: Kernels) -> bool:
+    """Whether a launched decode step never waits for the host.
+
+    Then a CUDA graph can capture it, and the next step can be scheduled while it runs. Experts are chosen on
+    the host, ranks that share a GPU communicate through the host, and stages wait for each other.
     """
-    experts = any(layer.moe for layer in config.layers)
-    return kernels.recordable and not experts and parallel.grid.pp == 1 and parallel.capturable
+    has_experts = any(layer.moe for layer in config.layers)
+    return kernels.capturable and not has_experts and parallel.grid.pp == 1 and parallel.capturable
 
 
-def _recorder() -> Record:
-    from engine.execution.graphs import CudaRecorder  # imports Triton
+def agree_on_kv_size(
+    engine: EngineConfig, config: ModelConfig, parallel: Parallel, kernels: Kernels, *, async_steps: bool
+) -> KVSize:
+    """Size the KV cache by the rank with the least memory: a plan may name any block of rank 0's pool."""
+    free_gpu_bytes = _free_gpu_bytes() if kernels.device.type == "cuda" else 0
+    memory = kv_memory_bytes(engine, parallel.ranks_on_device, free_gpu_bytes)
+    per_block = block_bytes(config, engine.tp, engine.pp, _dtype(engine).itemsize)
+    max_blocks = parallel.min_over_ranks(memory // per_block)
+    tokens_in_flight = engine.batch_tokens * (2 if async_steps else 1)
+    size = size_kv_cache(engine, config, max_blocks, tokens_in_flight)
+    # Ranks may have been started with different `max_running`.
+    return KVSize(parallel.min_over_ranks(size.num_blocks), size.max_model_len)
 
-    return CudaRecorder()
 
-
-def _kv_bytes(engine: EngineConfig, sharers: int) -> int:
-    """KV memory of this rank, when `sharers` ranks of its group, itself included, share its GPU."""
-    if engine.kv_bytes:
-        return engine.kv_bytes
-    if engine.device == "cpu":
-        return _CPU_KV_BYTES
+def _free_gpu_bytes() -> int:
     import torch
 
-    free, _ = torch.cuda.mem_get_info()
-    return int(free * _GPU_FREE_SHARE) // sharers
+    return torch.cuda.mem_get_info()[0]
 
 
-def _size_cache(engine: EngineConfig, config: ModelConfig, most: int, in_flight: int) -> tuple[int, int]:
-    """Blocks of the pool and the longest sequence, when `most` blocks fit into memory.
+def _dtype(engine: EngineConfig) -> torch.dtype:
+    import torch
 
-    `in_flight`: tokens that a sequence may have in plans in flight.
-    """
-    longest = engine.max_model_len or config.max_position
-    if longest > config.max_position:
-        why = ""
-        if config.rope.kind == "dynamic":
-            why = "; beyond, dynamic rotary embedding follows the sequence's length, and no replay is exact"
-        raise ModelError(
-            "INVALID_LAYOUT",
-            f"max_model_len {longest} exceeds the model's {config.max_position} positions{why}",
-        )
-    needed = blocks_per_sequence(longest, config.kv_window, in_flight, BLOCK_SIZE)
-    if most < needed:
-        if engine.max_model_len or most == 0:
-            raise ModelError(
-                "INVALID_LAYOUT",
-                f"the KV memory holds {most * BLOCK_SIZE} tokens, fewer than max_model_len {longest}",
-            )
-        longest, needed = most * BLOCK_SIZE, most
-    return min(most, needed * engine.max_running), longest
+    dtype: torch.dtype = getattr(torch, engine.dtype_name)
+    return dtype
 
 
-def _core(
+def build_runner(
+    engine: EngineConfig,
+    config: ModelConfig,
+    weights: StageWeights,
+    parallel: Parallel,
+    kernels: Kernels,
+    size: KVSize,
+    *,
+    async_steps: bool,
+) -> Runner:
+    """Allocate the KV cache and put the model together. With `async_steps` a GPU uses CUDA graphs."""
+    from engine.execution.runner import Runner
+
+    kv_heads = kv_heads_per_rank(config, engine.tp)
+    cache = kernels.cache(len(weights.layers), kv_heads, config.head_dim, size.num_blocks)
+    kernels.warm()
+    capture = _cuda_graph_capture() if async_steps and kernels.device.type == "cuda" else None
+    return Runner(engine, config, weights, parallel, kernels, cache, size.max_model_len, capture)
+
+
+def _cuda_graph_capture() -> Capture:
+    from engine.execution.cuda_graphs import CudaGraphCapture  # imports Triton
+
+    return CudaGraphCapture()
+
+
+def build_core(
     engine: EngineConfig,
     config: ModelConfig,
     runner: Runner,
-    hub: object,
-    sampler: int,
-    blocks: int,
-    max_model_len: int,
+    hub: PlanHub | None,
+    size: KVSize,
     *,
-    ahead: bool,
+    async_steps: bool,
 ) -> EngineCore:
-    from engine.distributed.channel import PlanHub
+    """Rank 0's scheduler and core."""
     from engine.grammar.service import GrammarService
     from engine.processes.core import EngineCore
     from engine.scheduling.scheduler import Scheduler
     from engine.scheduling.validation import Limits
 
     limits = Limits(
-        config.vocab_size,
-        max_model_len,
-        config.eos_token_ids,
-        blocks,
-        BLOCK_SIZE,
-        engine.batch_tokens,
-        engine.max_running,
-        config.kv_window,
-        engine.prefix_cache,
-        engine.max_prefill_tokens,
-        _CPU_WEIGHT_TOKENS if engine.device == "cpu" else _GPU_WEIGHT_TOKENS,
-        ahead,
+        vocab_size=config.vocab_size,
+        max_model_len=size.max_model_len,
+        eos_token_ids=config.eos_token_ids,
+        kv_blocks=size.num_blocks,
+        block_size=BLOCK_SIZE,
+        max_batch_tokens=engine.batch_tokens,
+        max_running=engine.max_running,
+        window=config.kv_window,
+        prefix_cache=engine.prefix_cache,
+        max_prefill_tokens=engine.max_prefill_tokens,
+        weight_tokens=_CPU_WEIGHT_TOKENS if engine.device == "cpu" else _GPU_WEIGHT_TOKENS,
+        ahead=async_steps,
     )
-    assert hub is None or isinstance(hub, PlanHub)
+    scheduler = Scheduler(limits, epoch=engine.epoch, depth=engine.pp)
     grammars = GrammarService(engine.model, config.vocab_size, config.eos_token_ids)
-    return EngineCore(Scheduler(limits, epoch=engine.epoch, depth=engine.pp), runner, hub, sampler, grammars)
+    sampling_rank = Grid(engine.tp, engine.pp, engine.rank).sampling_rank
+    return EngineCore(scheduler, runner, hub, sampling_rank, grammars)
+
+
+def warm_up(core: EngineCore, engine: EngineConfig, kernels: Kernels, size: KVSize) -> None:
+    """Run the first steps now: they build communicators, and a GPU compiles its kernels in them."""
+    core.canary(time.time())
+    if kernels.device.type != "cuda":
+        return
+    max_prompt_len = min(engine.batch_tokens, size.max_model_len - 2)  # two tokens are sampled
+    if max_prompt_len > 0:
+        core.warm_up(time.time(), engine.max_running, max_prompt_len, engine.batch_tokens)

@@ -1,13 +1,22 @@
-"""Rules that change a row's logits before a token is drawn from them.
+"""Changes a row's logits before a token is sampled from them: grammar, min_tokens, bias, penalties.
 
 Shapes: S rows, V vocabulary.
 
-In this order, as vLLM has it: the grammar's mask; bad words and, before `min_tokens`, the ends; logit bias;
-repetition, then frequency and presence penalty. Temperature and truncation come after. All in float32 and
-element by element, so that a row comes out the same in every batch.
+Where is EOS suppressed? Here, by `min_tokens`: until the output has that many tokens, `_ban` sets the logits
+of the sequence's `ends` to minus infinity. `ends` are EOS and the stop ids, but not EOS if `ignore_eos` is
+set (`engine.scheduling.sequence.new_sequence`). `ignore_eos` suppresses nothing: EOS is sampled like any
+token, and the scheduler does not end the sequence there (`engine.scheduling.scheduler`).
 
-Everything is a function of ids: the prompt's, the output's. So a sequence that is preempted or replayed
-meets the rules as if nothing had happened.
+The order is that of vLLM:
+1. the grammar's mask;
+2. bad words, and `ends` before `min_tokens`;
+3. logit bias;
+4. repetition penalty, then frequency and presence penalty.
+Temperature and truncation come after, in `engine.kernels.sample`. All arithmetic is float32 and element by
+element, so that a row gets the same bits in every batch.
+
+The result is a function of ids alone: those of the prompt and of the output. So a preempted or replayed
+sequence gets the same logits as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -19,133 +28,134 @@ import torch
 
 from engine.plan import Mask, NewSequence, StepPlan
 
-_ROOM = 16  # new tokens for which there is room at first
+_INITIAL_ROOM = 16  # new tokens that fit before the tensors grow
 _ZEROS_OF_BYTES = (torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 0
 
 
 @dataclass(slots=True)
-class _Seen:
-    """The distinct tokens of a sequence and how often each is in its output. Grows by doubling."""
+class _TokenCounts:
+    """The distinct tokens of prompt and output, and how often each is in the output. Grows by doubling."""
 
     ids: torch.Tensor
     counts: torch.Tensor
     size: int
-    places: dict[int, int]
+    index_of: dict[int, int]
 
     @staticmethod
-    def of(prompt: Iterable[int], output: Iterable[int]) -> _Seen:
-        """All tokens of a prompt and an output."""
+    def of(prompt: Iterable[int], output: Iterable[int]) -> _TokenCounts:
+        """Count a prompt and an output."""
         counts = dict.fromkeys(prompt, 0)
         for token in output:
             counts[token] = counts.get(token, 0) + 1
-        room = [0] * max(_ROOM, len(counts))
-        return _Seen(
+        room = [0] * max(_INITIAL_ROOM, len(counts))
+        return _TokenCounts(
             torch.tensor([*counts, *room], dtype=torch.int64),
             torch.tensor([*counts.values(), *room], dtype=torch.float32),
             len(counts),
-            {token: place for place, token in enumerate(counts)},
+            {token: index for index, token in enumerate(counts)},
         )
 
     def add(self, token: int) -> None:
-        """A token of the output."""
-        place = self.places.get(token)
-        if place is None:
-            place = self.places[token] = self.size
-            if place == len(self.ids):
+        """Count one more token of the output."""
+        index = self.index_of.get(token)
+        if index is None:
+            index = self.index_of[token] = self.size
+            if index == len(self.ids):
                 self.ids = torch.cat((self.ids, torch.zeros_like(self.ids)))
                 self.counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
-            self.ids[place] = token
+            self.ids[index] = token
             self.size += 1
-        self.counts[place] += 1
+        self.counts[index] += 1
 
 
 @dataclass(slots=True)
-class _SlotState:
-    """A sequence that has rules."""
+class _SequenceState:
+    """What the logits processors of one sequence depend on."""
 
-    join: NewSequence
+    sequence: NewSequence
     output: list[int]
-    seen: _Seen | None
+    token_counts: _TokenCounts | None  # None without penalties
     always_banned: tuple[int, ...]
     bias_ids: torch.Tensor
     bias_values: torch.Tensor
 
 
-class Rules:
-    """Owns: for slots that have rules, the tokens these depend on. Does not own: grammars.
+class LogitsProcessors:
+    """The logits processors of all running sequences.
 
-    Slots without rules cost a look into a dictionary.
+    Owns: the tokens that they depend on, for each slot that has some. Does not own: grammars. A slot without
+    logits processors costs one dictionary lookup per step.
     """
 
     def __init__(self) -> None:
-        self._slots: dict[int, _SlotState] = {}
+        self._slots: dict[int, _SequenceState] = {}
 
-    def follow(self, plan: StepPlan) -> None:
-        """Take in who leaves and who joins."""
+    def update_slots(self, plan: StepPlan) -> None:
+        """Forget the plan's freed slots, then add its new sequences."""
         for slot in plan.freed_slots:
             self._slots.pop(slot, None)
-        for join in plan.new_sequences:
-            if join.sampling.has_rules:
-                self._slots[join.slot] = _begin(join)
+        for sequence in plan.new_sequences:
+            if sequence.sampling.has_logits_processors:
+                self._slots[sequence.slot] = _begin(sequence)
 
-    def drawn(self, slot: int, token: int) -> None:
-        """A token has been drawn for a slot."""
+    def append_token(self, slot: int, token: int) -> None:
+        """Note a token that was sampled for a slot."""
         state = self._slots.get(slot)
         if state is not None:
             state.output.append(token)
-            if state.seen is not None:
-                state.seen.add(token)
+            if state.token_counts is not None:
+                state.token_counts.add(token)
 
     def apply(
         self, logits_SV: torch.Tensor, rows: Sequence[tuple[int, int]], masks: Sequence[Mask]
     ) -> torch.Tensor:
-        """The logits under all rules; the same tensor where there are none.
+        """Process logits; returns the same tensor if no row has a logits processor.
 
         Args:
-            logits_SV: float32; left as it is.
-            rows: (slot, output position of the token to draw), one per row.
+            logits_SV: float32; not changed.
+            rows: (slot, output position of the token to sample), one per row.
             masks: of the rows that follow a grammar.
         """
-        ruled = [(row, *rows[row]) for row in range(len(rows)) if rows[row][0] in self._slots]
-        if not ruled and not masks:
+        processed = [(row, *rows[row]) for row in range(len(rows)) if rows[row][0] in self._slots]
+        if not processed and not masks:
             return logits_SV
-        before_SV, logits_SV = logits_SV, logits_SV.clone(memory_format=torch.contiguous_format)
+        raw_SV, logits_SV = logits_SV, logits_SV.clone(memory_format=torch.contiguous_format)
         row_of = {slot: row for row, (slot, _) in enumerate(rows)} if masks else {}
         for mask in masks:
             _forbid(logits_SV[row_of[mask.slot]], mask)
-        if ruled:
-            self._ban(logits_SV, ruled)
-            self._bias(logits_SV, ruled)
-            self._penalise(logits_SV, ruled)
+        if processed:
+            self._ban(logits_SV, processed)
+            self._bias(logits_SV, processed)
+            self._penalise(logits_SV, processed)
             for mask in masks:
-                # Whatever else bans all that the grammar allows gives way: the output must follow it.
+                # The output must follow the grammar: if the rest bans all it allows, only the mask counts.
                 logits_V = logits_SV[row_of[mask.slot]]
                 if mask.slot in self._slots and logits_V.amax() == -torch.inf:
-                    _forbid(logits_V.copy_(before_SV[row_of[mask.slot]]), mask)
+                    _forbid(logits_V.copy_(raw_SV[row_of[mask.slot]]), mask)
         return logits_SV
 
-    def _ban(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
-        """Bad words whose beginning is there, and ends that come too early."""
+    def _ban(self, logits_SV: torch.Tensor, processed: Sequence[tuple[int, int, int]]) -> None:
+        """Ban the last token of bad words whose other tokens end the output, and `ends` before min_tokens."""
         rows: list[int] = []
         ids: list[int] = []
-        for row, slot, position in ruled:
+        for row, slot, position in processed:
             state = self._slots[slot]
-            sampling = state.join.sampling
+            sampling = state.sequence.sampling
             banned = list(state.always_banned)
             for word in sampling.bad_words:
-                begin = len(word) - 1
-                if begin and tuple(state.output[-begin:]) == word[:-1]:
+                prefix_len = len(word) - 1  # a word of one token is in always_banned
+                if prefix_len and tuple(state.output[-prefix_len:]) == word[:-1]:
                     banned.append(word[-1])
             if position < sampling.min_tokens:
-                banned += state.join.ends
+                banned += state.sequence.ends
             rows += [row] * len(banned)
             ids += banned
         if rows:
             device = logits_SV.device
             logits_SV[torch.tensor(rows, device=device), torch.tensor(ids, device=device)] = -torch.inf
 
-    def _bias(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
-        biased = [(row, self._slots[slot]) for row, slot, _ in ruled]
+    def _bias(self, logits_SV: torch.Tensor, processed: Sequence[tuple[int, int, int]]) -> None:
+        biased = [(row, self._slots[slot]) for row, slot, _ in processed]
         biased = [(row, state) for row, state in biased if len(state.bias_ids)]
         if not biased:
             return
@@ -154,40 +164,40 @@ class Rules:
         ids = torch.cat([state.bias_ids for _, state in biased]).to(device)
         logits_SV[rows, ids] += torch.cat([state.bias_values for _, state in biased]).to(device)
 
-    def _penalise(self, logits_SV: torch.Tensor, ruled: Sequence[tuple[int, int, int]]) -> None:
-        """Keskar et al. 2019 for repetition; for frequency and presence the OpenAI API reference."""
+    def _penalise(self, logits_SV: torch.Tensor, processed: Sequence[tuple[int, int, int]]) -> None:
+        """Repetition as in Keskar et al. 2019; frequency and presence as in the OpenAI API reference."""
         penalised = [
-            (row, seen, self._slots[slot].join.sampling)
-            for row, slot, _ in ruled
-            if (seen := self._slots[slot].seen) is not None and seen.size
+            (row, token_counts, self._slots[slot].sequence.sampling)
+            for row, slot, _ in processed
+            if (token_counts := self._slots[slot].token_counts) is not None and token_counts.size
         ]
         if not penalised:
             return
         device = logits_SV.device
-        sizes = [seen.size for _, seen, _ in penalised]
+        sizes = [token_counts.size for _, token_counts, _ in penalised]
 
         def spread(values: list[float]) -> torch.Tensor:
             return _repeat(values, sizes).to(device)
 
         rows = _repeat([row for row, _, _ in penalised], sizes).to(device)
-        ids = torch.cat([seen.ids[: seen.size] for _, seen, _ in penalised]).to(device)
-        counts = torch.cat([seen.counts[: seen.size] for _, seen, _ in penalised]).to(device)
+        ids = torch.cat([each.ids[: each.size] for _, each, _ in penalised]).to(device)
+        counts = torch.cat([each.counts[: each.size] for _, each, _ in penalised]).to(device)
         repetition = spread([sampling.repetition_penalty for _, _, sampling in penalised])
-        places, flat = rows * logits_SV.shape[1] + ids, logits_SV.view(-1)
-        logits = flat[places]
+        indices, flat = rows * logits_SV.shape[1] + ids, logits_SV.view(-1)
+        logits = flat[indices]
         logits = torch.where(logits > 0, logits / repetition, logits * repetition)
         logits -= spread([sampling.frequency_penalty for _, _, sampling in penalised]) * counts
         logits -= spread([sampling.presence_penalty for _, _, sampling in penalised]) * (counts > 0)
-        flat.index_copy_(0, places, logits)
+        flat.index_copy_(0, indices, logits)
 
 
-def _begin(join: NewSequence) -> _SlotState:
-    s = join.sampling
-    prompt = join.prompt_ids if s.repetition_penalty != 1 else ()
-    return _SlotState(
-        join,
-        list(join.output_ids),
-        _Seen.of(prompt, join.output_ids) if s.has_penalties else None,
+def _begin(sequence: NewSequence) -> _SequenceState:
+    s = sequence.sampling
+    prompt = sequence.prompt_ids if s.repetition_penalty != 1 else ()
+    return _SequenceState(
+        sequence,
+        list(sequence.output_ids),
+        _TokenCounts.of(prompt, sequence.output_ids) if s.has_penalties else None,
         tuple(word[0] for word in s.bad_words if len(word) == 1),
         torch.tensor([token for token, _ in s.logit_bias], dtype=torch.int64),
         torch.tensor([bias for _, bias in s.logit_bias], dtype=torch.float32),
@@ -195,7 +205,7 @@ def _begin(join: NewSequence) -> _SlotState:
 
 
 def _forbid(logits_V: torch.Tensor, mask: Mask) -> None:
-    """Set to minus infinity what a grammar does not allow."""
+    """Set the tokens that a grammar does not allow to minus infinity."""
     data = torch.frombuffer(bytearray(mask.bits), dtype=torch.uint8)
     forbidden_V = _ZEROS_OF_BYTES[data.int()].view(-1)[: len(logits_V)]
     logits_V.masked_fill_(forbidden_V.to(logits_V.device), -torch.inf)

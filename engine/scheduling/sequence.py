@@ -51,7 +51,11 @@ class Sequence:
         self.prompt_len = len(self.request.prompt_ids)
         self.length = self.prompt_len + len(self.output)
         asked = self.request
-        self.plain = asked.logprobs is None and asked.prompt_logprobs is None and not asked.sampling.has_rules
+        self.plain = (
+            asked.logprobs is None
+            and asked.prompt_logprobs is None
+            and not asked.sampling.has_logits_processors
+        )
 
     @property
     def remaining(self) -> int:

@@ -1,4 +1,4 @@
-"""An engine or text process at the other end of a real socket."""
+"""An engine or text process as a real child process, at the other end of a real socket."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from engine.config import EngineConfig
 from engine.ipc.link import Link
 from engine.ipc.wire import EngineReady, Message, StartEngine, Step, SubmitRequest
 from engine.request import Delta, Request
 
 DEADLINE_S = 60.0
-PATIENCE_S = 240.0  # for kernels that have never been compiled
+MAX_WAIT_S = 240.0  # Triton may compile kernels for the first time
 M = TypeVar("M", bound=Message)
 
 
@@ -43,8 +44,9 @@ class Child:
         return self._arrived.pop(0)
 
     def expect(self, kind: type[M], where: Callable[[M], object] = lambda message: True) -> M:
-        """The next message of a kind; what comes before it is dropped. Raises TimeoutError."""
-        end = time.monotonic() + PATIENCE_S  # a child that lives says so all the while
+        """The next message of a kind; drops the messages before it. Raises TimeoutError."""
+        # `next` gives up earlier if the child is silent: a child that runs sends a Beat every half second.
+        end = time.monotonic() + MAX_WAIT_S
         while time.monotonic() < end:
             message = self.next()
             if isinstance(message, kind) and where(message):
@@ -85,6 +87,6 @@ def child(module: str) -> Iterator[Child]:
 def engine(model: Path, epoch: int = 5) -> Iterator[Child]:
     """A ready engine of one rank."""
     with child("engine.processes.rank") as process:
-        process.send(StartEngine(str(model), 1, 1, 0, epoch, "127.0.0.1"))
+        process.send(StartEngine(EngineConfig(str(model), epoch=epoch)))
         process.expect(EngineReady)
         yield process

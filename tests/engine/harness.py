@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from engine.config import BLOCK_SIZE
-from engine.distributed.parallel import Parallel
-from engine.execution.batch import Batcher
+from engine.distributed.rendezvous import Grid, Parallel
 from engine.execution.decoder import Decoder
-from engine.grid import Grid
+from engine.execution.step_input import StepInputBuilder
 from engine.kernels.choose import choose_kernels
 from engine.kernels.interface import Kernels
 from engine.plan import NewSequence, SequenceChunk, StepPlan
@@ -24,7 +23,7 @@ MAX_SEQUENCES = 64
 
 
 class Harness:
-    """Feeds tokens of several sequences step by step; every fed chunk's last token gives logits."""
+    """Feeds chunks of several sequences step by step; returns the logits of each chunk's last token."""
 
     def __init__(
         self, directory: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None
@@ -35,7 +34,7 @@ class Harness:
         weights = load_weights(str(directory), config, grid, kernels)
         cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, BLOCKS)
         self._model = Decoder(config, weights, Parallel(grid), kernels, cache, config.max_position)
-        self._batcher = Batcher(MAX_SEQUENCES, BLOCKS, kernels.device)
+        self._inputs = StepInputBuilder(MAX_SEQUENCES, BLOCKS, kernels.device)
         self._free = list(range(BLOCKS))
         self._lengths: dict[int, int] = {}
         self._steps = 0
@@ -55,6 +54,6 @@ class Harness:
         self._steps += 1
         with torch.inference_mode():
             plan = StepPlan(1, self._steps, (), tuple(new_sequences), tuple(rows))
-            batch = self._batcher.batch(self._batcher.read(plan))
-            logits = self._model.logits(batch.sample_rows_S, self._model.forward(batch))
+            tensors = self._inputs.to_tensors(self._inputs.build(plan))
+            logits = self._model.logits(tensors.sample_rows_S, self._model.forward(tensors))
         return dict(zip(chunks, logits, strict=False))

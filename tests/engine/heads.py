@@ -1,4 +1,4 @@
-"""Random numbers, and sequences to attend to, for tests of kernels."""
+"""Random numbers and attention inputs, for tests of kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Heads:
         return kernels.cache(2, self.kv_heads, self.size, self.tables.numel())
 
     def inputs(self, parts: list[tuple[int, int, int]]) -> AttentionInput:
-        """What (sequence, start, end) parts come to."""
+        """The attention input of (sequence, start, end) parts."""
         sequences, row = [], 0
         for sequence, start, end in parts:
             sequences.append((sequence, row, end - start, start))

@@ -1,4 +1,4 @@
-"""Logits and ways to draw from them, for tests of what draws."""
+"""Logits and sampling parameters, for tests of sampling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.engine.heads import numbers
 
 
 def scores(shape: str, vocabulary: int, rows: int = 24) -> torch.Tensor:
-    """Logits of several rows: well apart, mostly equal, one far ahead, or excluded."""
+    """Logits of several rows: "random", "equal" (many ties), "peaked" (one far ahead), "masked" (half)."""
     logits = numbers(rows, vocabulary, seed=9) * 3
     match shape:
         case "equal":

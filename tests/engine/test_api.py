@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine import Engine
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError
 from engine.ipc.wire import EngineReady, Rendezvous, StartEngine, Step, SubmitRequest
-from engine.processes.startup import _kv_bytes
 from engine.request import Request, SamplingParams
 from engine.text.process import Tokenizer
 from tests.engine.child import child
@@ -193,19 +191,15 @@ def test_a_rank_that_dies_while_starting_ends_the_start(
     assert caught.value.reason == "RANK_LOST"
 
 
-def test_ranks_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
-    config = EngineConfig("", device="cuda:0")
-    assert [_kv_bytes(config, sharers) for sharers in (1, 2, 3)] == [900, 450, 300]
-
-
 def test_every_rank_has_the_smallest_pool(model_dir: Path) -> None:
     """A plan of rank 0 may name any of its blocks."""
     with child("engine.processes.rank") as leader, child("engine.processes.rank") as other:
         for rank, (process, most) in enumerate([(leader, 8), (other, 3)]):
             process.send(
                 StartEngine(
-                    str(model_dir), 2, 1, rank, 1, "127.0.0.1", max_model_len=32, max_running=most, threads=1
+                    EngineConfig(
+                        str(model_dir), tp=2, rank=rank, max_model_len=32, max_running=most, threads=1
+                    )
                 )
             )
         other.send(leader.expect(Rendezvous))

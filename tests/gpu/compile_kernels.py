@@ -1,12 +1,9 @@
-"""Compiles every kernel that an engine's steps launch for an H200, on a machine without a GPU.
+"""Compiles what an engine's steps launch, as they launch it, for a GPU that need not be here.
 
-Triton's interpreter accepts code that the compiler refuses: variables that change their type, branches
-with different types, arguments that become constants because they are 1. So a model runs on the CPU, and
-each launch of a kernel compiles it for exactly these arguments instead of running it. The results are
-nonsense.
-
-`test_compile.py` runs this file as a process of its own, because Triton decides at its import whether it
-interprets. It prints JSON.
+The interpreter lets pass what the compiler does not: values that change their type, branches that disagree,
+arguments that are constants because they are 1. So a model runs on the CPU, and where it would launch a
+kernel, that is compiled for exactly those arguments, and not run: the numbers are nonsense. Run as a process
+of its own, since Triton decides at its import whether it interprets; prints what a test wants to know.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from engine.distributed.parallel import Parallel
 from engine.execution.runner import Runner
 from engine.grammar.service import GrammarService
 from engine.grid import Grid
-from engine.kernels.gpu import attention, draw, gemv, rows
+from engine.kernels.gpu import attention, gemv, rows, sample
 from engine.kernels.gpu.kernels import GpuKernels
 from engine.kernels.gpu.tuning import Tuner
 from engine.processes.core import EngineCore
@@ -38,8 +35,8 @@ from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-PROCESSORS = 4  # multiprocessors; few, so that batches of the test split their keys in several ways
-MAX_SHARED = 227 << 10  # bytes of shared memory of a program on an H200
+PROCESSORS = 4  # few: sequences are split among them, in as many ways
+MOST_SHARED = 227 << 10  # bytes of a program on an H200
 BLOCKS = 400
 SHAPES = {
     "llama": (Shape("llama", 1024, 2, 8, 8, 2816, 32000, tied=False), {}),
@@ -54,15 +51,15 @@ SHAPES = {
 }
 
 
-# The tuner's choice by rows of a product: tiles of several kinds, and cuBLAS.
+# By rows of a product: all that a tuner may have found best.
 CHOSEN = dict(zip((1, 2, 4, 8, 16), (*gemv.CANDIDATES[3:6], None, gemv.CANDIDATES[9]), strict=True))
 
 
 class Hopper:
-    """Stands in for CUDA's driver, and collects the compiled kernels."""
+    """Stands in for CUDA's driver, and keeps what is compiled."""
 
     def __init__(self) -> None:
-        self.compiled: dict[str, str] = {}  # kernel names by hash
+        self.compiled: dict[str, str] = {}  # names by hash
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -74,20 +71,20 @@ class Hopper:
         return 0
 
     def keep(self, name: str, kernel: Any) -> None:
-        """Note a compiled kernel."""
-        assert kernel.metadata.shared <= MAX_SHARED, (name, kernel.metadata.shared)
+        """Take note of a launch."""
+        assert kernel.metadata.shared <= MOST_SHARED, (name, kernel.metadata.shared)
         self.compiled[kernel.hash] = name
 
 
 def compile_only() -> Hopper:
-    """From now on, launches compile and do not run."""
+    """From now on no kernel is run."""
     hopper, real = Hopper(), JITFunction.run
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         assert all(0 < size <= (1 << 31 if axis == 0 else 65535) for axis, size in enumerate(grid)), grid
         hopper.keep(self.__name__, real(self, *arguments, grid=grid, warmup=True, **named))
-        if self is draw._draw:
-            arguments[2].zero_()  # the next step must get valid token ids
+        if self is sample._sample:
+            arguments[2].zero_()  # tokens are to be tokens
 
     driver.set_active(hopper)
     JITFunction.run = run
@@ -97,7 +94,7 @@ def compile_only() -> Hopper:
 def core_of(
     shape: Shape, changes: dict[str, object], quantisation: str, running: int, longest: int, step: int
 ) -> EngineCore:
-    """An engine of one rank as on a GPU, with a tuner that has chosen already."""
+    """An engine of one rank that would run on a GPU, where products have been measured in an earlier life."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_json(shape) | changes))
         config, grid = ModelConfig.load(folder), Grid(1, 1, 0)
@@ -123,7 +120,7 @@ def core_of(
 
 
 def run(core: EngineCore, sequences: int, length: int, tokens: int = 3) -> None:
-    """Run some requests to their end."""
+    """Some requests from their beginning to their end."""
     for number in range(sequences):
         prompt = tuple(range(1 + number, 1 + number + length))
         core.submit(Request(str(number), prompt, SamplingParams(), tokens, ignore_eos=True), 0.0)
@@ -133,7 +130,7 @@ def run(core: EngineCore, sequences: int, length: int, tokens: int = 3) -> None:
 
 
 def main() -> None:
-    """Print how many variants of each kernel were compiled, and which ones only after the warm-up."""
+    """Compile all that is launched; print how much of it, by the kernels' names, and what came late."""
     hopper, late, every = compile_only(), list[str](), dict[str, str]()
     for name, quantisation, running, longest, step in (
         ("llama", "", 11, 512, 128),
@@ -145,11 +142,11 @@ def main() -> None:
         launched = hopper.compiled = {}
         core = core_of(*SHAPES[name], quantisation, running, longest, step)
         core.canary(0.0)
-        core.rehearse(0.0, running, min(step, longest - 2), step)
-        rehearsed = set(launched)
+        core.warm_up(0.0, running, min(step, longest - 2), step)
+        warmed_up = set(launched)
         for sequences, length in ((1, 100), (3, 16), (7, 33), (11, 40), (10, 5), (4, 110), (1, 12), (2, 3)):
             run(core, sequences, length)
-        late += [f"{name} {quantisation}: {launched[one]}" for one in launched.keys() - rehearsed]
+        late += [f"{name} {quantisation}: {launched[one]}" for one in launched.keys() - warmed_up]
         every |= launched
     for tiles in gemv.CANDIDATES:
         for rows_of_x in (1, 16) if tiles.splits == 1 or tiles.rows == 64 else ():
@@ -158,7 +155,7 @@ def main() -> None:
     names = list((every | hopper.compiled).values())
     kernels = {
         one.__name__
-        for module in (attention, draw, gemv, rows)
+        for module in (attention, gemv, rows, sample)
         for one in vars(module).values()
         if isinstance(one, JITFunction)
     }

@@ -1,6 +1,6 @@
-"""An engine whose device fails when a step has certain tokens: `python -m tests.gpu.faulty_engine --fd N`.
+"""An engine whose device fails when it computes certain tokens: `python -m tests.gpu.faulty_engine --fd N`.
 
-On a GPU the failures are real. Elsewhere the engine raises the errors that torch would raise.
+On a GPU the failures are real ones. Elsewhere they are torch's words for them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from engine.execution.batch import Batch
 from engine.execution.decoder import Decoder
+from engine.execution.step_input import StepTensors
 from engine.processes import rank as process
 
 IN_A_KERNEL, NO_MEMORY, LOST = 201, 202, 203
@@ -23,18 +23,18 @@ _WORDS = {
 
 
 class Faulty(Decoder):
-    """Makes its device fail when a step has one of the tokens above."""
+    """Hurts its device when a step has one of the tokens above."""
 
-    def forward(self, batch: Batch, x_TD: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, step: StepTensors, x_TD: torch.Tensor | None = None) -> torch.Tensor:
         """See Decoder."""
-        if batch.token_ids_T.is_cuda and torch.cuda.is_current_stream_capturing():
-            return super().forward(batch, x_TD)  # a graph capture must not read from the device
-        for token in set(batch.token_ids_T.tolist()) & _WORDS.keys():
-            _break_device(token, batch.token_ids_T.device)
-        return super().forward(batch, x_TD)
+        if step.token_ids_T.is_cuda and torch.cuda.is_current_stream_capturing():
+            return super().forward(step, x_TD)  # nobody may look
+        for token in set(step.token_ids_T.tolist()) & _WORDS.keys():
+            _hurt(token, step.token_ids_T.device)
+        return super().forward(step, x_TD)
 
 
-def _break_device(what: int, device: torch.device) -> None:
+def _hurt(what: int, device: torch.device) -> None:
     if device.type != "cuda":
         raise _WORDS[what]
     if what == IN_A_KERNEL:
@@ -45,7 +45,7 @@ def _break_device(what: int, device: torch.device) -> None:
         maps = Path("/proc/self/maps").read_text().splitlines()
         runtime = next(
             line.split()[-1] for line in maps if "libcudart" in line
-        )  # the library that torch has loaded
+        )  # the one that torch has loaded
         ctypes.CDLL(runtime).cudaDeviceReset()
         torch.zeros(1, device=device).item()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.ipc.link import LinkClosedError
 from engine.ipc.wire import EngineFailed, EngineReady, StartEngine, SubmitRequest
 from engine.request import Request, SamplingParams
@@ -19,8 +20,8 @@ PETABYTE = 1 << 50
 
 
 def serving(process: Child, directory: Path, kv_bytes: int = 1 << 20, max_running: int = 8) -> None:
-    options = {"device": DEVICE, "kv_bytes": kv_bytes, "max_running": max_running}
-    process.send(StartEngine(str(directory), 1, 1, 0, 1, "127.0.0.1", **options))  # type: ignore[arg-type]
+    config = EngineConfig(str(directory), device=DEVICE, kv_bytes=kv_bytes, max_running=max_running)
+    process.send(StartEngine(config))
 
 
 def answer(process: Child) -> list[int]:
@@ -41,7 +42,8 @@ def test_a_failed_device_is_named_and_the_next_engine_serves(
     for life in range(2):
         assert len(shard.starts) == life + 1
         with child("tests.gpu.faulty_engine") as process:
-            process.send(replace(shard.starts[life], kv_bytes=1 << 20, max_running=8))
+            config = replace(shard.starts[life].config, kv_bytes=1 << 20, max_running=8)
+            process.send(StartEngine(config))
             shard.engine_said(process.expect(EngineReady))
             answers.append(answer(process))
             process.send(SubmitRequest(Request("bad", (1, token))))

@@ -1,4 +1,4 @@
-"""Whole models through the GPU's kernels, and decode steps captured and replayed."""
+"""Whole models through the GPU's kernels, and decode steps captured in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import torch
 
 from engine.config import EngineConfig
 from engine.distributed.parallel import Parallel
-from engine.execution import graphs
-from engine.execution.batch import Layout, SlotState
-from engine.execution.graphs import CudaRecorder, DecodeGraphs, Recordings, Work, buckets_up_to, pad
+from engine.execution import cuda_graphs
+from engine.execution.cuda_graphs import (
+    CaptureSchedule,
+    CudaGraphCapture,
+    DecodeGraphs,
+    Work,
+    bucket_sizes,
+    pad,
+)
 from engine.execution.runner import Runner
+from engine.execution.step_input import SlotTensors, StepInput, StepTensors
 from engine.grid import Grid
 from engine.kernels.gpu.kernels import GpuKernels
 from engine.kernels.reference import ReferenceKernels
@@ -31,7 +38,7 @@ from tests.gpu.test_kernels import DEVICE
 FLOAT = torch.float32
 # What pads a step is arbitrary, and NumPy, which interprets, says so where it overflows.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-TOKENS = 48 if GPU else 8  # on a GPU enough for recordings, which are real there
+TOKENS = 48 if GPU else 8  # on a GPU enough steps for captures, which are real there
 STEPS = (
     {0: [5, 9, 2, 7, 11], 1: [3]},
     {0: [4], 1: list(range(20, 40)), 2: [8, 8]},
@@ -52,7 +59,7 @@ def test_a_model_gives_the_reference_s_logits(make_model: MakeModel, family: str
 
 
 def by_hand(work: Work) -> tuple[Callable[[], None], tuple[torch.Tensor, torch.Tensor]]:
-    """Repeats by doing the work again, into the results of the first time."""
+    """A capture without CUDA: replays by calling the work again and copying into the first results."""
     results = work()
 
     def again() -> None:
@@ -63,21 +70,21 @@ def by_hand(work: Work) -> tuple[Callable[[], None], tuple[torch.Tensor, torch.T
 
 
 class Rank:
-    """A rank that serves sequences, each drawn with its own seed."""
+    """A rank that runs sequences, each sampled with its own seed."""
 
-    def __init__(self, directory: Path, *, recorded: bool) -> None:
+    def __init__(self, directory: Path, *, captured: bool) -> None:
         config, grid = ModelConfig.load(directory), Grid(1, 1, 0)
         kernels = GpuKernels(DEVICE, FLOAT)
         weights = load_weights(str(directory), config, grid, kernels)
         cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, 16)
         engine = EngineConfig(str(directory), epoch=1, max_running=8)
-        record = by_hand if recorded else None
-        self.runner = Runner(engine, config, weights, Parallel(grid), kernels, cache, 64, record)
+        capture = by_hand if captured else None
+        self.runner = Runner(engine, config, weights, Parallel(grid), kernels, cache, 64, capture)
         self.lengths: dict[int, int] = {}
         self.steps = 0
 
     def step(self, chunks: dict[int, tuple[int, ...]], options: dict[int, SamplingParams]) -> tuple[int, ...]:
-        """Feed tokens of sequences; what each draws."""
+        """Feed tokens of sequences; the token that each samples."""
         new_sequences, rows = [], []
         for slot, tokens in chunks.items():
             start = self.lengths.get(slot, 0)
@@ -88,78 +95,83 @@ class Rank:
             self.lengths[slot] = start + len(tokens)
             rows.append(SequenceChunk(slot, start, tokens, blocks, sample=True))
         self.steps += 1
-        drawn = self.runner.run(StepPlan(1, self.steps, (), tuple(new_sequences), tuple(rows)))
-        assert drawn is not None
-        return drawn().token_ids
+        pending = self.runner.run(StepPlan(1, self.steps, (), tuple(new_sequences), tuple(rows)))
+        assert pending is not None
+        return pending().token_ids
 
 
-def test_recorded_steps_draw_what_others_draw(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_FIRST_AFTER", 2)
-    monkeypatch.setattr(graphs, "_EVERY", 1)
+def test_captured_steps_sample_the_same_tokens(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "_STEPS_BEFORE_CAPTURE", 2)
+    monkeypatch.setattr(cuda_graphs, "_STEPS_BETWEEN_CAPTURES", 1)
     options = {
         0: SamplingParams(temperature=0),
         1: SamplingParams(temperature=1, seed=4),
-        2: SamplingParams(temperature=0.8, seed=5, presence_penalty=1.5),  # by rules
+        2: SamplingParams(temperature=0.8, seed=5, presence_penalty=1.5),
     }
     outputs = []
-    for recorded in (False, True):
-        rank = Rank(model_dir, recorded=recorded)
+    for captured in (False, True):
+        rank = Rank(model_dir, captured=captured)
         last = dict(zip((0, 1), rank.step({0: (1, 2, 3), 1: (4, 5)}, options), strict=True))
         output = [last]
         for step in range(5):
             chunks = {slot: (token,) for slot, token in last.items()}
             if step == 3:
-                chunks[2] = (7, 8, 9)  # a prompt among decodes: not a recorded step
+                chunks[2] = (7, 8, 9)  # a prompt among decodes: no graph fits this step
             last = dict(zip(chunks, rank.step(chunks, options), strict=True))
             output.append(last)
         outputs.append(output)
     assert outputs[0] == outputs[1]
 
 
-def test_padding_and_recording_change_nothing_in_the_cache(model_dir: Path) -> None:
+def test_a_capture_runs_only_padding_rows(model_dir: Path) -> None:
     calls: list[int] = []
 
-    def logits(batch: object) -> torch.Tensor:
-        calls.append(batch.tokens)  # type: ignore[attr-defined]
-        assert (batch.attention.slots_T == -1).all()  # type: ignore[attr-defined]
-        return torch.zeros(batch.tokens, 10, device=DEVICE)  # type: ignore[attr-defined]
+    def logits(tensors: StepTensors) -> torch.Tensor:
+        calls.append(tensors.num_tokens)
+        assert (tensors.attention.slots_T == -1).all()
+        return torch.zeros(tensors.num_tokens, 10, device=DEVICE)
 
-    DecodeGraphs(logits, SlotState(8, 4, DEVICE), 8, by_hand)._make(4)
+    DecodeGraphs(logits, SlotTensors(8, 4, DEVICE), 8, by_hand)._capture_bucket(4)
     assert calls == [4]
 
 
-def test_small_buckets_are_recorded_first_and_one_at_a_time() -> None:
-    recordings = Recordings(buckets_up_to(20))
-    due = [recordings.due() for _ in range(200)]
-    assert due[: graphs._FIRST_AFTER - 1] == [None] * (graphs._FIRST_AFTER - 1)
+def test_small_buckets_are_captured_first_and_one_at_a_time() -> None:
+    schedule = CaptureSchedule(bucket_sizes(20))
+    due = [schedule.next_bucket() for _ in range(200)]
+    steps_before = cuda_graphs._STEPS_BEFORE_CAPTURE - 1
+    assert due[:steps_before] == [None] * steps_before
     assert [bucket for bucket in due if bucket] == [1, 2, 4, 8, 16, 20]
     places = [place for place, bucket in enumerate(due) if bucket]
-    assert {later - earlier for earlier, later in pairwise(places)} == {graphs._EVERY}
+    assert {later - earlier for earlier, later in pairwise(places)} == {cuda_graphs._STEPS_BETWEEN_CAPTURES}
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 100, 256, 1000])
 def test_the_largest_batch_has_a_bucket(most: int) -> None:
-    buckets = buckets_up_to(most)
+    buckets = bucket_sizes(most)
     assert buckets[-1] == most
     assert list(buckets) == sorted(set(buckets))
 
 
-def test_padding_belongs_to_nobody() -> None:
-    padded = pad(Layout([5], [3], [2], [2, 0, 1, 3], [0], most_queries=1, single_queries=1), 3)
+def test_padding_rows_have_no_slot() -> None:
+    padded = pad(StepInput([5], [3], [2], [2, 0, 1, 3], [0], max_queries=1, num_single_queries=1), 3)
     assert padded.slots == [2, -1, -1]
     assert padded.sequences == [2, 0, 1, 3, *[0] * 8]
     assert len(padded.numbers) == 3 * 8
 
 
-def test_recorded_steps_feed_those_planned_ahead(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_FIRST_AFTER", 2)
-    monkeypatch.setattr(graphs, "_EVERY", 1)
+def test_captured_steps_give_the_next_step_its_pending_tokens(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "_STEPS_BEFORE_CAPTURE", 2)
+    monkeypatch.setattr(cuda_graphs, "_STEPS_BETWEEN_CAPTURES", 1)
     requests = [
         Request("greedy", (1, 2, 3), SamplingParams(temperature=0), TOKENS),
-        Request("drawn", (4, 5), SamplingParams(seed=3), TOKENS),
+        Request("seeded", (4, 5), SamplingParams(seed=3), TOKENS),
     ]
     kernels = GpuKernels(DEVICE, FLOAT)
-    plain, _ = core_of(model_dir, kernels, ahead=False)
-    ahead, runner = core_of(model_dir, kernels, ahead=True, record=CudaRecorder() if GPU else by_hand)
+    plain, _ = core_of(model_dir, kernels, async_scheduling=False)
+    ahead, runner = core_of(
+        model_dir, kernels, async_scheduling=True, capture=CudaGraphCapture() if GPU else by_hand
+    )
     assert outputs(ahead, requests) == outputs(plain, requests)
-    assert runner.blind
+    assert runner.plans_with_pending_tokens

@@ -1,4 +1,4 @@
-"""One-shot sums between two GPUs. `tests/parallel/test_one_shot.py` has the tests that need no GPU."""
+"""Sums over two real GPUs in one kernel; `tests/parallel/test_one_shot.py` has all that needs none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed import Store
 from engine.distributed.one_shot import OneShotTensorParallel
 from engine.distributed.process_groups import ProcessGroupTensorParallel
 from engine.distributed.rendezvous import connect
-from engine.execution.graphs import CudaRecorder
+from engine.execution.cuda_graphs import CudaGraphCapture
 from engine.grid import Grid
 from tests.parallel.processes import run
 
@@ -39,7 +39,7 @@ def add(rank: int, ranks: int, store: Store) -> str:
         total = parallel.all_reduce(x)
         return total, parallel.all_reduce(total * 2)
 
-    repeat, (once, twice) = CudaRecorder()(work)
+    repeat, (once, twice) = CudaGraphCapture()(work)
     for number in range(REPEATS):
         each = parts(16, number, device)
         x.copy_(each[rank])

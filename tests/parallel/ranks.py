@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.distributed.channel import PlanLink
 from engine.errors import EngineError
 from engine.processes.core import EngineCore
-from engine.processes.startup import Member, join
+from engine.processes.startup import StartedRank, start_rank
 from engine.request import Request, SamplingParams
 
 DEADLINE_S = 60.0
@@ -22,18 +22,18 @@ DEADLINE_S = 60.0
 
 @contextmanager
 def engine_of_threads(
-    model: Path, tp: int, pp: int, *, before: Callable[[int, Member], None] = lambda rank, member: None
+    model: Path, tp: int, pp: int, *, before: Callable[[int, StartedRank], None] = lambda rank, started: None
 ) -> Iterator[EngineCore]:
-    """A ready core. `before` is called in each other rank's thread, once it has joined."""
+    """A ready core. `before` is called with each rank, in its thread, once it has started."""
     address: Future[str] = Future()
 
     def rank_main(rank: int) -> None:
         engine = EngineConfig(str(model), tp=tp, pp=pp, rank=rank, threads=1, kv_bytes=1 << 20)
-        member = join(engine, address.set_result, address.result, lambda fraction: None)
-        assert member.plans is not None
-        before(rank, member)
-        with closing(member.plans), pytest.raises(EngineError, match="has gone"):
-            follow(member, member.plans)
+        started = start_rank(engine, address.set_result, address.result, lambda fraction: None)
+        assert started.plans is not None
+        before(rank, started)
+        with closing(started.plans), pytest.raises(EngineError, match="has gone"):
+            follow(started, started.plans)
 
     with ThreadPoolExecutor(tp * pp) as pool:
         others = [pool.submit(rank_main, rank) for rank in range(1, tp * pp)]
@@ -44,21 +44,21 @@ def engine_of_threads(
                     other.result()
 
         engine = EngineConfig(str(model), tp=tp, pp=pp, threads=1, kv_bytes=1 << 20)
-        member = join(engine, address.set_result, lambda: "", lambda fraction: None, check)
-        assert member.core is not None
-        with closing(member.core):
-            before(0, member)
-            yield member.core
+        started = start_rank(engine, address.set_result, lambda: "", lambda fraction: None, check)
+        assert started.core is not None
+        with closing(started.core):
+            before(0, started)
+            yield started.core
         for other in others:
             other.result(DEADLINE_S)
 
 
-def follow(member: Member, plans: PlanLink) -> None:
+def follow(started: StartedRank, plans: PlanLink) -> None:
     """Execute plans until the leader goes."""
     while plan := plans.receive():
-        drawn = member.runner.run(plan)
-        if drawn is not None:
-            plans.send(drawn())
+        pending = started.runner.run(plan)
+        if pending is not None:
+            plans.send(pending())
 
 
 def finish(core: EngineCore, requests: int, tokens: int = 8, **options: Any) -> None:

@@ -33,7 +33,7 @@ def test_tp_rank_counts_fastest() -> None:
     places = [(Grid(3, 2, rank).pp_rank, Grid(3, 2, rank).tp_rank) for rank in range(6)]
     assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert [Grid(3, 2, rank).is_last_stage for rank in range(6)] == [False] * 3 + [True] * 3
-    assert Grid(3, 2, 0).sampler == 3
+    assert Grid(3, 2, 0).sampling_rank == 3
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])

@@ -1,4 +1,4 @@
-"""What ranks do in a step, and in which order."""
+"""The order of what ranks do in steps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 
 from engine.distributed.parallel import Parallel
-from engine.execution.batch import Batcher, Layout
+from engine.execution.step_input import StepInput, StepInputBuilder
 from engine.plan import PENDING_TOKEN, StepPlan
 from engine.processes import startup
-from engine.processes.startup import Member
+from engine.processes.startup import StartedRank
 from engine.request import SamplingParams
 from tests.engine.processes.test_async_scheduling import outputs, some_requests
 from tests.parallel.ranks import DEADLINE_S, engine_of_threads, finish
 
-HELD = range(5, 12)  # steps that the last stage computes only when the first is one ahead
+# The last stage waits in these steps until the first stage has finished the next one.
+HELD_STEPS = range(5, 12)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -26,29 +27,29 @@ def test_the_first_stage_computes_the_next_micro_batch_while_the_last_computes_t
     model_dir: Path, tp: int
 ) -> None:
     done = defaultdict[int, threading.Event](threading.Event)
-    in_time: list[bool] = []
+    first_stage_was_ahead: list[bool] = []
 
-    def hold(rank: int, member: Member) -> None:
-        run = member.runner.run
+    def hold(rank: int, started: StartedRank) -> None:
+        run = started.runner.run
 
         def first_stage(plan: StepPlan) -> Any:
-            sampled = run(plan)
+            pending = run(plan)
             done[plan.step].set()
-            return sampled
+            return pending
 
         def last_stage(plan: StepPlan) -> Any:
-            if plan.step in HELD:
-                in_time.append(done[plan.step + 1].wait(DEADLINE_S))
+            if plan.step in HELD_STEPS:
+                first_stage_was_ahead.append(done[plan.step + 1].wait(DEADLINE_S))
             return run(plan)
 
         if rank == 0:
-            member.runner.run = first_stage  # type: ignore[method-assign]
+            started.runner.run = first_stage  # type: ignore[method-assign]
         elif rank >= tp:
-            member.runner.run = last_stage  # type: ignore[method-assign]
+            started.runner.run = last_stage  # type: ignore[method-assign]
 
     with engine_of_threads(model_dir, tp, 2, before=hold) as core:
         finish(core, requests=4, tokens=16)
-    assert in_time == [True] * len(HELD) * tp
+    assert first_stage_was_ahead == [True] * len(HELD_STEPS) * tp
 
 
 COLLECTIVES = ("all_reduce", "gather_vocab", "send_hidden", "recv_hidden")
@@ -62,11 +63,11 @@ def test_every_collective_that_serving_uses_has_run_before_the_engine_is_ready(
     for name in COLLECTIVES:
         original = getattr(Parallel, name)
 
-        def noted(self: Parallel, *arguments: Any, name: str = name, original: Any = original) -> Any:
+        def noting(self: Parallel, *arguments: Any, name: str = name, original: Any = original) -> Any:
             used.add((self.grid.rank, name))
             return original(self, *arguments)
 
-        monkeypatch.setattr(Parallel, name, noted)
+        monkeypatch.setattr(Parallel, name, noting)
     with engine_of_threads(model_dir, tp, pp) as core:
         warmed = set(used)
         finish(
@@ -81,20 +82,22 @@ def test_every_collective_that_serving_uses_has_run_before_the_engine_is_ready(
     assert {rank for rank, _ in warmed} == set(range(tp * pp))
 
 
-def test_ranks_feed_themselves_what_they_draw(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = some_requests(rules=True)
+def test_ranks_fill_in_pending_tokens_with_what_they_sampled(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = some_requests(penalties=True)
     with engine_of_threads(model_dir, 2, 1) as core:
         expected = outputs(core, requests)
-    monkeypatch.setattr(startup, "_device_works_alone", lambda *_: True)
-    blind = 0
+    monkeypatch.setattr(startup, "can_run_async", lambda *_: True)
+    plans_with_pending_tokens = 0
 
-    def read(self: Batcher, plan: StepPlan) -> Layout:
-        nonlocal blind
-        blind += any(PENDING_TOKEN in row.token_ids for row in plan.chunks)
-        return really_read(self, plan)
+    def counting_build(self: StepInputBuilder, plan: StepPlan) -> StepInput:
+        nonlocal plans_with_pending_tokens
+        plans_with_pending_tokens += any(PENDING_TOKEN in chunk.token_ids for chunk in plan.chunks)
+        return build(self, plan)
 
-    really_read = Batcher.read
-    monkeypatch.setattr(Batcher, "read", read)
+    build = StepInputBuilder.build
+    monkeypatch.setattr(StepInputBuilder, "build", counting_build)
     with engine_of_threads(model_dir, 2, 1) as core:
         assert outputs(core, requests) == expected
-    assert blind > 10
+    assert plans_with_pending_tokens > 10

@@ -33,7 +33,8 @@ class FakeEngine:
         self._link.send(message)
 
     def start(self, start: wire.StartEngine) -> None:
-        name = start.model.rpartition("/")[2]
+        config = start.config
+        name = config.model.rpartition("/")[2]
         self._max_model_len = 1 << 22 if name == "vast" else 4096
         match name:
             case "unloadable":
@@ -45,9 +46,9 @@ class FakeEngine:
                 self._sock.sendall(b"\x00\x00\x00\x02{}")
                 return
         self.send(wire.Loading(1.0))
-        if start.rank == 0:
-            self.send(wire.Rendezvous(f"{start.host}:1234"))
-        if start.rank == 0 or start.tp * start.pp == 1:
+        if config.rank == 0:
+            self.send(wire.Rendezvous(f"{config.host}:1234"))
+        if config.rank == 0 or config.tp * config.pp == 1:
             self.ready()
 
     def ready(self) -> None:

@@ -14,11 +14,12 @@ import pytest
 
 from dataplane.shard.launch import ForkServer
 from dataplane.shard.process import Child
+from engine.config import EngineConfig
 from engine.ipc.wire import EngineFailed, Message, StartEngine
 from tests.until import until
 
 ENGINE = (sys.executable, "-m", "engine.processes.rank")
-NOWHERE = StartEngine(model="/nonexistent", tp=1, pp=1, rank=0, epoch=1, host="127.0.0.1")
+NOWHERE = StartEngine(EngineConfig("/nonexistent"))
 
 
 def parent_of(pid: int) -> int:

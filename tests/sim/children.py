@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from engine.config import EngineConfig
 from engine.errors import RequestError
 from engine.ipc.wire import (
     BEAT_S,
@@ -141,19 +142,19 @@ class SimEngine:
         """A message of the worker."""
         match message:
             case StartEngine():
-                self._process.start(self._begin(message))
+                self._process.start(self._begin(message.config))
             case Rendezvous(address):
                 self._process.start(self._join(address))
             case _:
                 self._inbox.append(message)
                 self._news.set()
 
-    async def _begin(self, start: StartEngine) -> None:
+    async def _begin(self, config: EngineConfig) -> None:
         await asyncio.sleep(self._world.chance.uniform(*LOAD_S))
-        self._size = start.tp * start.pp
-        self._epoch = start.epoch
-        if start.rank == 0:
-            address = f"{self._process.name}:{start.epoch}"
+        self._size = config.tp * config.pp
+        self._epoch = config.epoch
+        if config.rank == 0:
+            address = f"{self._process.name}:{config.epoch}"
             self._group = self._world.groups.setdefault(address, [])
             self._group.append(self)
             if self._size > 1:

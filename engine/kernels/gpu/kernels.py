@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from engine.config import BLOCK_SIZE
-from engine.kernels.draw import Draw
 from engine.kernels.gpu import attention, rows
-from engine.kernels.gpu.draw import ROW, draw, pack
 from engine.kernels.gpu.matrices import QuantisedMatrix
 from engine.kernels.gpu.products import GpuMatrix, Products
+from engine.kernels.gpu.sample import SPEC_INTS, pack, sample
 from engine.kernels.interface import AttentionInput, HeadNorms, KVCache, Matrix, Rope
 from engine.kernels.reference import ReferenceMatrix
+from engine.kernels.sample import SampleSpec
 from engine.kernels.transfer import to_device
 
 
@@ -39,7 +39,7 @@ class GpuCache:
 class GpuKernels:
     """Implements `interface.Kernels`."""
 
-    recordable = True
+    capturable = True
     torch_threads = 1
 
     def __init__(self, device: torch.device, dtype: torch.dtype, quantisation: str = "") -> None:
@@ -116,9 +116,9 @@ class GpuKernels:
             attention.prefill(qkv_TA, keys, values, inputs, out_TA, window=window)
         return out_TA
 
-    def draw(self, logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """The token ids drawn."""
-        return draw(logits_SV, to_device(pack(draws), self.device).view(-1, ROW))
+    def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+        """Sample a token id per row."""
+        return sample(logits_SV, to_device(pack(specs), self.device).view(-1, SPEC_INTS))
 
     def warm(self) -> None:
         """Choose the fastest tiles for the products with few rows."""

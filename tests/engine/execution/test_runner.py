@@ -28,10 +28,10 @@ def runner(model_dir: Path) -> Runner:
     cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, 4)
     engine = EngineConfig(str(model_dir), epoch=4)
     runner = Runner(engine, config, weights, Parallel(grid), kernels, cache, 64)
-    join = NewSequence(0, 3, 0, SamplingParams(temperature=0))
-    drawn = runner.run(StepPlan(4, 1, (), (join,), (SequenceChunk(0, 0, (1, 2, 3), (0,), sample=True),)))
-    assert drawn is not None
-    assert len(drawn().token_ids) == 1
+    new = NewSequence(0, 3, 0, SamplingParams(temperature=0))
+    pending = runner.run(StepPlan(4, 1, (), (new,), (SequenceChunk(0, 0, (1, 2, 3), (0,), sample=True),)))
+    assert pending is not None
+    assert len(pending().token_ids) == 1
     return runner
 
 
@@ -45,6 +45,6 @@ def test_plans_of_another_epoch_or_out_of_order_are_refused(runner: Runner, epoc
 def test_a_refused_plan_leaves_the_rank_as_it_was(runner: Runner) -> None:
     with pytest.raises(EngineError):
         runner.run(StepPlan(4, 9, (0,)))
-    drawn = runner.run(StepPlan(4, 2, (), (), (SequenceChunk(0, 3, (4,)),)))
-    assert drawn is not None
-    assert drawn() == Sampled(2, (), ())
+    pending = runner.run(StepPlan(4, 2, (), (), (SequenceChunk(0, 3, (4,)),)))
+    assert pending is not None
+    assert pending() == Sampled(2, (), ())

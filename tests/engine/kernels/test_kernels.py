@@ -1,4 +1,4 @@
-"""Every native kernel agrees with the reference, and a row's bits do not depend on the rows beside it."""
+"""Every native kernel agrees with the reference, and no row's bits depend on the rows beside it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from engine.kernels import choose, native_library
 from engine.kernels.choose import choose_kernels
-from engine.kernels.draw import Draw, draw_tokens
 from engine.kernels.interface import HeadNorms, Kernels
 from engine.kernels.native import NativeCache, NativeKernels
 from engine.kernels.reference import ReferenceKernels
+from engine.kernels.sample import SampleSpec, sample_tokens
 from engine.request import SamplingParams
 from tests.engine.heads import Heads, numbers
 from tests.engine.logits import SAMPLINGS, scores
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not VARIANTS, reason="no native kernels for this
 
 REFERENCE = ReferenceKernels(CPU, torch.float32)
 EVERY_FORMAT = [(torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "int8"), (torch.float32, "int4")]
-# Maximum rounding error of a weight, relative to the largest weight that shares its scale.
+# Of one weight, as a share of the largest beside it: what rounding may cost.
 TOLERANCE = {"": 2**-8, "int8": 1 / 127, "int4": 1 / 7}
 
 
@@ -194,17 +194,17 @@ def test_a_library_that_computes_wrong_products_is_not_taken(monkeypatch: pytest
 @pytest.mark.parametrize("shape", ["random", "equal", "peaked", "masked"])
 @pytest.mark.parametrize("vocabulary", [1000, 33, 20001])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_rows_draw_what_the_definition_draws(
+def test_rows_sample_what_the_definition_samples(
     variant: str, shape: str, vocabulary: int, sampling: SamplingParams
 ) -> None:
     logits = scores(shape, vocabulary)
-    draws = [Draw(replace(sampling, seed=17 * row), 0, row) for row in range(len(logits))]
-    drawn = kernels_of(variant, torch.float32).draw(logits, draws)
-    assert drawn.tolist() == draw_tokens(logits, draws).tolist()
+    specs = [SampleSpec(replace(sampling, seed=17 * row), 0, row) for row in range(len(logits))]
+    sampled = kernels_of(variant, torch.float32).sample(logits, specs)
+    assert sampled.tolist() == sample_tokens(logits, specs).tolist()
 
 
-def test_drawing_of_numbers_that_are_none_ends(variant: str) -> None:
+def test_sampling_from_nan_ends(variant: str) -> None:
     logits = torch.full((2, 50), torch.nan)
-    draws = [Draw(SamplingParams(temperature=t, top_p=0.5), 0, 0) for t in (0.0, 1.0)]
-    drawn = kernels_of(variant, torch.float32).draw(logits, draws)
-    assert all(0 <= token < 50 for token in drawn.tolist())
+    specs = [SampleSpec(SamplingParams(temperature=t, top_p=0.5), 0, 0) for t in (0.0, 1.0)]
+    sampled = kernels_of(variant, torch.float32).sample(logits, specs)
+    assert all(0 <= token < 50 for token in sampled.tolist())

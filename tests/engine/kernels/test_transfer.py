@@ -1,35 +1,31 @@
-"""A result waits for the work that its device had queued. A stand-in plays the device."""
+"""Values arrive on the host and on the device; tests/gpu/test_transfer.py has what only CUDA does."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from engine.kernels.transfer import once_done
+from engine.kernels.transfer import after_device, from_device, to_device
+from engine.plan import PENDING_TOKEN
+
+CPU = torch.device("cpu")
 
 
-class Event:
-    """Records the calls."""
-
-    told: list[str]
-
-    def record(self) -> None:
-        self.told.append("recorded")
-
-    def synchronize(self) -> None:
-        self.told.append("waited")
+def test_integers_arrive_on_the_device_as_int32() -> None:
+    numbers = [0, -1, 5, PENDING_TOKEN, -(2**31)]
+    tensor = to_device(numbers, CPU)
+    assert (tensor.dtype, tensor.device, tensor.tolist()) == (torch.int32, CPU, numbers)
+    assert to_device([], CPU).shape == (0,)
 
 
-def test_a_result_waits_for_what_its_device_did_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(Event, "told", told, raising=False)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    wait = once_done(torch.device("cuda"), lambda: told.append("read"))
-    assert told == ["recorded"]
-    wait()
-    assert told == ["recorded", "waited", "read"]
+def test_a_copy_to_the_host_has_the_values_of_when_it_began() -> None:
+    tensor = torch.tensor([3, 1, 2])
+    wait = from_device(tensor)
+    tensor.fill_(9)
+    assert wait() == [3, 1, 2]
 
 
-def test_a_cpu_has_done_it() -> None:
-    result = object
-    assert once_done(torch.device("cpu"), result) is result
+def test_a_result_is_passed_on() -> None:
+    calls: list[int] = []
+    wait = after_device(CPU, lambda: calls.append(1) or "result")  # type: ignore[func-returns-value]
+    assert calls == [], "it is computed by whoever waits"
+    assert (wait(), calls) == ("result", [1])

@@ -1,4 +1,4 @@
-"""A step planned while the one before runs draws what it would have drawn after it."""
+"""Async scheduling, where a step is planned while the step before runs, samples the same tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.distributed.parallel import Parallel
-from engine.execution.graphs import Record
+from engine.execution.cuda_graphs import Capture
 from engine.execution.runner import Runner
 from engine.grammar.service import GrammarService
 from engine.grid import Grid
@@ -17,7 +17,7 @@ from engine.kernels.interface import Kernels
 from engine.plan import PENDING_TOKEN, StepPlan
 from engine.processes.core import EngineCore
 from engine.request import Request, SamplingParams
-from engine.sampling.sampler import Drawn
+from engine.sampling.sampler import PendingSample
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.validation import Limits
 from engine.weights.loader import load_weights
@@ -27,29 +27,35 @@ LONGEST = 64
 
 
 class Watched(Runner):
-    """Counts the plans that came before the tokens of the one before had been read, and keeps their sizes."""
+    """Counts the plans with pending tokens, and notes how many chunks each plan has."""
 
-    blind = 0
+    plans_with_pending_tokens = 0
     sizes: tuple[int, ...] = ()
 
-    def run(self, plan: StepPlan) -> Drawn | None:
+    def run(self, plan: StepPlan) -> PendingSample | None:
         """As every runner, with a look at the plan."""
-        self.blind += any(PENDING_TOKEN in row.token_ids for row in plan.chunks)
+        self.plans_with_pending_tokens += any(PENDING_TOKEN in chunk.token_ids for chunk in plan.chunks)
         self.sizes += (len(plan.chunks),)
         return super().run(plan)
 
 
 def core_of(
-    directory: Path, kernels: Kernels, *, ahead: bool, record: Record | None = None
+    directory: Path, kernels: Kernels, *, async_scheduling: bool, capture: Capture | None = None
 ) -> tuple[EngineCore, Watched]:
     """An engine of one rank that can hold little."""
     config, grid = ModelConfig.load(directory), Grid(1, 1, 0)
     weights = load_weights(str(directory), config, grid, kernels)
     cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, 12)
     engine = EngineConfig(str(directory), epoch=1, max_running=4, max_batch_tokens=16)
-    runner = Watched(engine, config, weights, Parallel(grid), kernels, cache, LONGEST, record)
+    runner = Watched(engine, config, weights, Parallel(grid), kernels, cache, LONGEST, capture)
     limits = Limits(
-        config.vocab_size, LONGEST, config.eos_token_ids, 12, max_batch_tokens=16, max_running=4, ahead=ahead
+        config.vocab_size,
+        LONGEST,
+        config.eos_token_ids,
+        12,
+        max_batch_tokens=16,
+        max_running=4,
+        ahead=async_scheduling,
     )
     grammars = GrammarService(str(directory), config.vocab_size, config.eos_token_ids)
     return EngineCore(Scheduler(limits), runner, None, 0, grammars), runner
@@ -77,12 +83,12 @@ def outputs(core: EngineCore, requests: list[Request]) -> dict[tuple[str, int], 
     return {key: (ids, finishes[key]) for key, ids in tokens.items()}
 
 
-def some_requests(*, rules: bool) -> list[Request]:
+def some_requests(*, penalties: bool) -> list[Request]:
     """Prompts shorter and longer than a step; some end by themselves."""
     requests = []
     for number in range(6):
         sampling = SamplingParams(temperature=(number % 3) / 2, seed=number)
-        if rules and number == 2:  # while it lives, no step is planned ahead
+        if penalties and number == 2:  # while it runs, steps are not scheduled asynchronously
             sampling = SamplingParams(seed=number, presence_penalty=1.0)
         prompt = tuple(range(1, 3 + 6 * number))
         stop = (7, 11, 13) if number % 2 else ()
@@ -91,26 +97,28 @@ def some_requests(*, rules: bool) -> list[Request]:
     return requests
 
 
-def test_steps_planned_ahead_draw_the_same(model_dir: Path) -> None:
+def test_async_scheduling_samples_the_same_tokens(model_dir: Path) -> None:
     kernels = choose_kernels(torch.device("cpu"), torch.float32)
-    for rules in (False, True):
-        (plain, _), (ahead, runner) = (core_of(model_dir, kernels, ahead=one) for one in (False, True))
-        requests = some_requests(rules=rules)
+    for penalties in (False, True):
+        (plain, _), (ahead, runner) = (
+            core_of(model_dir, kernels, async_scheduling=one) for one in (False, True)
+        )
+        requests = some_requests(penalties=penalties)
         assert outputs(ahead, requests) == outputs(plain, requests)
-        assert runner.blind > 5
+        assert runner.plans_with_pending_tokens > 5
 
 
-def test_a_rehearsal_has_batches_of_every_size_and_leaves_nothing_behind(model_dir: Path) -> None:
+def test_a_warm_up_has_batches_of_every_size_and_leaves_nothing_behind(model_dir: Path) -> None:
     kernels = choose_kernels(torch.device("cpu"), torch.float32)
     requests = [
         Request(str(number), (1, 2, 3 + number), SamplingParams(seed=number), 6) for number in range(4)
     ]
-    plain, _ = core_of(model_dir, kernels, ahead=True)
-    rehearsed, runner = core_of(model_dir, kernels, ahead=True)
-    empty = rehearsed.load
-    rehearsed.rehearse(0.0, 3, 20, 16)
+    plain, _ = core_of(model_dir, kernels, async_scheduling=True)
+    warm, runner = core_of(model_dir, kernels, async_scheduling=True)
+    empty = warm.load
+    warm.warm_up(0.0, 3, 20, 16)
     assert {1, 2, 3} <= set(runner.sizes)
-    assert rehearsed.load.prefix_tokens == 0
-    assert not rehearsed.busy
-    assert rehearsed.load.kv_blocks_free == empty.kv_blocks_free
-    assert outputs(rehearsed, requests) == outputs(plain, requests)
+    assert warm.load.prefix_tokens == 0
+    assert not warm.busy
+    assert warm.load.kv_blocks_free == empty.kv_blocks_free
+    assert outputs(warm, requests) == outputs(plain, requests)

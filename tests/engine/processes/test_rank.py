@@ -52,7 +52,7 @@ def ask(name: str, length: int = 20, **fields: object) -> Request:
 
 def test_it_tells_what_it_serves(model_dir: Path) -> None:
     with child("engine.processes.rank") as process:
-        process.send(StartEngine(str(model_dir), 1, 1, 0, 5, "127.0.0.1", max_model_len=200))
+        process.send(StartEngine(EngineConfig(str(model_dir), epoch=5, max_model_len=200)))
         assert process.expect(Loading).fraction <= 1
         identity = engine_identity(EngineConfig(str(model_dir)), ModelConfig.load(model_dir))
         assert process.expect(EngineReady) == EngineReady(identity, 200, 320, (0,))
@@ -137,9 +137,8 @@ def test_a_bad_request_is_refused_and_harms_nobody(ready: Child) -> None:
 def test_a_layout_that_cannot_be_is_a_permanent_failure(
     model_dir: Path, fields: dict[str, int], reason: str
 ) -> None:
-    start = {"tp": 1, "pp": 1, "rank": 0, "epoch": 1, "host": "127.0.0.1", **fields}
     with child("engine.processes.rank") as process:
-        process.send(StartEngine(str(model_dir), **start))  # type: ignore[arg-type]
+        process.send(StartEngine(EngineConfig(str(model_dir), **fields)))  # type: ignore[arg-type]
         failed = process.expect(EngineFailed)
         assert (failed.reason, failed.permanent) == (reason, True)
         assert process.process.wait(20) == 1
@@ -178,7 +177,7 @@ def test_a_lost_rank_ends_the_others(make_model: MakeModel) -> None:
     model = make_model(num_hidden_layers=2)
     with child("engine.processes.rank") as leader, child("engine.processes.rank") as other:
         for rank, process in enumerate((leader, other)):
-            process.send(StartEngine(str(model), 1, 2, rank, 3, "127.0.0.1"))
+            process.send(StartEngine(EngineConfig(str(model), pp=2, rank=rank, epoch=3)))
         other.send(leader.expect(Rendezvous))
         leader.expect(EngineReady)
         other.expect(EngineReady)

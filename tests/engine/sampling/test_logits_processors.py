@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from engine.kernels.draw import Draw, draw_tokens
+from engine.kernels.sample import SampleSpec, sample_tokens
 from engine.plan import Mask, NewSequence, StepPlan
 from engine.plan_codec import decode_plan, encode_plan
 from engine.request import Request, SamplingParams
-from engine.sampling.logits_processors import Rules
+from engine.sampling.logits_processors import LogitsProcessors
 from engine.sampling.sampler import Sampler
 from engine.scheduling.sequence import new_sequence
 
@@ -41,13 +41,13 @@ requests = st.builds(
 
 
 def logits_after(ids: list[int]) -> torch.Tensor:
-    """What a model of sorts says: float32 [V], a function of the ids alone."""
+    """Logits of a pretended model: float32 [V], a function of the ids alone."""
     generator = torch.Generator().manual_seed(hash(tuple(ids)) % 2**31)
     return torch.randn(V, generator=generator) * 3
 
 
-def by_the_book(request: Request, output: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """The rules as they are documented, token by token."""
+def documented(request: Request, output: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """The logits processors as docs/api.md documents them, token by token."""
     s, out = request.sampling, logits.clone()
     for word in s.bad_words:
         if output[len(output) - len(word) + 1 :] == list(word[:-1]) and len(output) >= len(word) - 1:
@@ -74,38 +74,38 @@ def joined(request: Request, slot: int, output: list[int]) -> NewSequence:
 
 
 def applied(
-    rules: Rules, request: Request, slot: int, output: list[int], logits: torch.Tensor
+    processors: LogitsProcessors, request: Request, slot: int, output: list[int], logits: torch.Tensor
 ) -> torch.Tensor:
-    return rules.apply(logits[None], [(slot, len(output))], ())[0]
+    return processors.apply(logits[None], [(slot, len(output))], ())[0]
 
 
 @given(requests, st.lists(tokens, max_size=70))
 @settings(max_examples=80, deadline=None)
-def test_every_rule_is_applied_as_documented(request: Request, output: list[int]) -> None:
-    rules = Rules()
-    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 5, []),)))
+def test_every_logits_processor_is_applied_as_documented(request: Request, output: list[int]) -> None:
+    processors = LogitsProcessors()
+    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 5, []),)))
     for token in output:
-        rules.drawn(5, token)
+        processors.append_token(5, token)
     logits = logits_after(output)
     before = logits.clone()
     torch.testing.assert_close(
-        applied(rules, request, 5, output, logits), by_the_book(request, output, logits)
+        applied(processors, request, 5, output, logits), documented(request, output, logits)
     )
     assert torch.equal(logits, before), "log-probabilities are taken from what came in"
 
 
 @given(requests, st.lists(tokens, max_size=40), st.integers(0, 40))
 @settings(max_examples=50, deadline=None)
-def test_output_that_a_join_brings_counts_like_output_drawn_here(
+def test_output_that_a_new_sequence_brings_counts_like_output_sampled_here(
     request: Request, output: list[int], cut: int
 ) -> None:
-    whole, rebuilt = Rules(), Rules()
-    whole.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, []),)))
-    rebuilt.follow(StepPlan(1, 1, new_sequences=(joined(request, 9, output[:cut]),)))
+    whole, rebuilt = LogitsProcessors(), LogitsProcessors()
+    whole.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, []),)))
+    rebuilt.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 9, output[:cut]),)))
     for position, token in enumerate(output):
-        whole.drawn(0, token)
+        whole.append_token(0, token)
         if position >= cut:
-            rebuilt.drawn(9, token)
+            rebuilt.append_token(9, token)
     logits = logits_after(output)
     assert torch.equal(
         applied(whole, request, 0, output, logits), applied(rebuilt, request, 9, output, logits)
@@ -120,8 +120,8 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
     length = 12
 
     def run(cuts: list[int]) -> list[list[int]]:
-        """All requests side by side; each leaves and new_sequences again, under another slot, at its cut."""
-        sampler = Sampler(draw_tokens)
+        """All requests side by side; each leaves at its cut, and joins again in another slot."""
+        sampler = Sampler(sample_tokens, torch.device("cpu"))
         outputs: list[list[int]] = [[] for _ in asked]
         slots = list(range(len(asked)))
         new_sequences = [joined(request, slot, []) for request, slot in zip(asked, slots, strict=True)]
@@ -134,14 +134,13 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
                     new_sequences.append(joined(request, slots[i], outputs[i]))
             plan = StepPlan(1, position + 1, tuple(freed_slots), tuple(new_sequences))
             new_sequences, freed_slots = [], []
-            draws = [
-                Draw(request.sampling, 0, position, slot=slot)
+            specs = [
+                SampleSpec(request.sampling, 0, position, slot=slot)
                 for request, slot in zip(asked, slots, strict=True)
             ]
             rows = [logits_after([*r.prompt_ids, *out]) for r, out in zip(asked, outputs, strict=True)]
-            sampler.follow(plan)
             for output, token in zip(
-                outputs, sampler.sample(plan, torch.stack(rows), draws)().token_ids, strict=True
+                outputs, sampler.sample(plan, torch.stack(rows), specs)().token_ids, strict=True
             ):
                 output.append(token)
         return outputs
@@ -152,20 +151,20 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
 @pytest.mark.parametrize("penalty", [0.5, 1.3])
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     request = Request("r", (1, 2, 2), SamplingParams(repetition_penalty=penalty))
-    rules, logits = Rules(), logits_after([5])
-    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, [9, 1]),)))
+    processors, logits = LogitsProcessors(), logits_after([5])
+    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, [9, 1]),)))
     wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[1, 2, 2, 9, 1]]), logits[None].clone())
-    assert torch.equal(applied(rules, request, 0, [9, 1], logits), wanted[0])
+    assert torch.equal(applied(processors, request, 0, [9, 1], logits), wanted[0])
 
 
 @pytest.mark.parametrize("output", [[], [4], [4, 4, 4]])
 def test_minimum_length_is_that_of_transformers(output: list[int]) -> None:
     request = Request("r", (1, 2), SamplingParams(min_tokens=2))
-    rules, logits = Rules(), logits_after(output)
-    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, output),)))
+    processors, logits = LogitsProcessors(), logits_after(output)
+    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, output),)))
     processor = MinNewTokensLengthLogitsProcessor(2, 2, EOS, device="cpu")
     wanted = processor(torch.tensor([[1, 2, *output]]), logits[None].clone())
-    assert torch.equal(applied(rules, request, 0, output, logits), wanted[0])
+    assert torch.equal(applied(processors, request, 0, output, logits), wanted[0])
 
 
 def mask(slot: int, allowed: set[int]) -> Mask:
@@ -175,34 +174,36 @@ def mask(slot: int, allowed: set[int]) -> Mask:
 
 def test_a_mask_leaves_what_the_grammar_allows_in_its_own_row() -> None:
     logits = torch.stack([logits_after([1]), logits_after([2])])
-    out = Rules().apply(logits, [(4, 0), (6, 0)], [mask(6, {0, 8, 39})])
+    out = LogitsProcessors().apply(logits, [(4, 0), (6, 0)], [mask(6, {0, 8, 39})])
     assert torch.equal(out[0], logits[0])
     assert out[1].isfinite().nonzero().flatten().tolist() == [0, 8, 39]
 
 
-def test_other_rules_give_way_where_they_ban_all_that_the_grammar_allows() -> None:
+def test_only_the_mask_counts_where_the_rest_bans_all_that_the_grammar_allows() -> None:
     request = Request("r", (1,), SamplingParams(bad_words=((8,),), min_tokens=3))
-    rules, logits = Rules(), logits_after([1])
-    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, []),)))
-    assert rules.apply(logits[None], [(0, 0)], [mask(0, {8, 9})])[0].isfinite().nonzero().tolist() == [[9]]
-    assert rules.apply(logits[None], [(0, 0)], [mask(0, {8, EOS})])[0].isfinite().sum() == 2
+    processors, logits = LogitsProcessors(), logits_after([1])
+    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, []),)))
+    assert processors.apply(logits[None], [(0, 0)], [mask(0, {8, 9})])[0].isfinite().nonzero().tolist() == [
+        [9]
+    ]
+    assert processors.apply(logits[None], [(0, 0)], [mask(0, {8, EOS})])[0].isfinite().sum() == 2
 
 
-def test_rows_without_rules_pass_untouched_and_uncopied() -> None:
-    rules, logits = Rules(), torch.randn(2, V)
-    rules.follow(
+def test_rows_without_logits_processors_pass_untouched_and_uncopied() -> None:
+    processors, logits = LogitsProcessors(), torch.randn(2, V)
+    processors.update_slots(
         StepPlan(
             1,
             1,
             new_sequences=(NewSequence(0, 3, 0, SamplingParams()), NewSequence(1, 3, 0, SamplingParams(0.0))),
         )
     )
-    assert rules.apply(logits, [(0, 0), (1, 0)], ()) is logits
+    assert processors.apply(logits, [(0, 0), (1, 0)], ()) is logits
 
 
-def test_a_handle_given_to_another_sequence_keeps_nothing() -> None:
+def test_a_slot_given_to_another_sequence_keeps_nothing() -> None:
     request = Request("r", (1,), SamplingParams(presence_penalty=2.0))
-    rules, logits = Rules(), torch.randn(1, V)
-    rules.follow(StepPlan(1, 1, new_sequences=(joined(request, 0, [1, 2]),)))
-    rules.follow(StepPlan(1, 2, (0,), (NewSequence(0, 3, 0, SamplingParams()),)))
-    assert rules.apply(logits, [(0, 0)], ()) is logits
+    processors, logits = LogitsProcessors(), torch.randn(1, V)
+    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, [1, 2]),)))
+    processors.update_slots(StepPlan(1, 2, (0,), (NewSequence(0, 3, 0, SamplingParams()),)))
+    assert processors.apply(logits, [(0, 0)], ()) is logits

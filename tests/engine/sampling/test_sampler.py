@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels.draw import Draw, draw_tokens, gumbel, truncate
+from engine.kernels.sample import SampleSpec, gumbel, sample_tokens, truncate
 from engine.plan import StepPlan
 from engine.request import SamplingParams
-from engine.sampling.sampler import PromptRows, Sampler, score_prompts
+from engine.sampling.logprobs import PromptRows, score_prompts
+from engine.sampling.sampler import Sampler
 
 CPU = torch.device("cpu")
 VOCABULARY = 50
 keys = st.builds(
-    lambda seed, choice, position: Draw(SamplingParams(seed=seed), choice, position),
+    lambda seed, choice, position: SampleSpec(SamplingParams(seed=seed), choice, position),
     st.integers(0, 2**64 - 1),
     st.integers(0, 127),
     st.integers(0, 100_000),
@@ -29,14 +30,14 @@ def logits(rows: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
 
 
 def kept(rows: torch.Tensor, params: SamplingParams) -> list[set[int]]:
-    """The tokens of each row that can still be drawn."""
+    """The tokens of each row that can still be sampled."""
     scores = truncate(rows, [params] * len(rows))
     return [set(row.isfinite().nonzero().flatten().tolist()) for row in scores]
 
 
 @given(keys, st.integers(1, 200))
 @settings(max_examples=50, deadline=None)
-def test_noise_is_the_documented_hash(draw: Draw, vocab: int) -> None:
+def test_noise_is_the_documented_hash(spec: SampleSpec, vocab: int) -> None:
     def mix64(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -48,43 +49,45 @@ def test_noise_is_the_documented_hash(draw: Draw, vocab: int) -> None:
         x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
         return x ^ x >> 16
 
-    key = mix64(mix64(mix64(draw.sampling.seed) ^ draw.choice) ^ draw.position)
+    key = mix64(mix64(mix64(spec.sampling.seed) ^ spec.choice) ^ spec.position)
     bits = [mix32(mix32((token + key) % 2**32) ^ key >> 32) for token in range(vocab)]
     wanted = [-math.log(-math.log((b + 0.5) / 2**32)) for b in bits]
-    assert gumbel([draw], vocab, CPU)[0].tolist() == pytest.approx(wanted, rel=1e-12)
+    assert gumbel([spec], vocab, CPU)[0].tolist() == pytest.approx(wanted, rel=1e-12)
 
 
 @given(st.lists(keys, min_size=1, max_size=6), st.data())
 @settings(max_examples=50, deadline=None)
-def test_a_row_is_drawn_alike_in_every_batch(draws: list[Draw], data: st.DataObject) -> None:
-    rows = logits(len(draws))
-    together = draw_tokens(rows, draws).tolist()
-    order = data.draw(st.permutations(range(len(draws))))
-    shuffled = draw_tokens(rows[list(order)], [draws[i] for i in order]).tolist()
-    alone = [draw_tokens(rows[i : i + 1], [draw])[0].item() for i, draw in enumerate(draws)]
+def test_a_row_is_sampled_alike_in_every_batch(specs: list[SampleSpec], data: st.DataObject) -> None:
+    rows = logits(len(specs))
+    together = sample_tokens(rows, specs).tolist()
+    order = data.draw(st.permutations(range(len(specs))))
+    shuffled = sample_tokens(rows[list(order)], [specs[i] for i in order]).tolist()
+    alone = [sample_tokens(rows[i : i + 1], [spec])[0].item() for i, spec in enumerate(specs)]
     assert together == alone
     assert shuffled == [together[i] for i in order]
 
 
 @pytest.mark.parametrize("field", ["seed", "choice", "position"])
 def test_every_part_of_the_key_changes_the_noise(field: str) -> None:
-    draw = Draw(SamplingParams(seed=1), 2, 3)
+    spec = SampleSpec(SamplingParams(seed=1), 2, 3)
     change = {"sampling": SamplingParams(seed=2)} if field == "seed" else {field: 9}
-    other = replace(draw, **change)  # type: ignore[arg-type]
-    noise = gumbel([draw, other], 1000, CPU)
+    other = replace(spec, **change)  # type: ignore[arg-type]
+    noise = gumbel([spec, other], 1000, CPU)
     assert (noise[0] != noise[1]).float().mean() > 0.99
     assert abs(torch.corrcoef(noise)[0, 1].item()) < 0.15
 
 
 @pytest.mark.parametrize("vary", ["seed", "position"])
-def test_tokens_are_drawn_by_their_probability(vary: str) -> None:
+def test_tokens_are_sampled_by_their_probability(vary: str) -> None:
     row = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
     temperature, count = 0.7, 20_000
-    draws = [
-        Draw(SamplingParams(temperature, seed=i if vary == "seed" else 5), 0, i if vary == "position" else 0)
+    specs = [
+        SampleSpec(
+            SamplingParams(temperature, seed=i if vary == "seed" else 5), 0, i if vary == "position" else 0
+        )
         for i in range(count)
     ]
-    seen = Counter(draw_tokens(row.repeat(count, 1), draws).tolist())
+    seen = Counter(sample_tokens(row.repeat(count, 1), specs).tolist())
     probabilities = (row / temperature).softmax(-1).tolist()
     # Pearson's statistic with 4 degrees of freedom is above 23.5 in one case of 10,000.
     statistic = sum((seen[i] - count * p) ** 2 / (count * p) for i, p in enumerate(probabilities))
@@ -93,8 +96,8 @@ def test_tokens_are_drawn_by_their_probability(vary: str) -> None:
 
 def test_temperature_0_takes_the_most_likely() -> None:
     rows = logits(8)
-    draws = [Draw(SamplingParams(temperature=0, seed=i), 0, i) for i in range(8)]
-    assert draw_tokens(rows, draws).tolist() == rows.argmax(-1).tolist()
+    specs = [SampleSpec(SamplingParams(temperature=0, seed=i), 0, i) for i in range(8)]
+    assert sample_tokens(rows, specs).tolist() == rows.argmax(-1).tolist()
 
 
 @given(st.integers(0, 1000), st.integers(1, VOCABULARY + 5))
@@ -157,8 +160,8 @@ def test_rows_of_one_batch_keep_their_own_parameters() -> None:
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     rows = logits(2)
     hot = SamplingParams(temperature=5.0, top_k=40, seed=3)
-    draws = [Draw(hot, 0, 0, logprobs=3), Draw(hot, 0, 1, logprobs=None)]
-    sampled = Sampler(draw_tokens).sample(StepPlan(1, 7), rows, draws)()
+    specs = [SampleSpec(hot, 0, 0, logprobs=3), SampleSpec(hot, 0, 1, logprobs=None)]
+    sampled = Sampler(sample_tokens, CPU).sample(StepPlan(1, 7), rows, specs)()
     entry, nothing = sampled.logprobs
     assert nothing is None
     assert entry is not None
@@ -171,8 +174,8 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 
 
 def test_logprobs_without_alternatives_have_the_chosen_token_alone() -> None:
-    draws = [Draw(SamplingParams(), 0, 0, logprobs=0)]
-    (entry,) = Sampler(draw_tokens).sample(StepPlan(1, 1), logits(1), draws)().logprobs
+    specs = [SampleSpec(SamplingParams(), 0, 0, logprobs=0)]
+    (entry,) = Sampler(sample_tokens, CPU).sample(StepPlan(1, 1), logits(1), specs)().logprobs
     assert entry is not None
     assert entry.top == ()
 

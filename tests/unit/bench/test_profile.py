@@ -48,7 +48,7 @@ def test_the_stages_of_a_small_engine_are_timed(
     profile.main()
     rows = json.loads((tmp_path / "table.json").read_text())
     stages = {row["stage"].partition(",")[0] for row in rows}
-    assert {"attention", "add and norm", "embed", "draw"} <= stages
+    assert {"attention", "add and norm", "embed", "sample"} <= stages
     attention = next(row for row in rows if row["stage"] == "attention, 2 rows")
     assert attention["calls"] == 3 * 2, "steps and layers"
     assert attention["rate"] > 0

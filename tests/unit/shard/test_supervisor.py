@@ -62,7 +62,11 @@ def serving_leader() -> Supervisor:
 def test_a_leader_starts_both_children_and_says_so() -> None:
     engine, text, publish = feed(supervisor(), LEADER)
     assert isinstance(engine, SpawnEngine)
-    assert (engine.start.rank, engine.start.epoch, engine.start.host) == (0, 10 << LIFE_BITS, "127.0.0.1")
+    assert (engine.start.config.rank, engine.start.config.epoch, engine.start.config.host) == (
+        0,
+        10 << LIFE_BITS,
+        "127.0.0.1",
+    )
     assert isinstance(text, SpawnText)
     assert isinstance(publish, Publish)
     assert (publish.record.state, publish.record.epoch) == (ShardState.STARTING, 10)
@@ -71,12 +75,12 @@ def test_a_leader_starts_both_children_and_says_so() -> None:
 def test_children_hear_how_the_model_is_loaded() -> None:
     engine, text, _ = feed(supervisor(), replace(LEADER, load_format="dummy", quantization="int8"))
     assert isinstance(engine, SpawnEngine)
-    assert (engine.start.load_format, engine.start.quantization) == ("dummy", "int8")
+    assert (engine.start.config.load_format, engine.start.config.quantization) == ("dummy", "int8")
     assert isinstance(text, SpawnText)
     assert text.start == StartText("/m", ids_only=True)
     engine, text, _ = feed(supervisor(), LEADER)
     assert isinstance(engine, SpawnEngine)
-    assert (engine.start.load_format, engine.start.quantization) == ("auto", "")
+    assert (engine.start.config.load_format, engine.start.config.quantization) == ("auto", "")
     assert isinstance(text, SpawnText)
     assert text.start == StartText("/m")
 
@@ -111,7 +115,7 @@ def test_a_leader_forms_anew_what_nobody_else_does() -> None:
     feed(core, Exited(1, "was killed by SIGKILL"))
     spawn, publish = feed(core, Abandoned(10, 0))
     assert isinstance(spawn, SpawnEngine)
-    assert spawn.start.epoch == (10 << LIFE_BITS) + 1
+    assert spawn.start.config.epoch == (10 << LIFE_BITS) + 1
     assert isinstance(publish, Publish)
     assert (publish.record.state, publish.record.life) == (ShardState.STARTING, 1)
     asked = [todo for todo in feed(core, Received(spawn.child, Rendezvous("h:9"))) if isinstance(todo, Form)]
@@ -139,7 +143,7 @@ def test_a_member_follows_its_leader_into_the_next_life() -> None:
     todo = feed(core, Formed("d-0", 10, 1, "h:9"))
     assert Kill(1) in todo
     (spawn,) = (item for item in todo if isinstance(item, SpawnEngine))
-    assert spawn.start.epoch == (10 << LIFE_BITS) + 1
+    assert spawn.start.config.epoch == (10 << LIFE_BITS) + 1
     assert SendRendezvous(spawn.child, "h:9") in todo
     assert feed(core, Formed("d-0", 10, 1, "h:9")) == [], "asked again"
     assert feed(core, Formed("d-0", 9, 5, "h:9")) == [], "of another epoch"
@@ -293,9 +297,10 @@ class World(RuleBasedStateMachine):
             case SpawnEngine(child, start):
                 assert not self.current("engine"), "a second engine"
                 assert self.place is not None
-                assert start.epoch > self.engine_epoch, "an engine of a life that is over"
-                self.engine_epoch = start.epoch
-                assert start.epoch >> LIFE_BITS == self.place.epoch
+                epoch = start.config.epoch
+                assert epoch > self.engine_epoch, "an engine of a life that is over"
+                self.engine_epoch = epoch
+                assert epoch >> LIFE_BITS == self.place.epoch
                 self.spawn(child, "engine")
             case SpawnText(child, start):
                 self.models[child] = start.model

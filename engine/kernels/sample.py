@@ -1,11 +1,11 @@
-"""Which token a row of logits draws: the definition, in torch.
+"""How a token is sampled from a row of logits: the definition, in torch. Other kernels must choose the same.
 
 Shapes: S rows, V vocabulary.
 
-Tokens are drawn by the Gumbel-max trick (Gumbel 1954): the largest of logits / temperature + noise. The
-noise of a token is a hash of (seed, choice, output position) and the token's id, computed in integers,
-so it is the same on every device and in every batch, and a replayed request draws what the lost attempt
-would have drawn. It has 32 bits.
+Sampling is the Gumbel-max trick (Gumbel 1954): argmax(logits / temperature + noise). The noise of a token
+is an integer hash of (seed, choice, output position) and the token's id. So the noise is the same on every
+device and in every batch, and a replayed request samples the tokens that the lost attempt would have
+sampled. The hash has 32 bits.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 
 from engine.request import SamplingParams
 
-GREEDY_BELOW = 1e-5  # of temperature
+GREEDY_BELOW = 1e-5  # a lower temperature means greedy
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """How one row is drawn: `position` is the output position of the new token."""
+class SampleSpec:
+    """How one row is sampled: `position` is the output position of the new token."""
 
     sampling: SamplingParams
     choice: int
@@ -33,22 +33,23 @@ class Draw:
     slot: int = 0
 
 
-def draw_tokens(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """The token ids drawn, [S]."""
+def sample_tokens(logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    """Sample one token id per row, [S]."""
     token_ids_S = logits_SV.argmax(-1)
-    random = [row for row, draw in enumerate(draws) if draw.sampling.temperature >= GREEDY_BELOW]
-    if random:
-        rows = torch.tensor(random, device=logits_SV.device)
-        chosen = [draws[row] for row in random]
-        scores = truncate(logits_SV[rows], [draw.sampling for draw in chosen])
-        token_ids_S[rows] = (scores.double() + gumbel(chosen, scores.shape[1], scores.device)).argmax(-1)
+    random_rows = [row for row, spec in enumerate(specs) if spec.sampling.temperature >= GREEDY_BELOW]
+    if random_rows:
+        rows = torch.tensor(random_rows, device=logits_SV.device)
+        random_specs = [specs[row] for row in random_rows]
+        scores = truncate(logits_SV[rows], [spec.sampling for spec in random_specs])
+        noise = gumbel(random_specs, scores.shape[1], scores.device)
+        token_ids_S[rows] = (scores.double() + noise).argmax(-1)
     return token_ids_S
 
 
 def truncate(logits_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Logits over temperature, minus infinity where top-k, then top-p of what is left, or min-p drop it.
+    """Divide logits by the temperature, and set those that min-p, top-k or top-p exclude to minus infinity.
 
-    The most likely token always stays.
+    Top-p applies to the tokens that top-k leaves. The most likely token is never excluded.
     """
     device = logits_SV.device
 
@@ -62,7 +63,7 @@ def truncate(logits_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch
         scaled_SV = scaled_SV.masked_fill(drop_SV, -torch.inf)
     if all(p.top_k == 0 and p.top_p == 1 for p in params):
         return scaled_SV
-    # min-p only cuts the tail of the sorted order, so that it may come first.
+    # Min-p only cuts the tail of the sorted order, so applying it first does not change top-k or the order.
     sorted_SV, order_SV = scaled_SV.sort(dim=-1, descending=True, stable=True)
     vocab = scaled_SV.shape[1]
     top_k_S1 = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
@@ -76,11 +77,12 @@ def truncate(logits_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch
     return torch.empty_like(scaled_SV).scatter_(1, order_SV, sorted_SV)
 
 
-def gumbel(draws: Sequence[Draw], vocab: int, device: torch.device) -> torch.Tensor:
-    """Standard Gumbel noise [S, V] in float64, keyed by each row's draw and the vocabulary index."""
-    keys = [noise_key(draw) for draw in draws]
+def gumbel(specs: Sequence[SampleSpec], vocab: int, device: torch.device) -> torch.Tensor:
+    """Standard Gumbel noise [S, V] in float64, keyed by each row's `noise_key` and the token id."""
+    keys = [noise_key(spec) for spec in specs]
     low_S1, high_S1 = (
-        torch.tensor([part[i] for part in keys], dtype=torch.int64, device=device)[:, None] for i in (0, 1)
+        torch.tensor([key[word] for key in keys], dtype=torch.int64, device=device)[:, None]
+        for word in (0, 1)
     )
     ids_1V = torch.arange(vocab, dtype=torch.int64, device=device)[None]
     bits_SV = _mix32(_mix32((ids_1V + low_S1) & _MASK32) ^ high_S1)
@@ -88,11 +90,11 @@ def gumbel(draws: Sequence[Draw], vocab: int, device: torch.device) -> torch.Ten
     return -torch.log(-torch.log(uniform_SV))
 
 
-def noise_key(draw: Draw) -> tuple[int, int]:
-    """Two 32-bit words of a hash of (seed, choice, position)."""
-    key = _mix64(draw.sampling.seed)
-    key = _mix64(key ^ draw.choice)
-    key = _mix64(key ^ draw.position)
+def noise_key(spec: SampleSpec) -> tuple[int, int]:
+    """A 64-bit hash of (seed, choice, position) as two 32-bit words, the low one first."""
+    key = _mix64(spec.sampling.seed)
+    key = _mix64(key ^ spec.choice)
+    key = _mix64(key ^ spec.position)
     return key & _MASK32, key >> 32
 
 
@@ -105,7 +107,7 @@ def _mix64(x: int) -> int:
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finaliser on int64 elements; products may wrap, their low 32 bits are right."""
+    """MurmurHash3's 32-bit finaliser on int64 elements: a product may overflow, its low 32 bits are right."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & _MASK32
     x = x ^ (x >> 13)

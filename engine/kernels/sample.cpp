@@ -1,8 +1,8 @@
-// Draws the next token of each row: temperature, min-p, top-k, top-p, then the Gumbel-max trick.
+// Samples the next token of each row: temperature, min-p, top-k, top-p, then the Gumbel-max trick.
 //
-// The same choice as `engine.kernels.draw` makes in torch, without sorting a vocabulary. Where top-k and top-p cut is
-// found by counting into buckets, of which only the one with the cut is sorted. The noise is computed in
-// float32 for all tokens and again in float64 for those that it leaves close to the best.
+// It samples the same token as `engine.kernels.sample` does in torch, without sorting the vocabulary. A histogram of
+// the logits finds the bucket where top-k or top-p cuts, and only that bucket is sorted. The noise is computed in
+// float32 for all tokens, and again in float64 for the tokens whose score is close to the best.
 
 #include <math.h>
 
@@ -12,14 +12,14 @@
 namespace {
 
 constexpr int BUCKETS = 1024;
-constexpr float PER_UNIT = 16;  // buckets for each factor of e; what is less likely by e^-64 shares the last
-constexpr float MARGIN = 1e-3f;  // more than the float32 noise is wrong by, scores below 1e3 in size included
+constexpr float PER_UNIT = 16;  // buckets per factor of e; tokens less likely than the best by e^-64 share the last
+constexpr float MARGIN = 1e-3f;  // above the error of a float32 score, for scores below 1e3 in size
 constexpr int CANDIDATES = 1024;
 
 typedef vu vu_u __attribute__((aligned(4)));
 
-struct Row {  // native.py declares the same
-  float temperature;  // 0: the most likely token
+struct Spec {  // native.py declares the same
+  float temperature;  // 0 is greedy
   float top_p, log_min_p;  // log_min_p: -inf keeps all
   int32_t top_k;  // 0 keeps all
   uint32_t low, high;  // the key of the noise
@@ -30,7 +30,7 @@ struct Token {
   int32_t id;
 };
 
-// Less likely tokens later; equals by id.
+// The most likely token first; equal ones by id.
 int by_likelihood(const void* a, const void* b) {
   const Token *x = static_cast<const Token*>(a), *y = static_cast<const Token*>(b);
   if (x->scaled != y->scaled) return x->scaled > y->scaled ? -1 : 1;
@@ -54,13 +54,13 @@ inline int bucket_of(float top, float scaled) {
   return place < BUCKETS - 1 ? int(place) : BUCKETS - 1;
 }
 
-// Tokens of a bucket that are kept so far, the most likely first. The caller frees them.
-Token* sorted_bucket(const float* logits, long V_, const Row& row, float top, const Cut& cut, int bucket, long& n) {
+// The tokens of a bucket that `cut` keeps, the most likely first. The caller frees them.
+Token* sorted_bucket(const float* logits, long V_, const Spec& spec, float top, const Cut& cut, int bucket, long& n) {
   n = 0;
   long room = 256;
   Token* tokens = static_cast<Token*>(malloc(size_t(room) * sizeof(Token)));
   for (long i = 0; i < V_; ++i) {
-    const float s = logits[i] / row.temperature;
+    const float s = logits[i] / spec.temperature;
     if (!(s > -__builtin_inff()) || bucket_of(top, s) != bucket || !cut.keeps(s, int32_t(i))) continue;
     if (n == room) tokens = static_cast<Token*>(realloc(tokens, size_t(room *= 2) * sizeof(Token)));
     tokens[n++] = {s, int32_t(i)};
@@ -69,16 +69,16 @@ Token* sorted_bucket(const float* logits, long V_, const Row& row, float top, co
   return tokens;
 }
 
-// Where top-k, and then top-p of what it leaves, cut off. min-p only drops the end of the order, so that it may
-// come first.
-Cut find_cut(const float* logits, long V_, const Row& row, float top) {
+// The cut of min-p, then top-k, then top-p of the tokens that top-k leaves. Min-p only cuts the end of the order,
+// so applying it first changes neither of the others.
+Cut find_cut(const float* logits, long V_, const Spec& spec, float top) {
   Cut cut;
-  cut.scaled = top + row.log_min_p;
+  cut.scaled = top + spec.log_min_p;
   Histogram* h = static_cast<Histogram*>(calloc(1, sizeof(Histogram)));
   for (long i = 0; i < V_; i += V) {
     float s[V], e[V];
     const long n = min(V, V_ - i);
-    for (long j = 0; j < V; ++j) s[j] = j < n ? logits[i + j] / row.temperature : -__builtin_inff();
+    for (long j = 0; j < V; ++j) s[j] = j < n ? logits[i + j] / spec.temperature : -__builtin_inff();
     store(e, exp(load(s) - top));
     for (long j = 0; j < n; ++j) {
       if (!(s[j] > -__builtin_inff()) || !cut.keeps(s[j], int32_t(i + j))) continue;
@@ -91,12 +91,12 @@ Cut find_cut(const float* logits, long V_, const Row& row, float top) {
   long n = 0, before = 0;
   int last = BUCKETS - 1;  // the bucket with the cut of top-k
   for (int b = 0; b < BUCKETS; ++b) {
-    if (row.top_k > 0 && before + h->count[b] >= row.top_k) {
-      Token* tokens = sorted_bucket(logits, V_, row, top, cut, b, n);
-      const Token& kept = tokens[row.top_k - before - 1];
+    if (spec.top_k > 0 && before + h->count[b] >= spec.top_k) {
+      Token* tokens = sorted_bucket(logits, V_, spec, top, cut, b, n);
+      const Token& kept = tokens[spec.top_k - before - 1];
       cut.scaled = kept.scaled, cut.id = kept.id, last = b;
       h->mass[b] = 0;
-      for (long i = 0; i < row.top_k - before; ++i) h->mass[b] += ::exp(double(tokens[i].scaled) - double(top));
+      for (long i = 0; i < spec.top_k - before; ++i) h->mass[b] += ::exp(double(tokens[i].scaled) - double(top));
       free(tokens);
       total += h->mass[b];
       break;
@@ -104,12 +104,12 @@ Cut find_cut(const float* logits, long V_, const Row& row, float top) {
     before += h->count[b];
     total += h->mass[b];
   }
-  if (row.top_p < 1) {
-    const double wanted = double(row.top_p) * total;
+  if (spec.top_p < 1) {
+    const double wanted = double(spec.top_p) * total;
     double mass = 0;
     for (int b = 0; b <= last; mass += h->mass[b++]) {
       if (mass + h->mass[b] < wanted && b < last) continue;
-      Token* tokens = sorted_bucket(logits, V_, row, top, cut, b, n);
+      Token* tokens = sorted_bucket(logits, V_, spec, top, cut, b, n);
       for (long i = 0; i < n && (i == 0 || mass < wanted); ++i) {
         cut.scaled = tokens[i].scaled, cut.id = tokens[i].id;
         mass += ::exp(double(tokens[i].scaled) - double(top));
@@ -132,7 +132,7 @@ inline vu mix(vu x) {  // MurmurHash3's 32-bit finaliser
 
 inline double gumbel(uint32_t bits) { return -::log(-::log((double(bits) + 0.5) / 4294967296.0)); }
 
-// Standard Gumbel noise in float32. Where u is close to 1 its logarithm comes from 1 - u, which is exact there.
+// Standard Gumbel noise in float32. Near u = 1, log(u) is computed from 1 - u, which is exact there.
 inline vf gumbel(vu bits) {
   const vf u = (__builtin_convertvector(bits, vf) + 0.5f) * 0x1p-32f;
   const vf v = (__builtin_convertvector(~bits, vf) + 0.5f) * 0x1p-32f;
@@ -150,19 +150,19 @@ struct Best {
   }
 };
 
-int64_t draw(const float* logits, long V_, const Row& row) {
+int64_t sample(const float* logits, long V_, const Spec& spec) {
   vf best = splat(-__builtin_inff());
   long i = 0;
   for (; i + V <= V_; i += V) best = max(best, load(logits + i));
   float top = horizontal_max(best);
   for (; i < V_; ++i) top = logits[i] > top ? logits[i] : top;
-  if (row.temperature == 0) {
+  if (spec.temperature == 0) {
     for (i = 0; i < V_ && !(logits[i] == top);) ++i;
-    return i < V_ ? i : 0;  // none where all are NaN
+    return i < V_ ? i : 0;  // no logit equals `top` if all are NaN
   }
-  top /= row.temperature;
+  top /= spec.temperature;
   Cut cut;
-  if (row.top_k > 0 || row.top_p < 1 || row.log_min_p > -__builtin_inff()) cut = find_cut(logits, V_, row, top);
+  if (spec.top_k > 0 || spec.top_p < 1 || spec.log_min_p > -__builtin_inff()) cut = find_cut(logits, V_, spec, top);
 
   Best chosen;
   float leader = -__builtin_inff();  // the best score in float32 so far
@@ -170,12 +170,12 @@ int64_t draw(const float* logits, long V_, const Row& row) {
   int count = 0;
   for (i = 0; i < V_; i += V) {
     vu ids = vu{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + uint32_t(i);
-    const vu bits = mix(mix(ids + row.low) ^ row.high);
+    const vu bits = mix(mix(ids + spec.low) ^ spec.high);
     float s[V], score[V];
     if (i + V <= V_)
-      store(s, load(logits + i) / row.temperature);
+      store(s, load(logits + i) / spec.temperature);
     else
-      for (long j = 0; j < V; ++j) s[j] = i + j < V_ ? logits[i + j] / row.temperature : -__builtin_inff();
+      for (long j = 0; j < V; ++j) s[j] = i + j < V_ ? logits[i + j] / spec.temperature : -__builtin_inff();
     const vf scores = load(s) + gumbel(bits);
     if (!(horizontal_max(scores) >= leader - MARGIN)) continue;
     store(score, scores);
@@ -199,8 +199,8 @@ int64_t draw(const float* logits, long V_, const Row& row) {
 extern "C" {
 
 // logits [S, count] to ids [S].
-void phalanx_draw(const float* logits, const Row* rows, int64_t* ids, long S, long count, int threads) {
-  parallel_for(threads, S, [=](long i) { ids[i] = draw(logits + i * count, count, rows[i]); });
+void phalanx_sample(const float* logits, const Spec* specs, int64_t* ids, long S, long count, int threads) {
+  parallel_for(threads, S, [=](long i) { ids[i] = sample(logits + i * count, count, specs[i]); });
 }
 
 }
