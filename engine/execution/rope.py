@@ -49,17 +49,17 @@ def _yarn(rope: RopeConfig, wavelengths: torch.Tensor) -> torch.Tensor:
     """YaRN (Peng et al. 2023): keep high frequencies, stretch low ones by `factor`, with a ramp between."""
     half = wavelengths.shape[0]
 
-    def place(rotations: float) -> float:
+    def index_of(rotations: float) -> float:
         """The index of the frequency that makes this many rotations in the original length."""
         turns = rope.original_max_position / (rotations * 2 * math.pi)
         return 2 * half * math.log(turns) / (2 * math.log(rope.theta))
 
-    low, high = place(rope.beta_fast), place(rope.beta_slow)
+    low, high = index_of(rope.beta_fast), index_of(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
     if low == high:
         high += 0.001  # as transformers: avoids a division by zero
     stretched = ((torch.arange(half).float() - low) / (high - low)).clamp(0, 1)
-    kept = 1 - stretched
-    return 1.0 / (rope.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+    unchanged = 1 - stretched
+    return 1.0 / (rope.factor * wavelengths) * (1 - unchanged) + 1.0 / wavelengths * unchanged

@@ -69,8 +69,8 @@ Token* sorted_bucket(const float* logits, long V_, const Spec& spec, float top, 
   return tokens;
 }
 
-// The cut of min-p, then top-k, then top-p of the tokens that top-k leaves. Min-p only cuts the end of the order,
-// so applying it first changes neither of the others.
+// The cut of min-p, then top-k, then top-p, each of the tokens that are left. Each one cuts the end of the order, so
+// one cut describes all three.
 Cut find_cut(const float* logits, long V_, const Spec& spec, float top) {
   Cut cut;
   cut.scaled = top + spec.log_min_p;
@@ -89,7 +89,7 @@ Cut find_cut(const float* logits, long V_, const Spec& spec, float top) {
   }
   double total = 0;
   long n = 0, before = 0;
-  int last = BUCKETS - 1;  // the bucket with the cut of top-k
+  int last = BUCKETS - 1;  // the last bucket with tokens that top-k keeps
   for (int b = 0; b < BUCKETS; ++b) {
     if (spec.top_k > 0 && before + h->count[b] >= spec.top_k) {
       Token* tokens = sorted_bucket(logits, V_, spec, top, cut, b, n);

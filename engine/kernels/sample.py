@@ -63,7 +63,7 @@ def truncate(logits_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch
         scaled_SV = scaled_SV.masked_fill(drop_SV, -torch.inf)
     if all(p.top_k == 0 and p.top_p == 1 for p in params):
         return scaled_SV
-    # Min-p only cuts the tail of the sorted order, so applying it first does not change top-k or the order.
+    # From here on in sorted order. Min-p needed no sort, since it cuts at a value.
     sorted_SV, order_SV = scaled_SV.sort(dim=-1, descending=True, stable=True)
     vocab = scaled_SV.shape[1]
     top_k_S1 = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]

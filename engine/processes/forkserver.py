@@ -10,7 +10,7 @@ messages on the socket, where the client is a worker:
 
 A closed socket ends this process, and the kernel then kills every engine.
 
-No other thread may run beside `serve`: a forked child has only the thread that forked.
+No other thread may run while `serve` forks: a forked child has only the thread that forked.
 """
 
 from __future__ import annotations

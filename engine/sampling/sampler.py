@@ -26,8 +26,8 @@ SampleTokens = Callable[[torch.Tensor, Sequence[SampleSpec]], torch.Tensor]  # l
 class Sampler:
     """Samples for the plans of one epoch, in order.
 
-    Owns: what sampling depends on beside the logits. Does not own: the model, the plans, the kernel that
-    samples.
+    Owns: the state that sampling depends on besides the logits. Does not own: the model, the plans, the
+    kernel that samples.
     """
 
     def __init__(self, sample_tokens: SampleTokens, device: torch.device) -> None:

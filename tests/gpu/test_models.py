@@ -63,8 +63,8 @@ def by_hand(work: Work) -> tuple[Callable[[], None], tuple[torch.Tensor, torch.T
     results = work()
 
     def again() -> None:
-        for kept, new in zip(results, work(), strict=True):
-            kept.copy_(new)
+        for first, new in zip(results, work(), strict=True):
+            first.copy_(new)
 
     return again, results
 
@@ -145,10 +145,10 @@ def test_small_buckets_are_captured_first_and_one_at_a_time() -> None:
     assert {later - earlier for earlier, later in pairwise(places)} == {cuda_graphs._STEPS_BETWEEN_CAPTURES}
 
 
-@pytest.mark.parametrize("most", [1, 3, 8, 100, 256, 1000])
-def test_the_largest_batch_has_a_bucket(most: int) -> None:
-    buckets = bucket_sizes(most)
-    assert buckets[-1] == most
+@pytest.mark.parametrize("max_size", [1, 3, 8, 100, 256, 1000])
+def test_the_largest_batch_has_a_bucket(max_size: int) -> None:
+    buckets = bucket_sizes(max_size)
+    assert buckets[-1] == max_size
     assert list(buckets) == sorted(set(buckets))
 
 

@@ -109,48 +109,48 @@ def _sample(logits, specs, out, V, stride, INTS: tl.constexpr, TILE: tl.constexp
 
     # Candidates are the tokens whose order number is above `last`, and the first `ties` tokens at `last`.
     last, ties = tl.full((), _BELOW_ALL, tl.int32), V
-    if (top_k > 0) & (top_k < V):
+    if (top_k > 0) & (top_k < V):  # bisect for the value of the k-th largest logit
         low_order, high_order = last.to(tl.int64), _order(base).to(tl.int64) + 1
         for _ in range(33):
             middle = (low_order + high_order) // 2
-            count, _total = _above(row, V, temperature, float("-inf"), base, middle, TILE)
+            count, _mass = _above(row, V, temperature, float("-inf"), base, middle, TILE)
             if count >= top_k:
                 low_order = middle
             else:
                 high_order = middle
         last = low_order.to(tl.int32)
-        count, _total = _above(row, V, temperature, float("-inf"), base, low_order + 1, TILE)
+        count, _mass = _above(row, V, temperature, float("-inf"), base, low_order + 1, TILE)
         ties = top_k - count
-    if top_p < 1:
-        more, after = _above(row, V, temperature, floor, base, last.to(tl.int64) + 1, TILE)
-        count, whole = _above(row, V, temperature, floor, base, last.to(tl.int64), TILE)
-        equal = tl.maximum(count - more, 1)
-        whole = after + (whole - after) * tl.minimum(ties, equal) / equal
-        wanted = whole * top_p
+    if top_p < 1:  # bisect for the value where the mass of the tokens above reaches top-p
+        num_above, mass_above = _above(row, V, temperature, floor, base, last.to(tl.int64) + 1, TILE)
+        count, mass = _above(row, V, temperature, floor, base, last.to(tl.int64), TILE)
+        num_equal = tl.maximum(count - num_above, 1)
+        mass = mass_above + (mass - mass_above) * tl.minimum(ties, num_equal) / num_equal
+        target = mass * top_p
         low_order, high_order = last.to(tl.int64), _order(base).to(tl.int64) + 1
         for _ in range(33):
             middle = (low_order + high_order) // 2
-            _count, total = _above(row, V, temperature, floor, base, middle, TILE)
-            if (total >= wanted) & (middle > low_order):
+            _count, mass_from = _above(row, V, temperature, floor, base, middle, TILE)
+            if (mass_from >= target) & (middle > low_order):
                 low_order = middle
             elif middle > low_order:
                 high_order = middle
-        more, after = _above(row, V, temperature, floor, base, low_order + 1, TILE)
-        count, total = _above(row, V, temperature, floor, base, low_order, TILE)
-        each = (total - after) / tl.maximum(count - more, 1)
-        needed = tl.maximum(1, tl.ceil((wanted - after) / tl.maximum(each, 1e-37)).to(tl.int32))
+        num_above, mass_above = _above(row, V, temperature, floor, base, low_order + 1, TILE)
+        count, mass_from = _above(row, V, temperature, floor, base, low_order, TILE)
+        mass_per_tie = (mass_from - mass_above) / tl.maximum(count - num_above, 1)
+        needed = tl.maximum(1, tl.ceil((target - mass_above) / tl.maximum(mass_per_tie, 1e-37)).to(tl.int32))
         ties = tl.where(low_order > last, needed, tl.minimum(ties, needed))
         last = low_order.to(tl.int32)
 
     best, token = tl.full((), float("-inf"), tl.float64), tl.full((), 0, tl.int32)
-    tied = 0
+    ties_before = 0
     for start in range(0, V, TILE):
         ids = start + tl.arange(0, TILE)
         x = tl.load(row + ids, mask=ids < V, other=float("-inf")) / temperature
-        at = (_order(x) == last) & (ids < V)
-        rank = tied + tl.cumsum(at.to(tl.int32)) - 1
-        tied += tl.sum(at.to(tl.int32))
-        candidate = (ids < V) & (x >= floor) & ((_order(x) > last) | (at & (rank < ties)))
+        is_tie = (_order(x) == last) & (ids < V)
+        rank = ties_before + tl.cumsum(is_tie.to(tl.int32)) - 1
+        ties_before += tl.sum(is_tie.to(tl.int32))
+        candidate = (ids < V) & (x >= floor) & ((_order(x) > last) | (is_tie & (rank < ties)))
         bits = _mix(_mix(ids.to(tl.uint32) + low) ^ high)
         noise = -tl.log(-tl.log((bits.to(tl.float64) + 0.5) / 4294967296.0))
         score = tl.where(candidate, x.to(tl.float64) + noise, float("-inf"))

@@ -140,7 +140,7 @@ def test_experts_saved_as_one_tensor_are_found(
 def test_neighbours_and_chunks_do_not_change_a_bit(
     make_model: MakeModel, family: str, fields: dict[str, Any]
 ) -> None:
-    """Whatever experts the tokens beside a token choose."""
+    """The experts of other tokens do not matter either."""
     model = make_model(family=family, **{**fields, "num_hidden_layers": 2})
     draw = random.Random(5)
     harness = Harness(model)

@@ -41,7 +41,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="module")
 def alone(odd_model: Path, dtype: torch.dtype) -> Alone:
-    """Logits by number of tokens seen: one prefill of that length, nothing beside it."""
+    """The logits after a number of tokens: one prefill of that length, alone in its step."""
     return functools.cache(lambda end: Harness(odd_model, dtype).step({0: TOKENS[:end]})[0])
 
 
@@ -53,11 +53,11 @@ def chunks_of(sizes: Iterator[int]) -> Iterator[tuple[int, list[int]]]:
         end += size
 
 
-def ends_of(sizes: tuple[int, ...], most: int = 12) -> set[int]:
-    """At most that many of the chunks' ends, evenly spread, with the last and those beside a tile's."""
+def ends_of(sizes: tuple[int, ...], max_count: int = 12) -> set[int]:
+    """Some of the chunks' ends: `max_count` spread evenly, the last, and all next to the end of a tile."""
     ends = [end for end, _ in chunks_of(itertools.cycle(sizes))]
     beside = [end for end in ends if min(end % TILE, -end % TILE) <= 1]
-    return {*beside, *ends[:: -(-len(ends) // most)], LENGTH}
+    return {*beside, *ends[:: -(-len(ends) // max_count)], LENGTH}
 
 
 @pytest.mark.parametrize("sizes", [(1,), (7,), (1, 31, 2, 64), (128, 1), (15, 17)], ids=str)

@@ -148,6 +148,19 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
     assert run(cuts) == run([length] * 4)
 
 
+def test_the_sampler_suppresses_the_end_of_sequence_before_min_tokens() -> None:
+    request = Request("r", (1, 2), SamplingParams(temperature=0, min_tokens=2))
+    sampler, logits = Sampler(sample_tokens, torch.device("cpu")), torch.zeros(1, V)
+    logits[0, EOS], logits[0, 9] = 5.0, 4.0
+    output = []
+    for position in range(3):
+        new = (joined(request, 0, []),) if position == 0 else ()
+        specs = [SampleSpec(request.sampling, 0, position, slot=0)]
+        (token,) = sampler.sample(StepPlan(1, position + 1, new_sequences=new), logits, specs)().token_ids
+        output.append(token)
+    assert output == [9, 9, EOS]
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.3])
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     request = Request("r", (1, 2, 2), SamplingParams(repetition_penalty=penalty))
