@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels import AttentionInput, HeadNorms, Kernels, KVCache, Matrix, Rope
+from engine.kernels.interface import AttentionInput, HeadNorms, Kernels, KVCache, Matrix, Rope
 from engine.kernels.sample import SampleSpec
 
 PREFIX = "phalanx: "

@@ -37,9 +37,9 @@ def measure(shape: Shape, rows: int, threads: int) -> Iterator[results.Row]:
     """Floating-point operations per second for each matrix, ours and torch's."""
     import torch
 
-    from engine.kernels import choose
+    from engine.kernels.choose import choose_kernels
 
-    kernels = choose(torch.device("cpu"), torch.bfloat16, threads=threads)
+    kernels = choose_kernels(torch.device("cpu"), torch.bfloat16, threads=threads)
     for name, (out, columns) in matrices(shape).items():
         weight, x = torch.randn(out, columns), torch.randn(rows, columns)
         matrix = kernels.matrix(out, columns)

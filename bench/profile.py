@@ -26,7 +26,7 @@ from bench.gpu import GPU_SHAPES
 from bench.measures import prompts
 from bench.shapes import SHAPES, config_json
 from engine import Engine
-from engine import kernels as engine_kernels
+from engine.kernels import choose as kernel_choice
 from engine.request import Request, SamplingParams
 
 _ALL = SHAPES | GPU_SHAPES
@@ -128,14 +128,14 @@ def profile(options: argparse.Namespace) -> list[Line]:
 
     shape = _ALL[options.shape]
     made: list[Annotated] = []
-    real = engine_kernels.choose
+    real = kernel_choice.choose_kernels
 
     def choose(*arguments: Any, **named: Any) -> Annotated:
         made.append(Annotated(real(*arguments, **named)))
         return made[-1]
 
     on_gpu = options.device != "cpu"
-    with tempfile.TemporaryDirectory() as folder, patch.object(engine_kernels, "choose", choose):
+    with tempfile.TemporaryDirectory() as folder, patch.object(kernel_choice, "choose_kernels", choose):
         (Path(folder) / "config.json").write_text(json.dumps(config_json(shape)))
         length, batch = options.length, 1 if options.prefill else options.batch
         settings: dict[str, Any] = {"dtype": options.dtype, "load_format": "dummy", "max_running": batch}

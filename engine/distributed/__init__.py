@@ -1,1 +1,1 @@
-"""How the ranks of a replica talk: plans, tensors, shared memory."""
+"""How ranks exchange step plans (over TCP) and tensors (over NCCL, shared memory or gloo)."""

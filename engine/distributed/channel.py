@@ -1,7 +1,8 @@
-"""Plans from the leader to every rank and drawn tokens back, over one TCP connection each.
+"""Step plans from the leader to every other rank, and sampled tokens back: one TCP connection per rank.
 
-Frames are a 4-byte length and bytes. Apart from the tensors' collectives, so that a rank can wait for
-its next plan without holding a collective open, and sees at once when the leader has gone.
+A frame is a 4-byte little-endian length, then that many bytes. Plans do not travel over collectives, for two
+reasons. A rank may wait for its next plan for hours, where a collective would time out. And a closed
+connection tells at once that the other side has gone.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class HasFileno(Protocol):
 
 
 class PlanHub:
-    """The leader's end: listens on `host` only, then speaks to ranks 1 to `world - 1`."""
+    """The leader's side: a connection to each of the ranks 1 to `world - 1`.
+
+    Owns: the listening socket, on `host` only, and the connections. Does not own: what plans say.
+    """
 
     def __init__(self, host: str, world: int, epoch: int) -> None:
         self._world, self._epoch = world, epoch
@@ -43,12 +47,19 @@ class PlanHub:
 
     @property
     def address(self) -> str:
-        """`host:port`."""
+        """`host:port` of the listening socket."""
         host, port = self._listener.getsockname()[:2]
         return f"{host}:{port}"
 
     def gather(self, check: Callable[[], None] = lambda: None) -> None:
-        """Wait until every rank has connected; `check` is called meanwhile and raises if one never will."""
+        """Wait until every rank has connected.
+
+        Args:
+            check: called several times a second meanwhile; raises if a rank will never connect.
+
+        Raises:
+            EngineError: RANK_LOST, when a rank has not connected in time.
+        """
         deadline = time.monotonic() + _ACCEPT_TIMEOUT_S
         while len(self._ranks) < self._world - 1:
             check()
@@ -60,11 +71,11 @@ class PlanHub:
             connection.settimeout(_HELLO_TIMEOUT_S)
             try:
                 epoch, rank = _HELLO.unpack(_receive_exactly(connection, _HELLO.size))
-            except EngineError:  # whoever it was has gone, or says nothing
+            except EngineError:  # not a rank, or a rank that has ended
                 connection.close()
                 continue
             if epoch != self._epoch or not 0 < rank < self._world or rank in self._ranks:
-                connection.close()  # a leftover of another epoch
+                connection.close()  # a rank of another epoch, or one that is connected already
                 continue
             connection.settimeout(None)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -78,29 +89,37 @@ class PlanHub:
             _send(connection, data)
 
     def receive(self, rank: int) -> Sampled:
-        """What `rank` drew next. Any rank's end is an error, even while waiting for another."""
+        """The next sample of `rank`.
+
+        Raises:
+            EngineError: RANK_LOST, when any rank ends meanwhile, not only `rank`.
+        """
         connection = self._ranks[rank]
         while True:
             ready, _, _ = select.select(list(self._ranks.values()), [], [])
             if connection in ready:
                 return decode_sampled(_receive(connection))
-            _refuse(ready)
+            _check_alive(ready)
 
     def wait(self, beside: HasFileno) -> None:
-        """Sleep until `beside` can be read; an error when a rank ends meanwhile."""
+        """Sleep until `beside` can be read.
+
+        Raises:
+            EngineError: RANK_LOST, when a rank ends meanwhile.
+        """
         ranks = list(self._ranks.values())
         ready, _, _ = select.select([beside, *ranks], [], [])
-        _refuse(rank for rank in ranks if rank in ready)
+        _check_alive(rank for rank in ranks if rank in ready)
 
     def close(self) -> None:
-        """End every rank."""
+        """Close all connections, which ends the other ranks."""
         self._listener.close()
         for connection in self._ranks.values():
             connection.close()
 
 
 class PlanLink:
-    """Another rank's end."""
+    """The connection of another rank to the leader."""
 
     def __init__(self, address: str, epoch: int, rank: int) -> None:
         host, _, port = address.rpartition(":")
@@ -109,18 +128,24 @@ class PlanLink:
         self._socket.sendall(_HELLO.pack(epoch, rank))
 
     def receive(self, beside: Iterable[HasFileno] = ()) -> StepPlan | None:
-        """The next plan, or None when one of `beside` can be read, which comes before any plan."""
+        """Wait for the next plan, or return None as soon as one of `beside` can be read.
+
+        When both can be read, `beside` comes first: a busy rank must notice that its parent has gone.
+
+        Raises:
+            EngineError: RANK_LOST, when the leader has gone.
+        """
         ready, _, _ = select.select([self._socket, *beside], [], [])
         if ready != [self._socket]:
             return None
         return decode_plan(_receive(self._socket))
 
     def send(self, sampled: Sampled) -> None:
-        """Tell the leader what was drawn."""
+        """Send the leader this rank's sample."""
         _send(self._socket, encode_sampled(sampled))
 
     def close(self) -> None:
-        """Leave the group."""
+        """Close the connection."""
         self._socket.close()
 
 
@@ -149,10 +174,10 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
-def _refuse(connections: Iterable[socket.socket]) -> None:
-    """Read from ranks that have nothing to say: what can be read is their end."""
-    for connection in connections:
-        _receive(connection)
+def _check_alive(readable: Iterable[socket.socket]) -> None:
+    """Raise if a connection can be read while no sample is due: its rank has gone."""
+    for connection in readable:
+        _receive(connection)  # raises RANK_LOST
         raise EngineError("INTERNAL", "a rank spoke out of turn")
 
 

@@ -15,9 +15,9 @@ import torch
 from engine.distributed.parallel import Parallel
 from engine.execution.rope import rope_tables
 from engine.execution.step_input import StepTensors
-from engine.kernels import Kernels, KVCache, Rope
-from engine.weights.loader import Mlp, Moe, StageWeights
+from engine.kernels.interface import Kernels, KVCache, Rope
 from engine.weights.model_config import ModelConfig
+from engine.weights.stage_weights import Mlp, Moe, StageWeights
 
 
 class Decoder:

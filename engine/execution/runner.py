@@ -17,13 +17,13 @@ from engine.distributed.parallel import Parallel
 from engine.errors import EngineError
 from engine.execution.decoder import Decoder
 from engine.execution.step_input import StepInput, StepInputBuilder, StepTensors
-from engine.kernels import Kernels, KVCache
+from engine.kernels.interface import Kernels, KVCache
 from engine.kernels.sample import SampleSpec
 from engine.plan import PromptLogprobs, StepPlan
 from engine.sampling.logprobs import score_prompts
 from engine.sampling.sampler import PendingSample, Sampler
-from engine.weights.loader import StageWeights
 from engine.weights.model_config import ModelConfig
+from engine.weights.stage_weights import StageWeights
 
 if TYPE_CHECKING:
     from engine.execution.cuda_graphs import Capture, DecodeGraphs

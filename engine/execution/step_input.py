@@ -10,7 +10,7 @@ from itertools import chain
 
 import torch
 
-from engine.kernels import AttentionInput
+from engine.kernels.interface import AttentionInput
 from engine.kernels.sample import SampleSpec
 from engine.kernels.transfer import to_device
 from engine.plan import PENDING_TOKEN, NewSequence, StepPlan

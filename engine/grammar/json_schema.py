@@ -1,6 +1,7 @@
-"""Which JSON Schemas can be followed to the letter, so that no answer breaks the schema it was asked for.
+"""Which JSON Schemas can be enforced completely. Pure.
 
-The grammar compiler passes over the keywords that it cannot express. Here they are refused by name. Pure.
+The grammar compiler silently ignores keywords that it cannot express, and then an answer may break its
+schema. This file refuses such keywords by name.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _FORMATS = frozenset(
     }
 )  # fmt: skip
 _NEED_A_TYPE = _KEYWORDS_OF["string"] | _KEYWORDS_OF["number"]
-_ONE = (
+_ONE_SUBSCHEMA = (
     "items",
     "additionalItems",
     "unevaluatedItems",
@@ -42,14 +43,14 @@ _ONE = (
     "unevaluatedProperties",
     "propertyNames",
 )
-_MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions")
-_MOST_NESTING = 64
+_LIST_OF_SUBSCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_NAMED_SUBSCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_MAX_NESTING = 64
 _NUMBER = (int, float)
-_SHAPES: dict[str, type | tuple[type, ...]] = {
+_VALUE_TYPES: dict[str, type | tuple[type, ...]] = {
     "type": (str, list), "enum": list, "required": list, "$ref": str, "pattern": str, "format": str,
-    **dict.fromkeys(_MANY, list),
-    **dict.fromkeys(_NAMED, dict),
+    **dict.fromkeys(_LIST_OF_SUBSCHEMAS, list),
+    **dict.fromkeys(_NAMED_SUBSCHEMAS, dict),
     **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), int),
     **dict.fromkeys(("minProperties", "maxProperties"), int),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), _NUMBER),
@@ -60,8 +61,8 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def problem(source: str) -> str | None:
-    """Why a schema, as JSON text, cannot be followed; None where it can."""
+def find_problem(source: str) -> str | None:
+    """Why a schema, given as JSON text, cannot be enforced completely. None if it can."""
     try:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:
@@ -75,30 +76,30 @@ def _problems(schema: Any, at: str, root: Any, depth: int) -> Iterator[str]:
     if not isinstance(schema, dict):
         yield f"{at} is neither an object nor a boolean"
         return
-    if depth > _MOST_NESTING:
-        yield f"{at} is nested more than {_MOST_NESTING} deep"
+    if depth > _MAX_NESTING:
+        yield f"{at} is nested more than {_MAX_NESTING} deep"
         return
     for keyword in schema:
         if keyword not in _KEYWORDS | _ANNOTATIONS and not (keyword == "uniqueItems" and not schema[keyword]):
             yield f"{at} uses {keyword!r}, which cannot be enforced"
-    for keyword, shape in _SHAPES.items():
-        if keyword in schema and not isinstance(schema[keyword], shape):
+    for keyword, types in _VALUE_TYPES.items():
+        if keyword in schema and not isinstance(schema[keyword], types):
             yield f"{at}/{keyword} is not of the right type"
             return
-    yield from _own(schema, at)
-    for name in _ONE:
+    yield from _problems_at(schema, at)
+    for name in _ONE_SUBSCHEMA:
         if name in schema:
             yield from _problems(schema[name], f"{at}/{name}", root, depth + 1)
-    for name in _MANY:
+    for name in _LIST_OF_SUBSCHEMAS:
         for index, entry in enumerate(schema.get(name, [])):
             yield from _problems(entry, f"{at}/{name}/{index}", root, depth + 1)
-    for name in _NAMED:
+    for name in _NAMED_SUBSCHEMAS:
         for key, entry in schema.get(name, {}).items():
             yield from _problems(entry, f"{at}/{name}/{key}", root, depth + 1)
 
 
-def _own(schema: dict[str, Any], at: str) -> Iterator[str]:
-    """What is wrong with a schema's own keywords."""
+def _problems_at(schema: dict[str, Any], at: str) -> Iterator[str]:
+    """Problems of a schema's own keywords, without its subschemas."""
     types = schema.get("type", [])
     types = types if isinstance(types, list) else [types]
     for name in types:
@@ -120,7 +121,7 @@ def _own(schema: dict[str, Any], at: str) -> Iterator[str]:
         yield f"{at} refers to {schema['$ref']!r}, which is not part of the schema"
     if types and "enum" in schema:
         allowed = tuple(kind for name in types for kind in _JSON_TYPES[name])
-        if not all(_is(value, allowed) for value in schema["enum"]):
+        if not all(_is_instance(value, allowed) for value in schema["enum"]):
             yield f"{at}/enum has a value that is not of its type"
     properties = schema.get("properties", {})
     for name in schema.get("required", []):
@@ -128,26 +129,26 @@ def _own(schema: dict[str, Any], at: str) -> Iterator[str]:
             yield f"{at} requires {name!r}, which is not among its properties"
 
 
-def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+def _is_instance(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
 
 
-def legal_strings(schema: Any) -> Any:
-    """The same schema, with a pattern for strings of limited length.
+def with_string_patterns(schema: Any) -> Any:
+    """The same schema, with limits of string lengths replaced by patterns.
 
-    Where a length is limited xgrammar lets control characters pass, which JSON has not.
+    For a limited length, xgrammar allows control characters in a string, which JSON forbids.
     """
     if isinstance(schema, list):
-        return [legal_strings(entry) for entry in schema]
+        return [with_string_patterns(entry) for entry in schema]
     if not isinstance(schema, dict):
         return schema
     rest = {
-        name: entry if name in ("enum", "const", "default", "examples") else legal_strings(entry)
+        name: entry if name in ("enum", "const", "default", "examples") else with_string_patterns(entry)
         for name, entry in schema.items()
     }
     kind = schema.get("type")
     lengths = {"minLength", "maxLength"} & schema.keys()
     if lengths and (kind == "string" or (isinstance(kind, list) and "string" in kind)):
-        most = rest.pop("maxLength", "")
-        rest["pattern"] = rf'^[^"\\\x00-\x1f]{{{rest.pop("minLength", 0)},{most}}}$'
+        longest = rest.pop("maxLength", "")
+        rest["pattern"] = rf'^[^"\\\x00-\x1f]{{{rest.pop("minLength", 0)},{longest}}}$'
     return rest

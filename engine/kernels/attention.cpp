@@ -1,35 +1,36 @@
-// Paged attention: norms and rotation of heads, writing the cache, and the online softmax over it.
+// Paged attention: norm and rotate heads, write keys and values into the cache, then online softmax over the cache.
 //
 // Shapes: T tokens of a step, B sequences, H query heads, K KV heads, G = H / K, E head size, S = E rounded up
-// to 16, R rows: the queries of one KV head's G heads, token after token.
+// to 16, R rows: (token, head) pairs of the G query heads of one KV head, in the order of tokens.
 
 #include "panels.h"
 #include "threads.h"
 
 namespace {
 
-constexpr int TILE = 64;  // keys that share a step of the online softmax
+constexpr int TILE = 64;  // keys per iteration of the online softmax
 constexpr int BLOCKS = TILE / V;
-constexpr float LOG2_E = 1.44269504f;  // scores are logarithms to base 2, whose powers cost less
+constexpr float LOG2_E = 1.44269504f;  // a factor of scores: softmax then uses 2^x, which is cheaper than e^x
 
 struct AttentionCall {
   float* qkv;  // [T, (H + 2K) E]; queries and keys are rotated in place
   float* out;  // [T, H E]
-  char* keys;  // this layer's [blocks][K] panels of E x 16 tokens, with room for E rounded up to 16
-  char* values;  // [blocks][K][E / 16, rounded up] panels of 16 tokens x 16
+  char* keys;  // of this layer: [blocks][K] panels of E x 16 tokens, allocated for S x 16
+  char* values;  // of this layer: [blocks][K][S / 16] panels of 16 tokens x 16 elements
   const float *cosine, *sine;  // [P, E / 2]
   const float *q_norm, *k_norm;  // [E] or null
   const int32_t* positions;  // [T]
-  const int32_t* sequences;  // [B][4]: row of its table, first row of qkv, queries, position of the first
+  const int32_t* sequences;  // [B][4]: slot, first row of qkv, number of queries, position of the first query
   const int32_t* tables;  // [slots, stride]
   long T, B, H, K, E, stride;
-  long window;  // keys that a query sees, itself included; 0 sees all
+  long window;  // how many keys a query attends to, its own included; 0 for all
   float eps, scale;
 };
 
 inline long padded(long E) { return ceil_div(E, V) * V; }
 
-// Rotary embedding of one head (Su et al. 2021), halves as real and imaginary parts; then times `scale`.
+// Rotary embedding of one head (Su et al. 2021): its halves are the real and the imaginary parts. Then multiply by
+// `scale`.
 inline void rotate(float* x, const float* c, const float* s, long half, float scale) {
   long i = 0;
   for (; i + V <= half; i += V) {
@@ -44,7 +45,7 @@ inline void rotate(float* x, const float* c, const float* s, long half, float sc
   }
 }
 
-// Where sequence b's row t is, given rows in order.
+// The sequence that row t belongs to. Binary search: sequences are in the order of their rows.
 inline long sequence_of(const AttentionCall& c, long t) {
   long low = 0, high = c.B - 1;
   while (low < high) {
@@ -54,9 +55,9 @@ inline long sequence_of(const AttentionCall& c, long t) {
   return low;
 }
 
-// Rotates a token's queries and keys, and writes its keys and values into the cache.
+// Norms and rotates a token's queries and keys, and writes its keys and values into the cache.
 template <class W>
-void remember(const AttentionCall& c, long t) {
+void write_cache(const AttentionCall& c, long t) {
   typedef typename W::T Number;
   const long E = c.E, half = E / 2, position = c.positions[t];
   const float *cosine = c.cosine + position * half, *sine = c.sine + position * half;
@@ -70,23 +71,25 @@ void remember(const AttentionCall& c, long t) {
   const int32_t* sequence = c.sequences + sequence_of(c, t) * 4;
   const long block = c.tables[sequence[0] * c.stride + position / V];
   const int slot = int(position % V);
-  const int rest = slot ? V : int(least(V, sequence[3] + sequence[2] - position));  // first slot to clear
+  // The first token of a block clears the places behind the last token that this step writes.
+  const int first_to_clear = slot ? V : int(min(V, sequence[3] + sequence[2] - position));
   for (long k = 0; k < c.K; ++k) {
     const long place = (block * c.K + k) * padded(E) * V;
     const float *key = q + (c.H + k) * E, *value = key + c.K * E;
     char* key_panel = c.keys + place * sizeof(Number);
     for (long e = 0; e < E; ++e) W::set(key_panel, e, slot, key[e]);
-    // A block taken anew may hold numbers of another sequence, even NaN: 0 times they must be 0.
+    // A reused block may hold values of another sequence, even NaN. Masked keys have weight 0, and 0 * NaN is NaN.
     char* value_panels = c.values + place * sizeof(Number);
-    for (int later = rest; later < V; ++later)
+    for (int later = first_to_clear; later < V; ++later)
       for (long e = 0; e < E; ++e) W::set(value_panels + e / V * V * V * sizeof(Number), later, int(e % V), 0);
     for (long e = 0; e < E; ++e)
       W::set(value_panels + e / V * V * V * sizeof(Number), slot, int(e % V), value[e]);
   }
 }
 
-// Attention of R rows (queries of one KV head) over tiles of keys, with an online softmax (Milakov &
-// Gimelshein 2018). Tiles begin at multiples of TILE, and a tile that a row does not see changes nothing.
+// Attention of R rows of one KV head over tiles of keys, with the online softmax (Milakov & Gimelshein 2018). Tiles
+// begin at multiples of TILE, and a tile whose keys are all masked for a row leaves that row's bits alone: so a row
+// does not depend on the rows that share its tiles.
 template <class W, int R>
 void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long first_row) {
   const long E = c.E, S = padded(E), G = c.H / c.K, width = (c.H + 2 * c.K) * E;
@@ -95,7 +98,7 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
   float* q = scratch().floats(size_t(E + S) * R * 4);  // [E / 2][R][2]
   scratch().call = 0;
   float* sums = q + E * R;  // [R][S]
-  long seen[R];  // keys [0, seen) are visible, from `from` on
+  long seen[R];  // row r attends to keys [from[r], seen[r])
   long from[R];
   for (int r = 0; r < R; ++r) {
     const long token = (first_row + r) / G, head = kv * G + (first_row + r) % G;
@@ -108,10 +111,11 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
   float top[R];
   vf total[R];
   for (int r = 0; r < R; ++r) top[r] = -__builtin_inff(), total[r] = vf{};
-  constexpr int NV = R <= 4 ? 4 : 2;  // panels at a time: enough independent sums to hide their latency
+  constexpr int NV = R <= 4 ? 4 : 2;  // panels at a time: enough independent chains to hide the latency of an FMA
   const char *keys[2][BLOCKS], *values[BLOCKS];
   long place[BLOCKS];
-  auto locate = [&](long start) {  // keys[1] and place: blocks of the tile at `start`, the first for none
+  // Sets keys[1] and place to the blocks of the tile at `start`. Behind the last block it repeats the first one.
+  auto locate = [&](long start) {
     const long blocks = ceil_div(seen[R - 1] - start, V);
     for (int b = 0; b < BLOCKS; ++b) {
       place[b] = (table[start / V + (b < blocks ? b : 0)] * c.K + kv) * bytes;
@@ -123,7 +127,7 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
   for (long start = begin; start < seen[R - 1]; start += TILE) {
     for (int b = 0; b < BLOCKS; ++b) keys[0][b] = keys[1][b], values[b] = c.values + place[b];
     if (start + TILE < seen[R - 1]) locate(start + TILE);
-    const int blocks = int(least(BLOCKS, ceil_div(seen[R - 1] - start, V)));
+    const int blocks = int(min(BLOCKS, ceil_div(seen[R - 1] - start, V)));
     alignas(64) float p[R][TILE];
     for (int b = 0; b < BLOCKS; b += NV) {
       if (b >= blocks) break;
@@ -145,8 +149,8 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
         }
       vf best = scores[0];
       for (int b = 1; b < BLOCKS; ++b) best = max(best, scores[b]);
-      const float tile_top = greatest(best), new_top = tile_top > top[r] ? tile_top : top[r];
-      const float shift = new_top == -__builtin_inff() ? 0 : new_top;  // a row that has seen no key yet
+      const float tile_top = horizontal_max(best), new_top = tile_top > top[r] ? tile_top : top[r];
+      const float shift = new_top == -__builtin_inff() ? 0 : new_top;  // if no key is visible yet: no -inf - -inf
       vf tile_total = {};
       for (int b = 0; b < BLOCKS; ++b) {
         const vf e = exp2_below_0(scores[b] - shift);
@@ -159,7 +163,7 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
     }
     for (long e = 0; e < S; e += NV * V) {
       vf acc[R][NV];
-      const int chunks = int(least(NV, (S - e) / V));
+      const int chunks = int(min(NV, (S - e) / V));
       for (int r = 0; r < R; ++r)
         for (int n = 0; n < NV; ++n) acc[r][n] = n < chunks ? load(sums + r * S + e + n * V) * keep[r] : vf{};
       for (int b = 0; b < blocks; ++b) {
@@ -177,14 +181,14 @@ void attend_rows(const AttentionCall& c, const int32_t* sequence, long kv, long 
   for (int r = 0; r < R; ++r) {
     const long token = (first_row + r) / G, head = kv * G + (first_row + r) % G;
     float* out = c.out + (sequence[1] + token) * c.H * E + head * E;
-    const float a = 1.0f / sum(total[r]);
+    const float a = 1.0f / horizontal_sum(total[r]);
     for (long e = 0; e < E; e += V) put(out + e, load(sums + r * S + e) * a, E - e);
   }
 }
 
 template <class W>
 void attend(const AttentionCall& c, int threads) {
-  parallel_for(c.T > 1 ? threads : 1, c.T, [&](long t) { remember<W>(c, t); });
+  parallel_for(c.T > 1 ? threads : 1, c.T, [&](long t) { write_cache<W>(c, t); });
   const long G = c.H / c.K;
   long items = 0;
   for (long b = 0; b < c.B; ++b) items += ceil_div(c.sequences[b * 4 + 2] * G, MR) * c.K;
@@ -196,7 +200,7 @@ void attend(const AttentionCall& c, int threads) {
       if (item < tiles * c.K) break;
       item -= tiles * c.K;
     }
-    // The last rows of a prompt see the most keys: they come first.
+    // The last rows of a prompt attend to the most keys. Start with them, so that no long item comes last.
     const long rows = sequence[2] * G, tile = tiles - 1 - item / c.K, kv = item % c.K;
     const long first = rows * tile / tiles, M = rows * (tile + 1) / tiles - first;
     FOR_ROWS(M, (attend_rows<W, R>(c, sequence, kv, first)))

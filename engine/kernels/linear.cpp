@@ -1,4 +1,4 @@
-// Products of activations and weights, with bias and SwiGLU, and the norms between them.
+// Products of activations and weights, with bias and SwiGLU, and the RMS norm.
 
 #include "panels.h"
 #include "threads.h"
@@ -8,8 +8,8 @@
 
 namespace {
 
-constexpr size_t FETCH_AHEAD = 1024;  // bytes of a panel; best of 256 to 2048 where it was measured
-constexpr size_t X_BYTES = 384 << 10;  // rows of x that are kept in the L2 cache while panels pass
+constexpr size_t PREFETCH_BYTES = 1024;  // distance in a panel; the best of 256 to 2048, as measured
+constexpr size_t X_BYTES = 384 << 10;  // of x per pass: stays in the L2 cache while all panels stream through
 
 struct LinearCall {
   const float* x;  // [M, K]
@@ -22,11 +22,11 @@ struct LinearCall {
 
 inline vf bias_of(const float* bias, long columns) {
   float s[V] = {};
-  memcpy(s, bias, size_t(least(columns, V)) * 4);
+  memcpy(s, bias, size_t(min(columns, V)) * 4);
   return load(s);
 }
 
-// Columns of the two panels at `p`: bias, scale, activation, store. `unit` counts pairs of panels.
+// Finishes the columns of the two panels at `p`: scale, bias, activation, store. `unit` is the number of the pair.
 template <class W, int M>
 inline void finish(const LinearCall& c, vf (&acc)[M][2], const char* const* p, long row, long unit) {
   for (int n = 0; n < 2; ++n)
@@ -48,7 +48,7 @@ inline void finish(const LinearCall& c, vf (&acc)[M][2], const char* const* p, l
   }
 }
 
-// Lays rows [row, row + M) of x out by pairs of k: [K / 2][M][2].
+// Packs rows [row, row + M) of x by pairs of k: [K / 2][M][2].
 inline void pack_rows(const LinearCall& c, float* to, long row, long M) {
   const float* x = c.x + row * c.K;
   for (long k = 0; k < c.K; k += 2)
@@ -60,7 +60,7 @@ struct Product {
   template <int M>
   static void run(const LinearCall& c, const float* x, long row, long unit, const char* const* p) {
     vf acc[M][2] = {};
-    const char* ahead[2] = {p[0] + FETCH_AHEAD, p[1] + FETCH_AHEAD};
+    const char* ahead[2] = {p[0] + PREFETCH_BYTES, p[1] + PREFETCH_BYTES};
     multiply<W, M, 2, 2, 2 * M>(acc, x, p, ahead, c.K / 2);
     finish<W, M>(c, acc, p, row, unit);
   }
@@ -75,7 +75,7 @@ struct Product<I4> {
       vf scale[2];
       for (int n = 0; n < 2; ++n) scale[n] = load(I4::scales(const_cast<char*>(p[n]), c.K) + k / GROUP * V);
       const float* y = x + k * M;
-      for (long i = 0, pairs = least(GROUP, c.K - k) / 2; i < pairs; ++i, y += 2 * M) {
+      for (long i = 0, pairs = min(GROUP, c.K - k) / 2; i < pairs; ++i, y += 2 * M) {
         vf even[2], odd[2];
         for (int n = 0; n < 2; ++n) {
           I4::nibbles(p[n], k + 2 * i, even[n], odd[n]);
@@ -94,7 +94,7 @@ struct Product<I4> {
 };
 
 #if defined(__AVX512BF16__)
-// The ISA's own bf16 product: x is rounded to bf16 too, sums are float32.
+// AVX512-BF16 has an instruction for bf16 products with float32 sums. It needs x in bf16 too.
 template <>
 struct Product<BF16> {
   template <int M>
@@ -103,7 +103,7 @@ struct Product<BF16> {
     for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
     const int32_t* y = reinterpret_cast<const int32_t*>(x);
     for (long k = 0; k < c.K; k += 2, y += M) {
-      for (int n = 0; n < 2; ++n) __builtin_prefetch(p[n] + k * V * 2 + FETCH_AHEAD);
+      for (int n = 0; n < 2; ++n) __builtin_prefetch(p[n] + k * V * 2 + PREFETCH_BYTES);
       const __m512bh w0 = (__m512bh)_mm512_loadu_si512(p[0] + k * V * 2);
       const __m512bh w1 = (__m512bh)_mm512_loadu_si512(p[1] + k * V * 2);
 #pragma clang loop unroll(full)
@@ -125,7 +125,7 @@ template <class W>
 constexpr bool ROUNDS_X = false;
 #endif
 
-// Rows by pairs of k as bf16: [K / 2][M] numbers of two.
+// Packs rows of x by pairs of k, rounded to bf16: [K / 2][M][2].
 inline void pack_rows_bf16(const LinearCall& c, float* to, long row, long M) {
   for (long m = 0; m < M; ++m) {
     const float* x = c.x + (row + m) * c.K;
@@ -134,9 +134,10 @@ inline void pack_rows_bf16(const LinearCall& c, float* to, long row, long M) {
   }
 }
 
-long calls;  // one count for all formats: they share the threads' scratch memory
+long calls;  // counts the products of all formats, since they share each thread's scratch memory
 
-// Rows are taken in passes that fit the cache, each cut into equal register tiles; threads take columns.
+// Rows are processed in passes whose x fits the cache, and each pass is cut into register tiles of equal size.
+// Threads share the columns.
 template <class W>
 void linear(const LinearCall& c, int threads) {
   const long call = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
@@ -165,7 +166,7 @@ void linear(const LinearCall& c, int threads) {
         }
       }
     }
-    for (long unit = first; unit < least(first + grain, units); ++unit) {
+    for (long unit = first; unit < min(first + grain, units); ++unit) {
       const char* p[2] = {c.w + unit * 2 * panel, c.w + (unit * 2 + 1) * panel};
       for (long t = 0; t < tiles; ++t) {
         const long a = rows * t / tiles, M = rows * (t + 1) / tiles - a;
@@ -181,7 +182,7 @@ extern "C" {
 
 void phalanx_linear(int format, const LinearCall* c, int threads) { FOR_FORMAT(format, linear<W>(*c, threads)) }
 
-// x += delta (when given); out = x / rms(x) * weight (Zhang & Sennrich 2019).
+// x += delta, if there is a delta; out = x / rms(x) * weight (Zhang & Sennrich 2019).
 void phalanx_add_rms_norm(float* x, const float* delta, const float* weight, float* out, long T, long D, float eps,
                           int threads) {
   parallel_for(T * D > 32768 ? threads : 1, T, [=](long t) {

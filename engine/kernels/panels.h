@@ -1,8 +1,10 @@
-// Panels: 16 columns of a matrix, stored by pairs of k, and their product with rows.
+// Panels: 16 columns of a matrix, stored by pairs of k, and the product of rows with panels.
 //
-// A weight matrix is panels; so is a block of 16 cached keys (its columns are tokens) and of 16 cached values
-// (its columns are head elements). Each element of a product is one chain of fused multiply-adds over k in
-// order, whatever the number of rows, columns and threads around it: a row's bits depend on that row alone.
+// A weight matrix consists of panels. So does a block of 16 cached keys, whose columns are tokens, and a block of 16
+// cached values, whose columns are head elements.
+//
+// Each element of a product is one chain of fused multiply-adds in the order of k, whatever the number of rows,
+// columns and threads. So a row's bits depend on that row alone.
 //
 // Shapes: M rows, N columns, K inner.
 
@@ -12,15 +14,15 @@
 
 namespace {
 
-constexpr int GROUP = 64;  // k that share a scale in int4
+constexpr int GROUP = 64;  // int4: values of k that share a scale
 #if defined(__AVX512F__)
-constexpr int MR = 12;  // rows of a register tile: MR x 2 accumulators, 4 weights, 1 broadcast of 32
+constexpr int MR = 12;  // rows of a register tile: of 32 registers, MR x 2 hold sums, 4 weights and 1 a broadcast
 #else
 constexpr int MR = 2;
 #endif
 
-// Formats. `bytes(K)` is a panel's size, `pair` unpacks the 16 columns of k and k + 1 of panel p, `get` and
-// `set` are of one element, and `scale` is what is left to do for finished sums.
+// Formats of a panel. `bytes(K)` is the panel's size. `pair` unpacks the 16 columns of k and k + 1. `get` and `set`
+// access one element. `scale` multiplies finished sums by the columns' scales, where a format has such scales.
 
 struct F32 {
   typedef float T;
@@ -54,7 +56,7 @@ struct BF16 {
   static vf scale(const char*, long, vf acc) { return acc; }
 };
 
-struct I8 {  // one scale per column, after the panel's numbers
+struct I8 {  // one scale per column, behind the panel's numbers
   static size_t bytes(long K) { return size_t(K) * V + V * 4; }
   static size_t bytes_of_pairs(long i) { return size_t(i) * V * 2; }
   static void pair(const char* p, long k, vf& even, vf& odd) {
@@ -71,7 +73,7 @@ struct I8 {  // one scale per column, after the panel's numbers
   static vf scale(const char* p, long K, vf acc) { return acc * load(scales(const_cast<char*>(p), K)); }
 };
 
-struct I4 {  // a byte has k in its low and k + 1 in its high half, both plus 8; scales per group at the end
+struct I4 {  // a byte holds k in its low half and k + 1 in its high half, both plus 8; scales per group at the end
   static size_t bytes(long K) { return size_t(K) / 2 * V + size_t(ceil_div(K, GROUP)) * V * 4; }
   static float* scales(char* p, long K) { return reinterpret_cast<float*>(p + K / 2 * V); }
   static void nibbles(const char* p, long k, vf& even, vf& odd) {
@@ -88,9 +90,8 @@ struct I4 {  // a byte has k in its low and k + 1 in its high half, both plus 8;
   static vf scale(const char*, long, vf acc) { return acc; }
 };
 
-// acc[m][n] += sum over pairs of x[m] times panel n. Row m of x begins at m * SM floats, pair i at i * SP.
-// What lies at the same place behind `next[n]` is fetched meanwhile: so many streams at once are more than
-// the hardware looks ahead for.
+// acc[m][n] += row m of x times panel n, over `pairs` pairs of k. Row m of x begins at m * SM floats, pair i at
+// i * SP. Prefetches the same offsets of `next[n]`: these are more streams than the hardware prefetcher follows.
 template <class W, int M, int NV, int SM, int SP>
 inline __attribute__((always_inline)) void multiply(vf (&acc)[M][NV], const float* x, const char* const* panels,
                                                     const char* const* next, long pairs) {
@@ -107,7 +108,7 @@ inline __attribute__((always_inline)) void multiply(vf (&acc)[M][NV], const floa
   }
 }
 
-struct Scratch {  // one thread's memory for packed rows, and which it holds; lives as long as the thread
+struct Scratch {  // a thread's memory for packed rows, and which rows it holds; lives as long as the thread
   char* data;
   size_t size;
   long call, pass;
@@ -129,7 +130,7 @@ inline Scratch& scratch() {
   return *scratch_of_thread;
 }
 
-// CALL with R = M, a constant, for 1 <= M <= MR.
+// Runs CALL with the compile-time constant R = M, for 1 <= M <= MR.
 #define FOR_ROWS(M, CALL) \
   switch (M) {            \
     case 1: { constexpr int R = 1; CALL; } break;   \
@@ -152,7 +153,7 @@ inline Scratch& scratch() {
 #define FOR_MORE_ROWS(CALL)
 #endif
 
-// CALL with W = the format that native.py numbers so.
+// Runs CALL with W = the format of that number in `_FORMATS` of native.py.
 #define FOR_FORMAT(format, CALL)                   \
   switch (format) {                                \
     case 0: { typedef F32 W; CALL; } break;        \

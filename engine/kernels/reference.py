@@ -1,6 +1,6 @@
-"""The kernels in plain torch: every device and dtype, and what the others are checked against.
+"""The kernels in plain torch, for every device and dtype. The other implementations are checked against them.
 
-Shapes as in `engine.kernels`; L keys. Norms, rotation and softmax are in float32.
+Shapes as in `interface.py`, and L keys, Q queries of a sequence. Norms, rotation and softmax are in float32.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from engine.config import BLOCK_SIZE
-from engine.kernels import AttentionInput, HeadNorms, KVCache, Matrix, Rope
+from engine.kernels.interface import AttentionInput, HeadNorms, KVCache, Matrix, Rope
 from engine.kernels.sample import SampleSpec, sample_tokens
 
 
 class ReferenceMatrix:
-    """Rows one after another."""
+    """A torch tensor [rows, columns]."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self.weight = torch.zeros(rows, columns, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
-        """Memory held."""
+        """Size in memory."""
         return self.weight.nbytes
 
     def write(self, row: int, values_RC: torch.Tensor) -> None:
@@ -32,7 +32,7 @@ class ReferenceMatrix:
 
 
 class ReferenceCache:
-    """Keys and values per layer, [K, places, E], where a block is consecutive places."""
+    """Keys and values per layer, [K, places, E]. A block is 16 consecutive places."""
 
     def __init__(
         self, layers: int, kv_heads: int, head_dim: int, blocks: int, dtype: torch.dtype, device: torch.device
@@ -43,7 +43,7 @@ class ReferenceCache:
         self.values_NKPE = torch.zeros(shape, dtype=dtype, device=device)
 
     def copy_blocks(self, pairs: tuple[tuple[int, int], ...]) -> None:
-        """Copy blocks in order, in every layer."""
+        """Copy blocks, pair after pair, in every layer."""
         for cache in (self.keys_NKPE, self.values_NKPE):
             blocks = cache.view(*cache.shape[:2], -1, BLOCK_SIZE, cache.shape[3])
             for source, destination in pairs:
@@ -51,7 +51,7 @@ class ReferenceCache:
 
 
 class ReferenceKernels:
-    """See `engine.kernels.Kernels`."""
+    """Implements `interface.Kernels`."""
 
     capturable = False
 
@@ -81,7 +81,7 @@ class ReferenceKernels:
     def add_rms_norm(
         self, x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """Add in place; the norm of the sum."""
+        """Add in place, then norm."""
         if delta_TD is not None:
             x_TD += delta_TD
         return _rms_norm(x_TD, weight_D, eps)
@@ -123,10 +123,10 @@ class ReferenceKernels:
             values_KPE[:, places_L[start:length]] = v_TKE[rows].transpose(0, 1)
             positions_Q1 = torch.arange(start, length, device=self.device)[:, None]
             first_key = 0 if window is None else max(0, start - window + 1)
-            seen_1L = torch.arange(first_key, length, device=self.device)[None]
-            visible_QL = seen_1L <= positions_Q1
+            keys_1L = torch.arange(first_key, length, device=self.device)[None]
+            visible_QL = keys_1L <= positions_Q1
             if window is not None:
-                visible_QL &= seen_1L > positions_Q1 - window
+                visible_QL &= keys_1L > positions_Q1 - window
             places_L = places_L[first_key:length]
             out_HQE = F.scaled_dot_product_attention(
                 q_THE[rows].transpose(0, 1)[None].float(),
@@ -139,7 +139,7 @@ class ReferenceKernels:
         return out_THE.flatten(1)
 
     def warm(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
         """Sample a token id per row."""
@@ -159,6 +159,6 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _rotate(x_TAE: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding with the halves of a head as real and imaginary parts."""
+    """Rotary embedding. The halves of a head are the real and the imaginary parts."""
     left, right = x_TAE.float().chunk(2, dim=-1)
     return torch.cat((left * cos_T1E - right * sin_T1E, right * cos_T1E + left * sin_T1E), -1).to(x_TAE.dtype)

@@ -77,7 +77,7 @@ Cut find_cut(const float* logits, long V_, const Spec& spec, float top) {
   Histogram* h = static_cast<Histogram*>(calloc(1, sizeof(Histogram)));
   for (long i = 0; i < V_; i += V) {
     float s[V], e[V];
-    const long n = least(V, V_ - i);
+    const long n = min(V, V_ - i);
     for (long j = 0; j < V; ++j) s[j] = j < n ? logits[i + j] / spec.temperature : -__builtin_inff();
     store(e, exp(load(s) - top));
     for (long j = 0; j < n; ++j) {
@@ -154,7 +154,7 @@ int64_t sample(const float* logits, long V_, const Spec& spec) {
   vf best = splat(-__builtin_inff());
   long i = 0;
   for (; i + V <= V_; i += V) best = max(best, load(logits + i));
-  float top = greatest(best);
+  float top = horizontal_max(best);
   for (; i < V_; ++i) top = logits[i] > top ? logits[i] : top;
   if (spec.temperature == 0) {
     for (i = 0; i < V_ && !(logits[i] == top);) ++i;
@@ -177,7 +177,7 @@ int64_t sample(const float* logits, long V_, const Spec& spec) {
     else
       for (long j = 0; j < V; ++j) s[j] = i + j < V_ ? logits[i + j] / spec.temperature : -__builtin_inff();
     const vf scores = load(s) + gumbel(bits);
-    if (!(greatest(scores) >= leader - MARGIN)) continue;
+    if (!(horizontal_max(scores) >= leader - MARGIN)) continue;
     store(score, scores);
     for (int j = 0; j < V; ++j) {
       if (!(score[j] >= leader - MARGIN) || !(s[j] > -__builtin_inff()) || !cut.keeps(s[j], int32_t(i + j))) continue;

@@ -1,14 +1,19 @@
-// What ranks of one host say to each other through memory that all of them map: sums, columns side by side,
-// and messages from one stage to the next. `engine/distributed/shm.py` makes the memory and calls this.
+// What the ranks of one host exchange through memory that all of them map: all-reduce, all-gather of columns, and
+// messages from one pipeline stage to the next. `engine/distributed/shared_memory.py` makes the memory and calls
+// these functions.
 //
-// A group's memory is a flag for each rank, then slots. In a row every rank has two slots, and operation s
-// uses slot s % 2: a rank raises its flag to s once its part is written, which also says that it has read
-// all of s - 1; whoever has seen every flag at s - 1 may overwrite what s - 2 used. Between stages, rank 0
-// writes messages into slots in turn and raises its flag to their number, and so does rank 1 when it has
-// taken them out.
+// A group's memory is one flag per rank, then slots.
 //
-// Waiting spins a little, then sleeps on the flag as a futex, and now and then looks whether the others live.
-// A rank that ends in order says so, since the kernel takes tens of milliseconds to take a process down.
+// In a tensor parallel group every rank writes to two slots, and operation s uses slot s % 2. A rank raises its flag
+// to s when its part of operation s is written. The same flag also says that the rank has read all parts of s - 1.
+// So a rank that has seen every flag at s - 1 may overwrite the slot of s - 2.
+//
+// In a stage link, rank 0 writes message after message into the slots in turn and raises its flag to the number of
+// messages written. Rank 1 raises its flag to the number of messages read.
+//
+// A waiting rank spins for a moment, then sleeps on the flag as a futex. It wakes every few milliseconds to check
+// that the other ranks are alive. A rank that ends in an orderly way sets `left`, because the kernel needs tens of
+// milliseconds to end a process.
 
 #include <limits.h>
 #include <linux/futex.h>
@@ -22,30 +27,30 @@
 extern "C" {
 void* memcpy(void*, const void*, size_t);
 
-struct Group {  // one rank's end; `engine/distributed/shm.py` declares the same
+struct Group {  // one rank's view; `_Group` in engine/distributed/shared_memory.py declares the same
   char* memory;
-  const int* lives;  // of the other ranks' processes: descriptors that can be read once they have ended
-  long others;
+  const int* pidfds;  // of the other ranks' processes: a pidfd can be read once its process has ended
+  long num_pidfds;
   long timeout_s;
-  long slots;  // of each rank that writes; a power of two, since steps wrap around
+  long slots;  // per rank that writes; a power of two, so that `step % slots` survives the wrap of `step`
   long slot_bytes;
   int32_t rank;
   int32_t ranks;
-  uint32_t step;  // operations so far
+  uint32_t step;  // operations so far; wraps around
 };
 }
 
 namespace {
 
-constexpr int SPINS = 2000;  // pauses before a rank sleeps: some 20 to 100 microseconds
-constexpr long LOOK_NS = 5 * 1000 * 1000;
+constexpr int SPINS = 2000;  // pauses before a rank sleeps: 20 to 100 microseconds
+constexpr long CHECK_ALIVE_NS = 5 * 1000 * 1000;  // a sleeping rank checks the others this often
 
-enum Result { DONE = 0, LOST = 1, LATE = 2 };
+enum Result { DONE = 0, RANK_GONE = 1, TIMED_OUT = 2 };
 
-struct alignas(128) Flag {  // CPUs fetch cache lines in pairs
+struct alignas(128) Flag {  // 128, not 64: CPUs prefetch cache lines in pairs
   uint32_t value;  // wraps around
   uint32_t sleepers;
-  uint32_t left;  // whether the rank has ended
+  uint32_t left;  // 1 when the rank ends
 };
 
 Flag& flag_of(const Group& g, long rank) { return reinterpret_cast<Flag*>(g.memory)[rank]; }
@@ -54,9 +59,9 @@ char* slot_of(const Group& g, long rank, uint32_t step) {
   return g.memory + g.ranks * sizeof(Flag) + (rank * g.slots + step % g.slots) * g.slot_bytes;
 }
 
-long least(long a, long b) { return a < b ? a : b; }
+long min(long a, long b) { return a < b ? a : b; }
 
-bool is_past(uint32_t value, uint32_t wanted) { return int32_t(value - wanted) >= 0; }
+bool has_reached(uint32_t value, uint32_t wanted) { return int32_t(value - wanted) >= 0; }
 
 void wake(Flag& flag) { syscall(SYS_futex, &flag.value, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
 
@@ -66,12 +71,12 @@ void raise(const Group& g, uint32_t value) {
   if (__atomic_load_n(&flag.sleepers, __ATOMIC_SEQ_CST)) wake(flag);
 }
 
-bool all_live(const Group& g) {
+bool all_alive(const Group& g) {
   for (long rank = 0; rank < g.ranks; ++rank)
     if (rank != g.rank && __atomic_load_n(&flag_of(g, rank).left, __ATOMIC_SEQ_CST)) return false;
-  for (long i = 0; i < g.others; ++i) {
-    pollfd life{g.lives[i], POLLIN, 0};
-    if (poll(&life, 1, 0) > 0) return false;
+  for (long i = 0; i < g.num_pidfds; ++i) {
+    pollfd process{g.pidfds[i], POLLIN, 0};
+    if (poll(&process, 1, 0) > 0) return false;
   }
   return true;
 }
@@ -88,14 +93,14 @@ Result sleep_until(const Group& g, Flag& flag, uint32_t value) {
   __atomic_add_fetch(&flag.sleepers, 1, __ATOMIC_SEQ_CST);
   for (;;) {
     const uint32_t seen = __atomic_load_n(&flag.value, __ATOMIC_SEQ_CST);
-    if (is_past(seen, value)) {  // even if its rank has ended since
+    if (has_reached(seen, value)) {  // counts even if the rank has ended since
       result = DONE;
       break;
     }
     if (result != DONE) break;
-    result = !all_live(g) ? LOST : now_s() > deadline ? LATE : DONE;
-    const timespec most{0, LOOK_NS};
-    if (result == DONE) syscall(SYS_futex, &flag.value, FUTEX_WAIT, seen, &most, nullptr, 0);
+    result = !all_alive(g) ? RANK_GONE : now_s() > deadline ? TIMED_OUT : DONE;
+    const timespec interval{0, CHECK_ALIVE_NS};
+    if (result == DONE) syscall(SYS_futex, &flag.value, FUTEX_WAIT, seen, &interval, nullptr, 0);
   }
   __atomic_sub_fetch(&flag.sleepers, 1, __ATOMIC_SEQ_CST);
   return result;
@@ -104,7 +109,7 @@ Result sleep_until(const Group& g, Flag& flag, uint32_t value) {
 Result wait_for(const Group& g, long rank, uint32_t value) {
   Flag& flag = flag_of(g, rank);
   for (int spins = 0; spins < SPINS; ++spins) {
-    if (is_past(__atomic_load_n(&flag.value, __ATOMIC_SEQ_CST), value)) return DONE;
+    if (has_reached(__atomic_load_n(&flag.value, __ATOMIC_SEQ_CST), value)) return DONE;
     __builtin_ia32_pause();
   }
   return sleep_until(g, flag, value);
@@ -118,7 +123,7 @@ Result wait_for_all(const Group& g, uint32_t value) {
   return DONE;
 }
 
-// Writes this rank's part of the next operation and waits for those of the others.
+// Writes this rank's part of the next operation, then waits until all other ranks have written theirs.
 Result exchange(Group& g, const void* part, long bytes) {
   if (const Result result = wait_for_all(g, g.step)) return result;
   ++g.step;
@@ -131,12 +136,12 @@ Result exchange(Group& g, const void* part, long bytes) {
 
 extern "C" {
 
-// x becomes the sum of all ranks' x, added in the order of ranks.
+// All-reduce: x becomes the sum of all ranks' x, added in rank order.
 int phalanx_shm_sum(Group* group, float* x, long count) {
   Group& g = *group;
-  const long most = g.slot_bytes / long(sizeof(float));
-  for (long start = 0; start < count; start += most) {
-    const long n = least(most, count - start);
+  const long per_slot = g.slot_bytes / long(sizeof(float));
+  for (long start = 0; start < count; start += per_slot) {
+    const long n = min(per_slot, count - start);
     if (const Result result = exchange(g, x + start, n * sizeof(float))) return result;
     const float* first = reinterpret_cast<float*>(slot_of(g, 0, g.step));
     float* out = x + start;
@@ -150,17 +155,17 @@ int phalanx_shm_sum(Group* group, float* x, long count) {
   return DONE;
 }
 
-// Every row of `out` becomes the ranks' rows side by side; a rank's rows have `width` bytes.
+// All-gather of columns: row i of `out` is the concatenation of all ranks' rows i, of `width` bytes each.
 int phalanx_shm_gather(Group* group, const char* part, char* out, long rows, long width) {
   Group& g = *group;
   const long bytes = rows * width;
   for (long start = 0; start < bytes; start += g.slot_bytes) {
-    const long end = least(start + g.slot_bytes, bytes);
+    const long end = min(start + g.slot_bytes, bytes);
     if (const Result result = exchange(g, part + start, end - start)) return result;
     for (long rank = 0; rank < g.ranks; ++rank) {
       const char* slot = slot_of(g, rank, g.step);
       for (long at = start; at < end;) {
-        const long row = at / width, column = at % width, n = least(width - column, end - at);
+        const long row = at / width, column = at % width, n = min(width - column, end - at);
         memcpy(out + (row * g.ranks + rank) * width + column, slot + (at - start), n);
         at += n;
       }
@@ -169,7 +174,7 @@ int phalanx_shm_gather(Group* group, const char* part, char* out, long rows, lon
   return DONE;
 }
 
-// Rank 0's message to rank 1, of at most a slot. Waits while all slots are full.
+// Sends a message of at most `slot_bytes` from rank 0 to rank 1. Waits while all slots are full.
 int phalanx_shm_send(Group* group, const void* data, long bytes) {
   Group& g = *group;
   const uint32_t step = g.step + 1;
@@ -179,7 +184,7 @@ int phalanx_shm_send(Group* group, const void* data, long bytes) {
   return DONE;
 }
 
-// The next message, whose size both know.
+// Receives the next message. Both ranks know its size.
 int phalanx_shm_receive(Group* group, void* data, long bytes) {
   Group& g = *group;
   const uint32_t step = g.step + 1;
@@ -189,7 +194,7 @@ int phalanx_shm_receive(Group* group, void* data, long bytes) {
   return DONE;
 }
 
-// Says that this rank ends; whoever waits for it, now or later, is told that it is lost.
+// Marks this rank as ended. A rank that waits for it, now or later, gets RANK_GONE.
 void phalanx_shm_leave(Group* group) {
   Flag& flag = flag_of(*group, group->rank);
   __atomic_store_n(&flag.left, 1, __ATOMIC_SEQ_CST);

@@ -1,6 +1,6 @@
-// A team of threads for short loops: `parallel_for` costs about a microsecond and never waits for a thread
-// that has taken no part. So a core that something else is using delays a loop by one item at most, where
-// an OpenMP barrier would wait for the thread that belongs on it.
+// A thread pool for short loops. `parallel_for` costs about a microsecond, and never waits for a thread that has
+// taken no item. So a core that another process uses delays a loop by at most one item; an OpenMP barrier would wait
+// until that core's thread runs again.
 
 #pragma once
 
@@ -13,8 +13,8 @@
 
 namespace phalanx {
 
-constexpr int SPINS = 2000;  // pauses before a thread without work sleeps: some 20 to 100 microseconds
-constexpr long MOST_ITEMS = (1 << 24) - 4096;
+constexpr int SPINS = 2000;  // pauses before an idle thread sleeps: 20 to 100 microseconds
+constexpr long MAX_ITEMS = (1 << 24) - 4096;
 
 inline void pause_a_little() {
 #if defined(__x86_64__)
@@ -22,16 +22,16 @@ inline void pause_a_little() {
 #endif
 }
 
-// Owns: the workers, and the loop that they run at present. One loop at a time; see `parallel_for`.
+// Owns: the worker threads, and the loop that they run now. Runs one loop at a time; see `parallel_for`.
 //
-// `ticket` is the loop's number, its count of items and the next item to be taken, 16 + 24 + 24 bits: taking
-// an item also tells whether there was one, and while one is taken the loop cannot end, so that `body` and
-// `data` belong to it. Workers that come late find nothing to take.
+// `ticket_` packs the loop's number, its number of items, and the next item, in 16 + 24 + 24 bits. One atomic add
+// takes an item and tells whether there was one. A loop does not end before every taken item is done, so `body_` and
+// `data_` stay valid for a thread that has an item. A thread that comes late finds no item.
 class Team {
  public:
   void run(int threads, long count, void (*body)(const void*, long), const void* data) {
-    if (threads <= 1 || count <= 1 || count > MOST_ITEMS || __atomic_exchange_n(&busy_, 1, __ATOMIC_ACQUIRE)) {
-      for (long i = 0; i < count; ++i) body(data, i);  // somebody else's loop runs: do this one alone
+    if (threads <= 1 || count <= 1 || count > MAX_ITEMS || __atomic_exchange_n(&busy_, 1, __ATOMIC_ACQUIRE)) {
+      for (long i = 0; i < count; ++i) body(data, i);  // another caller's loop runs: run this one on its own thread
       return;
     }
     while (workers_ < threads - 1 && hire()) {}
@@ -49,7 +49,7 @@ class Team {
   }
 
  private:
-  // False when the system gives no more threads: then there are fewer.
+  // Returns false when the system gives no more threads. The pool then goes on with fewer.
   bool hire() {
     pthread_t thread;
     auto start = [](void* number) -> void* { return team.work(long(number)), nullptr; };
@@ -106,7 +106,7 @@ class Team {
 
 inline Team Team::team;
 
-// Calls f(i) for 0 <= i < count; whoever is free takes the next.
+// Calls f(i) for 0 <= i < count. A thread that is free takes the next i.
 template <class F>
 void parallel_for(int threads, long count, const F& f) {
   Team::team.run(threads, count, [](const void* data, long i) { (*static_cast<const F*>(data))(i); }, &f);

@@ -1,4 +1,5 @@
-// Vectors of 16 floats, in clang's own notation: any instruction set, in as many registers as it takes.
+// Vectors of 16 floats, by clang's vector extension: the compiler maps them to one or more registers of any
+// instruction set.
 
 #pragma once
 
@@ -24,10 +25,10 @@ inline void store(float* p, vf v) { *reinterpret_cast<vf_u*>(p) = v; }
 inline vf fma(vf a, vf b, vf c) { return __builtin_elementwise_fma(a, b, c); }
 inline vf max(vf a, vf b) { return __builtin_elementwise_max(a, b); }
 inline vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
-inline long least(long a, long b) { return a < b ? a : b; }
+inline long min(long a, long b) { return a < b ? a : b; }
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
-// Both fold halves onto each other, so that a sum's order is fixed.
+// Reductions fold the upper half onto the lower half, so the order of additions is fixed.
 #define FOLD(OP, A, B, C, D, E, F, G, H) \
   v = OP(v, __builtin_shufflevector(v, v, A, B, C, D, E, F, G, H, A, B, C, D, E, F, G, H))
 #define FOLD_ALL(OP)                      \
@@ -36,16 +37,16 @@ inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
   FOLD(OP, 2, 3, 2, 3, 2, 3, 2, 3);       \
   FOLD(OP, 1, 1, 1, 1, 1, 1, 1, 1)
 inline vf add(vf a, vf b) { return a + b; }
-inline float sum(vf v) {
+inline float horizontal_sum(vf v) {
   FOLD_ALL(add);
   return v[0];
 }
-inline float greatest(vf v) {
+inline float horizontal_max(vf v) {
   FOLD_ALL(max);
   return v[0];
 }
 
-// e^x to about 2 ulp: 2^n times a polynomial of the rest (Cephes expf); 0 below -87.
+// e^x to about 2 ulp: 2^n times a polynomial in the remainder (Cephes expf). 0 for x < -87.
 inline vf exp(vf x) {
   const vf low = splat(-87.0f), high = splat(88.0f);
   const vi under = x < low;
@@ -64,7 +65,7 @@ inline vf exp(vf x) {
   return select(under, vf{}, p * (vf)scale);
 }
 
-// 2^x for x <= 0 to about 2 ulp: 2^n times a polynomial of the rest (Cephes exp2f); 0 below -126.
+// 2^x for x <= 0 to about 2 ulp: 2^n times a polynomial in the remainder (Cephes exp2f). 0 for x < -126.
 inline vf exp2_below_0(vf x) {
   const vf clamped = max(x, splat(-127.0f)), n = __builtin_elementwise_roundeven(clamped), r = clamped - n;
   vf p = splat(1.535336188319500e-4f);
@@ -116,7 +117,7 @@ inline float from_bf16(uint16_t h) {
   return f;
 }
 
-// A vector's first `columns` elements.
+// Stores the first `columns` elements of a vector.
 inline void put(float* out, vf value, long columns) {
   if (columns >= V) return store(out, value);
   float s[V];
@@ -131,7 +132,7 @@ inline float mean_square(const float* x, long n) {
     for (int j = 0; j < 2; ++j) s[j] = fma(load(x + i + j * V), load(x + i + j * V), s[j]);
   float rest = 0;
   for (; i < n; ++i) rest += x[i] * x[i];
-  return (sum(s[0] + s[1]) + rest) / float(n);
+  return (horizontal_sum(s[0] + s[1]) + rest) / float(n);
 }
 
 inline void scale_by(float* out, const float* x, const float* weight, float a, long n) {

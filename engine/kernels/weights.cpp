@@ -1,4 +1,4 @@
-// Packing rows of weights into panels, quantising them, and taking single rows out again.
+// Packs rows of weights into panels, quantising them where the format asks for it, and unpacks single rows.
 
 #include "panels.h"
 #include "threads.h"
@@ -6,13 +6,14 @@
 namespace {
 
 struct PackCall {
-  char* w;  // panels, zero at first
+  char* w;  // panels; all zero before the first call
   const float* rows;  // [count, K]
-  long first, count;  // rows [first, first + count) of the matrix
+  long first, count;  // these are rows [first, first + count) of the matrix
   long K;
-  long gate;  // gated: F, rows below it are gate's, the others up's; else 0
+  long gate;  // of a gated matrix: F; rows below F are the gate, the others up. Otherwise 0
 };
 
+// The panel and the column of a matrix row. A gated matrix alternates panels of gate and up.
 inline void place_of(long row, long gate, long& panel, int& column) {
   const long local = row < gate || !gate ? row : row - gate;
   panel = gate ? local / V * 2 + (row >= gate) : local / V;
@@ -24,36 +25,36 @@ void pack_row(char* p, const float* x, long K, int column) {
   for (long k = 0; k < K; ++k) W::set(p, k, column, x[k]);
 }
 
-inline float absolute_top(const float* x, long n) {
-  float top = 0;
+inline float max_abs(const float* x, long n) {
+  float largest = 0;
   for (long i = 0; i < n; ++i) {
     const float a = x[i] < 0 ? -x[i] : x[i];
-    if (a > top) top = a;
+    if (a > largest) largest = a;
   }
-  return top;
+  return largest;
 }
 
-inline int rounded(float f, int least, int most) {
+inline int round_to(float f, int low, int high) {
   const int i = int(__builtin_roundevenf(f));
-  return i < least ? least : i > most ? most : i;
+  return i < low ? low : i > high ? high : i;
 }
 
 template <>
 void pack_row<I8>(char* p, const float* x, long K, int column) {
-  const float scale = absolute_top(x, K) / 127;
+  const float scale = max_abs(x, K) / 127;
   for (long k = 0; k < K; ++k)
-    reinterpret_cast<int8_t*>(p)[k * V + column] = int8_t(scale ? rounded(x[k] / scale, -127, 127) : 0);
+    reinterpret_cast<int8_t*>(p)[k * V + column] = int8_t(scale ? round_to(x[k] / scale, -127, 127) : 0);
   I8::scales(p, K)[column] = scale;
 }
 
 template <>
 void pack_row<I4>(char* p, const float* x, long K, int column) {
   for (long g = 0; g * GROUP < K; ++g) {
-    const long from = g * GROUP, to = least(from + GROUP, K);
-    const float scale = absolute_top(x + from, to - from) / 7;
+    const long from = g * GROUP, to = min(from + GROUP, K);
+    const float scale = max_abs(x + from, to - from) / 7;
     I4::scales(p, K)[g * V + column] = scale;
     for (long k = from; k < to; ++k) {
-      const int q = (scale ? rounded(x[k] / scale, -8, 7) : 0) + 8;
+      const int q = (scale ? round_to(x[k] / scale, -8, 7) : 0) + 8;
       uint8_t& byte = reinterpret_cast<uint8_t*>(p)[k / 2 * V + column];
       byte = uint8_t(k & 1 ? (byte & 15) | q << 4 : (byte & 240) | q);
     }
@@ -64,7 +65,7 @@ template <class W>
 void pack(const PackCall& c, int threads) {
   const size_t panel_bytes = W::bytes(c.K);
   parallel_for(threads, ceil_div(c.count, V), [&](long item) {
-    for (long i = item * V; i < least(item * V + V, c.count); ++i) {
+    for (long i = item * V; i < min(item * V + V, c.count); ++i) {
       long panel;
       int column;
       place_of(c.first + i, c.gate, panel, column);

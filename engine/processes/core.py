@@ -36,7 +36,7 @@ from collections.abc import Callable
 
 from engine.distributed.channel import HasFileno, PlanHub
 from engine.execution.runner import Runner
-from engine.grammar.grammars import Grammars
+from engine.grammar.service import GrammarService
 from engine.plan import Sampled
 from engine.processes.warm_up import warm_up_requests
 from engine.request import Delta, Load, Request, SamplingParams
@@ -57,7 +57,7 @@ class EngineCore:
         runner: Runner,
         hub: PlanHub | None,
         sampling_rank: int,
-        grammars: Grammars,
+        grammars: GrammarService,
     ) -> None:
         self.grammars = grammars
         self._scheduler = scheduler

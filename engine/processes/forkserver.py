@@ -40,8 +40,8 @@ def main() -> None:
     # The modules that `engine.processes.startup` imports inside functions.
     import_in_background(
         "engine.processes.core",
-        "engine.grammar.grammars",
-        "engine.distributed.parallel",
+        "engine.grammar.service",
+        "engine.distributed.rendezvous",
         "engine.execution.runner",
         "engine.weights.loader",
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from engine.distributed.channel import PlanHub, PlanLink
     from engine.distributed.parallel import Parallel
-    from engine.kernels import Kernels
+    from engine.kernels.interface import Kernels
 
 
 def open_group(
@@ -29,7 +29,7 @@ def open_group(
     if engine.rank != 0 or engine.tp * engine.pp == 1:
         return None, None
     from engine.distributed.channel import PlanHub
-    from engine.distributed.parallel import open_store
+    from engine.distributed.rendezvous import open_store
 
     store, address = open_store(engine.host)
     hub = PlanHub(engine.host, engine.tp * engine.pp, engine.epoch)
@@ -42,7 +42,7 @@ def open_group(
 def join_group(engine: EngineConfig, meet: Callable[[], str]) -> tuple[Store, PlanLink]:
     """On any rank but 0: connect to rank 0's store and to its plan hub."""
     from engine.distributed.channel import PlanLink
-    from engine.distributed.parallel import join_store
+    from engine.distributed.rendezvous import join_store
 
     store = join_store(meet())
     return store, PlanLink(store.get("plans").decode(), engine.epoch, engine.rank)
@@ -52,7 +52,7 @@ def connect_collectives(
     engine: EngineConfig, config: ModelConfig, kernels: Kernels, store: Store | None
 ) -> Parallel:
     """Form the groups in which this rank exchanges tensors; every rank takes part."""
-    from engine.distributed.parallel import connect
+    from engine.distributed.rendezvous import connect
 
     grid = Grid(engine.tp, engine.pp, engine.rank)
     hidden_bytes = engine.batch_tokens * config.hidden_size * kernels.activation_dtype.itemsize

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError, RequestError
-from engine.grammar.gate import Gate
+from engine.grammar.grammar_queue import GrammarQueue
 from engine.ipc.link import Link
 from engine.ipc.wire import Alive, Began, CancelRequest, Message, Probe, Step, SubmitRequest
 from engine.request import Delta, Refusal
@@ -34,10 +34,10 @@ def serve(core: EngineCore, link: Link, early: list[Message]) -> None:
     `early` are the messages that came together with `StartEngine`.
     """
     step, sent_load = 0, core.load
-    gate = Gate(core.grammars, link)
+    gate = GrammarQueue(core.grammars, link)
     messages: Iterable[Message] = early
     while True:
-        outcome = _handle_commands(core, gate.passing(messages))
+        outcome = _handle_commands(core, gate.admit(messages))
         if outcome.accepted or outcome.failed or outcome.finished or core.load != sent_load:
             sent_load = core.load
             link.send(

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from engine.distributed.parallel import Parallel
     from engine.execution.cuda_graphs import Capture
     from engine.execution.runner import Runner
-    from engine.kernels import Kernels
+    from engine.kernels.interface import Kernels
     from engine.processes.core import EngineCore
-    from engine.weights.loader import StageWeights
+    from engine.weights.stage_weights import StageWeights
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def choose_kernels(engine: EngineConfig) -> Kernels:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = getattr(torch, engine.dtype_name)
-    kernels = choose(device, dtype, engine.quantization, threads=thread_count(engine))
+    kernels = choose.choose_kernels(device, dtype, engine.quantization, threads=thread_count(engine))
     torch.set_num_threads(kernels.torch_threads)
     _log.info("rank %d of %d: %s kernels", engine.rank, engine.tp * engine.pp, kernels.name)
     return kernels
@@ -145,7 +145,7 @@ def can_run_async(config: ModelConfig, parallel: Parallel, kernels: Kernels) -> 
     the host, ranks that share a GPU communicate through the host, and stages wait for each other.
     """
     has_experts = any(layer.moe for layer in config.layers)
-    return kernels.capturable and not has_experts and parallel.grid.pp == 1 and parallel.on_device
+    return kernels.capturable and not has_experts and parallel.grid.pp == 1 and parallel.capturable
 
 
 def agree_on_kv_size(
@@ -153,13 +153,13 @@ def agree_on_kv_size(
 ) -> KVSize:
     """Size the KV cache by the rank with the least memory: a plan may name any block of rank 0's pool."""
     free_gpu_bytes = _free_gpu_bytes() if kernels.device.type == "cuda" else 0
-    memory = kv_memory_bytes(engine, parallel.sharers, free_gpu_bytes)
+    memory = kv_memory_bytes(engine, parallel.ranks_on_device, free_gpu_bytes)
     per_block = block_bytes(config, engine.tp, engine.pp, _dtype(engine).itemsize)
-    max_blocks = parallel.agree_on_least(memory // per_block)
+    max_blocks = parallel.min_over_ranks(memory // per_block)
     tokens_in_flight = engine.batch_tokens * (2 if async_steps else 1)
     size = size_kv_cache(engine, config, max_blocks, tokens_in_flight)
     # Ranks may have been started with different `max_running`.
-    return KVSize(parallel.agree_on_least(size.num_blocks), size.max_model_len)
+    return KVSize(parallel.min_over_ranks(size.num_blocks), size.max_model_len)
 
 
 def _free_gpu_bytes() -> int:
@@ -211,7 +211,7 @@ def build_core(
     async_steps: bool,
 ) -> EngineCore:
     """Rank 0's scheduler and core."""
-    from engine.grammar.grammars import Grammars
+    from engine.grammar.service import GrammarService
     from engine.processes.core import EngineCore
     from engine.scheduling.limits import Limits
     from engine.scheduling.scheduler import Scheduler
@@ -231,7 +231,7 @@ def build_core(
         async_scheduling=async_steps,
     )
     scheduler = Scheduler(limits, epoch=engine.epoch, depth=engine.pp)
-    grammars = Grammars(engine.model, config.vocab_size, config.eos_token_ids)
+    grammars = GrammarService(engine.model, config.vocab_size, config.eos_token_ids)
     sampling_rank = Grid(engine.tp, engine.pp, engine.rank).sampling_rank
     return EngineCore(scheduler, runner, hub, sampling_rank, grammars)
 

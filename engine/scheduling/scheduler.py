@@ -30,7 +30,7 @@ from dataclasses import replace
 from itertools import islice
 
 from engine.errors import EngineError, RequestError
-from engine.grammar.grammars import Follow
+from engine.grammar.matcher import MakeMatcher
 from engine.plan import Sampled, StepPlan
 from engine.request import Delta, Load, Request, Timing
 from engine.scheduling.block_tables import BlockTables
@@ -101,7 +101,7 @@ class Scheduler:
             running, self._choices.num_live - running, *blocks, self._prefix_tokens, self._prefix_hits
         )
 
-    def submit(self, request: Request, now: float, follow: Follow | None = None) -> tuple[Delta, ...]:
+    def submit(self, request: Request, now: float, follow: MakeMatcher | None = None) -> tuple[Delta, ...]:
         """Queue a request.
 
         Args:

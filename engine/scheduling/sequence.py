@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from engine.grammar.grammars import Matcher
+from engine.grammar.matcher import Matcher
 from engine.plan import PENDING_TOKEN
 from engine.request import Delta, FinishReason, PositionLogprobs, Request, Timing
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from engine.errors import RequestError
-from engine.grammar.source import check as check_grammar
+from engine.grammar.validation import check_grammar
 from engine.request import Request, SamplingParams
 from engine.scheduling.limits import Limits
 from engine.text.prompt_length import too_many_tokens

@@ -1,1 +1,4 @@
-"""Model directories: configuration, tensors, what each rank holds of them, and loading it."""
+"""Model directories: configuration, tensors, which slices each rank holds, and loading them.
+
+A new model architecture goes into `architectures.py`.
+"""

@@ -1,6 +1,20 @@
-"""What tells the architectures apart that the one decoder runs, read from config.json. Imports no torch.
+"""The model architectures that this engine runs. A new architecture goes here.
 
-Fields that a config.json leaves out mean what they mean to transformers.
+One decoder (`engine/execution/decoder.py`) runs all of them. To add one that differs from a Llama decoder
+only in the traits below:
+
+1. Add its entry to `ARCHITECTURES`, under its name in `architectures` of config.json, with the values that
+   transformers gives to fields which config.json leaves out.
+2. Write its function from config.json to `Traits`, beside `_llama` and the others.
+3. Add it to the tests: a variant in tests/engine/execution/test_architectures.py, a family in
+   tests/parallel/test_matrix.py, a published config.json in
+   tests/unit/engine/weights/test_published_models.py.
+
+An architecture with other tensors also needs their names and shapes in `tensors.py` and `loader.py`;
+other sizes in `model_config.py`; another rotary embedding in `rope_config.py`; other arithmetic in the
+decoder and, if the kernels lack it, in `engine/kernels/interface.py` and its implementations.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,25 +28,28 @@ from engine.weights.checkpoint import invalid_model
 
 @dataclass(frozen=True, slots=True)
 class MoeConfig:
-    """A mixture of experts in place of the MLP.
+    """A mixture of experts in place of a layer's MLP.
 
-    `normalised`: the weights of the chosen experts are made to sum to 1. The names are those of the
-    tensors in the files.
+    `normalised`: the weights of a token's experts are scaled to sum to 1. The names are parts of tensor
+    names.
     """
 
     experts: int
     per_token: int
     intermediate_size: int
     normalised: bool
-    block_name: str  # of the layer's part: "mlp" or "block_sparse_moe"
-    gate_name: str  # of an expert's matrices
+    block_name: str  # of the mixture in its layer: "mlp" or "block_sparse_moe"
+    gate_name: str  # of the matrices of an expert
     up_name: str
     down_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """What differs between layers: keys that a query sees, itself included (None: all), and the MLP."""
+    """What may differ from layer to layer.
+
+    `window`: how many keys a query attends to, its own included; None for all. `moe`: None for a dense MLP.
+    """
 
     window: int | None = None
     moe: MoeConfig | None = None
@@ -40,7 +57,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What an architecture makes of a config.json beyond the sizes that all have."""
+    """What config.json says about a model of some architecture, beyond the sizes that all models have."""
 
     layers: tuple[LayerConfig, ...]
     qkv_bias: bool = False
@@ -51,7 +68,11 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One architecture: values of fields that are left out, and its traits."""
+    """How to read a config.json of this architecture.
+
+    `traits` reads the traits. `defaults` and `rope_theta` are the values of fields that config.json
+    leaves out.
+    """
 
     traits: Callable[[Mapping[str, Any]], Traits]
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +83,7 @@ def architecture(raw: Mapping[str, Any]) -> Architecture:
     """The architecture that a config.json names.
 
     Raises:
-        ModelError: INVALID_MODEL, with the names of those that are known.
+        ModelError: INVALID_MODEL, with the names of all known architectures.
     """
     name = (raw.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
@@ -72,20 +93,20 @@ def architecture(raw: Mapping[str, Any]) -> Architecture:
 
 def _llama(raw: Mapping[str, Any]) -> Traits:
     bias = bool(raw.get("attention_bias", False))
-    return Traits(_alike(raw, LayerConfig()), bias, bias, bool(raw.get("mlp_bias", False)))
+    return Traits(_same_layers(raw, LayerConfig()), bias, bias, bool(raw.get("mlp_bias", False)))
 
 
 def _mistral(raw: Mapping[str, Any]) -> Traits:
-    return Traits(_alike(raw, LayerConfig(_window(raw))))
+    return Traits(_same_layers(raw, LayerConfig(_window(raw))))
 
 
 def _qwen2(raw: Mapping[str, Any]) -> Traits:
-    return Traits(_some_windowed(raw), qkv_bias=True)
+    return Traits(_qwen_windows(raw), qkv_bias=True)
 
 
 def _qwen3(raw: Mapping[str, Any]) -> Traits:
     bias = bool(raw.get("attention_bias", False))
-    return Traits(_some_windowed(raw), bias, bias, qk_norm=True)
+    return Traits(_qwen_windows(raw), bias, bias, qk_norm=True)
 
 
 def _mixtral(raw: Mapping[str, Any]) -> Traits:
@@ -94,11 +115,11 @@ def _mixtral(raw: Mapping[str, Any]) -> Traits:
     moe = MoeConfig(
         experts, per_token, int(raw["intermediate_size"]), True, "block_sparse_moe", "w1", "w3", "w2"
     )
-    return Traits(_alike(raw, LayerConfig(_window(raw), _checked(moe))))
+    return Traits(_same_layers(raw, LayerConfig(_window(raw), _check_moe(moe))))
 
 
 def _qwen3_moe(raw: Mapping[str, Any]) -> Traits:
-    """Every `decoder_sparse_step`-th layer that `mlp_only_layers` leaves out has experts."""
+    """Every `decoder_sparse_step`-th layer has experts, unless `mlp_only_layers` names it."""
     moe = MoeConfig(
         int(raw.get("num_experts", raw.get("num_local_experts", 128))),
         int(raw.get("num_experts_per_tok", 8)),
@@ -113,16 +134,17 @@ def _qwen3_moe(raw: Mapping[str, Any]) -> Traits:
     dense = set(raw.get("mlp_only_layers") or ())
     step = int(raw.get("decoder_sparse_step", 1))
     sparse = [
-        moe.experts > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(_layers(raw))
+        moe.experts > 0 and layer not in dense and (layer + 1) % step == 0
+        for layer in range(_num_layers(raw))
     ]
     if any(sparse):
-        _checked(moe)
+        _check_moe(moe)
     bias = bool(raw.get("attention_bias", False))
     layers = tuple(LayerConfig(window, moe if is_sparse else None) for is_sparse in sparse)
     return Traits(layers, bias, bias, qk_norm=True)
 
 
-def _checked(moe: MoeConfig) -> MoeConfig:
+def _check_moe(moe: MoeConfig) -> MoeConfig:
     if not 1 <= moe.per_token <= moe.experts:
         raise invalid_model(f"{moe.per_token} experts per token of {moe.experts} cannot be chosen")
     if moe.intermediate_size < 1:
@@ -130,12 +152,12 @@ def _checked(moe: MoeConfig) -> MoeConfig:
     return moe
 
 
-def _layers(raw: Mapping[str, Any]) -> int:
+def _num_layers(raw: Mapping[str, Any]) -> int:
     return int(raw["num_hidden_layers"])
 
 
-def _alike(raw: Mapping[str, Any], layer: LayerConfig) -> tuple[LayerConfig, ...]:
-    return (layer,) * _layers(raw)
+def _same_layers(raw: Mapping[str, Any], layer: LayerConfig) -> tuple[LayerConfig, ...]:
+    return (layer,) * _num_layers(raw)
 
 
 def _window(raw: Mapping[str, Any]) -> int | None:
@@ -145,17 +167,17 @@ def _window(raw: Mapping[str, Any]) -> int | None:
     return None if window is None else int(window)
 
 
-def _some_windowed(raw: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
-    """Qwen's windows: by `layer_types` where it is given, else from layer `max_window_layers` on."""
+def _qwen_windows(raw: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
+    """Windows in the layers that `layer_types` names; without it, from layer `max_window_layers` on."""
     window = _window(raw) if raw.get("use_sliding_window", False) else None
     kinds = raw.get("layer_types")
     if kinds is None:
         first = int(raw.get("max_window_layers", 28))
-        return tuple(LayerConfig(window if layer >= first else None) for layer in range(_layers(raw)))
+        return tuple(LayerConfig(window if layer >= first else None) for layer in range(_num_layers(raw)))
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown or len(kinds) != _layers(raw):
+    if unknown or len(kinds) != _num_layers(raw):
         raise invalid_model(
-            f"layer_types must say full_attention or sliding_attention for each of {_layers(raw)} layers"
+            f"layer_types must say full_attention or sliding_attention for each of {_num_layers(raw)} layers"
         )
     if "sliding_attention" in kinds and window is None:
         raise invalid_model("layer_types has sliding_attention, but no sliding_window is in use")

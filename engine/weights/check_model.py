@@ -1,4 +1,4 @@
-"""Looks through a whole model directory, ordinary or sharded, for what is wrong with it."""
+"""Checks a whole model directory, ordinary or sharded: what `phalanx check-model` runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.grid import Grid
+from engine.weights.file_source import FileSource
 from engine.weights.locate import find_tensors
 from engine.weights.manifest import read_manifest
 from engine.weights.model_config import ModelConfig
-from engine.weights.source import FileSource, check_finite, pieces
+from engine.weights.source import check_finite, chunks
+from engine.weights.tensors import rank_slices
 
 
 def check_model(
@@ -18,12 +20,12 @@ def check_model(
     values: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
-    """See that every tensor is there, whole and of the right shape.
+    """Check that every tensor is present, complete and of the right shape.
 
     Args:
         model_dir: the directory.
-        values: also read every value, and refuse what is NaN or infinite.
-        progress: told the tensors read and to be read in all.
+        values: also read every value, and refuse NaN and infinity.
+        progress: called with the number of tensors read, and the number of tensors.
 
     Returns:
         Names of tensors that are no part of the model.
@@ -33,14 +35,16 @@ def check_model(
     """
     config, manifest = ModelConfig.load(model_dir), read_manifest(model_dir)
     tp, pp = (1, 1) if manifest is None else (manifest.tp, manifest.pp)
-    ranks = [find_tensors(model_dir, config, Grid(tp, pp, rank)) for rank in range(tp * pp)]
+    grids = [Grid(tp, pp, rank) for rank in range(tp * pp)]
+    ranks = [find_tensors(model_dir, config, grid) for grid in grids]
     if values:
-        done, total = 0, sum(len(found.tensors) for found in ranks)
-        for found in ranks:
-            with FileSource(found.tensors) as source:
-                for located in sorted(found.tensors.values(), key=lambda each: source.place(each.part.name)):
-                    for part in pieces(located.part):
-                        check_finite(source.read(part), part, source)
+        done, total = 0, sum(len(tensors.stored) for tensors in ranks)
+        for grid, tensors in zip(grids, ranks, strict=True):
+            with FileSource(tensors.stored) as source:
+                slices = rank_slices(config, grid).values()
+                for part in sorted(slices, key=lambda part: source.order(part.name)):
+                    for chunk in chunks(part):
+                        check_finite(source.read(chunk), chunk, source)
                     done += 1
                     progress(done, total)
-    return tuple(sorted({name for found in ranks for name in found.unknown}))
+    return tuple(sorted({name for tensors in ranks for name in tensors.unknown_names}))

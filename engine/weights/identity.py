@@ -1,4 +1,4 @@
-"""What makes two engines the same model, so that one may go on with what the other began. No torch."""
+"""When two engines run the same model, so that one may continue a request of the other. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from engine.weights.model_config import ModelConfig
 
 
 def model_hash(model_dir: str | Path, *, dummy: bool = False) -> str:
-    """The identity of a model: its configuration, tokeniser files, and a sample of its weights.
+    """A hash of a model's configuration, tokeniser files, and a sample of its weights.
 
-    A sharded copy has the hash of its source. `dummy` weights follow from the configuration.
+    A sharded copy has the hash of its source. With `dummy`, weights do not count: the configuration
+    decides them.
     """
     directory = Path(model_dir)
     digest = hashlib.sha256()
@@ -27,12 +28,12 @@ def model_hash(model_dir: str | Path, *, dummy: bool = False) -> str:
 
 
 def engine_identity(engine: EngineConfig, config: ModelConfig) -> str:
-    """The identity of a running engine: its model, and what else decides which tokens come out."""
+    """A hash of all that decides which tokens an engine generates: model, dtype, quantisation, rope."""
     facts = (
         model_hash(engine.model, dummy=engine.load_format == "dummy"),
         engine.dtype_name,
         engine.quantization,
-        repr(config.rope),  # longrope follows the longest sequence that is served
+        repr(config.rope),  # longrope depends on the maximum length that is served
     )
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""The layouts that a model can fall back to when there are too few devices for the one that was asked for.
+"""Smaller layouts of a model, for a replica that has lost devices: TP and PP sizes and their memory needs.
 
 Imports no torch.
 """
@@ -16,7 +16,7 @@ from engine.weights.stages import layer_weights, split
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A tensor and a pipeline parallel size. `weights`: numbers that the rank with the most of them holds."""
+    """A TP and a PP size. `weights`: maximum number of weights that a rank holds."""
 
     tp: int
     pp: int
@@ -24,30 +24,30 @@ class Layout:
 
 
 def smaller_layouts(model_dir: str | Path, config: ModelConfig, tp: int, pp: int) -> tuple[Layout, ...]:
-    """Every layout of fewer ranks that the model can run in, the one to take first in front.
+    """Every smaller layout that the model can run in, in order of preference.
 
-    That is the one with the most ranks; of these the one with the most tensor parallel ones: with as many as
-    before, sums are taken in the same order, and a request goes on with the very bits that it began with.
-    Empty for a directory that was sharded for one layout.
+    Layouts with more ranks come first. Among these, layouts with a higher TP size come first: with the
+    same TP as before, sums are added in the same order, so a request continues with the same bits. Empty
+    for a sharded directory, which has one layout only.
 
     Raises:
         ModelError: INVALID_MODEL, when the directory's manifest cannot be read.
     """
     if read_manifest(model_dir) is not None:
         return ()
-    sizes = [size for size in smaller_sizes(tp, pp) if _runs(config, *size)]
-    return tuple(Layout(*size, most_weights(config, *size)) for size in sizes)
+    sizes = [size for size in smaller_sizes(tp, pp) if _can_run(config, *size)]
+    return tuple(Layout(*size, max_rank_weights(config, *size)) for size in sizes)
 
 
 def smaller_sizes(tp: int, pp: int) -> list[tuple[int, int]]:
-    """The same of a model that nothing is known of."""
+    """The (TP, PP) sizes of all smaller layouts, in the same order, whatever the model."""
     divisors = [size for size in range(1, tp + 1) if tp % size == 0]
     sizes = [(size, stages) for size in divisors for stages in range(1, pp + 1) if (size, stages) != (tp, pp)]
     return sorted(sizes, key=lambda size: (-size[0] * size[1], -size[0]))
 
 
-def most_weights(config: ModelConfig, tp: int, pp: int) -> int:
-    """Numbers in the matrices of the rank that has the most of them."""
+def max_rank_weights(config: ModelConfig, tp: int, pp: int) -> int:
+    """Maximum number of weights that a rank holds in its matrices."""
     costs = tuple(layer_weights(config, layer) for layer in config.layers)
     vocabulary = config.vocab_size * config.hidden_size
     stages = [sum(costs[layer] for layer in layers) for layers in split(costs, vocabulary, pp)]
@@ -57,7 +57,7 @@ def most_weights(config: ModelConfig, tp: int, pp: int) -> int:
     return -(-max(stages) // tp)
 
 
-def _runs(config: ModelConfig, tp: int, pp: int) -> bool:
+def _can_run(config: ModelConfig, tp: int, pp: int) -> bool:
     try:
         check_layout(config, tp, pp)
     except ModelError:

@@ -1,7 +1,8 @@
-"""Loads what a rank holds into the matrices of its kernels.
+"""Loads a rank's weights into the matrices of its kernels.
 
-Query, key and value become one matrix, and so do gate and up, of an MLP and of each expert. Rows pass
-through a buffer of bounded size: kernels pack and quantise them on the way.
+Query, key and value become one matrix. So do gate and up, of an MLP and of each expert. Rows pass through
+a buffer of bounded size, and the kernels pack and quantise them there: loading needs little memory beyond
+the weights.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from dataclasses import dataclass
 import torch
 
 from engine.grid import Grid
-from engine.kernels import HeadNorms, Kernels, Matrix
-from engine.weights.locate import Found, find_tensors
+from engine.kernels.interface import HeadNorms, Kernels, Matrix
+from engine.weights.dummy_source import DummySource
+from engine.weights.file_source import FileSource
+from engine.weights.locate import find_tensors
 from engine.weights.model_config import ModelConfig, MoeConfig
-from engine.weights.source import DummySource, FileSource, Source, check_finite, pieces
+from engine.weights.source import Source, check_finite, chunks
+from engine.weights.stage_weights import LayerWeights, Linear, Mlp, Moe, StageWeights
 from engine.weights.stages import stage_layers
-from engine.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, Slice, rank_slices, vocab_rows
+from engine.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorSlice, rank_slices, vocab_rows
 
 _log = logging.getLogger(__name__)
 
@@ -28,77 +32,20 @@ _PROGRESS_STEP = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """A matrix [out, in] and an optional bias [out]."""
+class _Placement:
+    """Where a slice goes: into rows of a matrix or elements of a vector, from `start` on."""
 
-    weight: Matrix
-    bias: torch.Tensor | None = None
+    part: TensorSlice
+    destination: Matrix | torch.Tensor
+    start: int
 
-
-@dataclass(frozen=True, slots=True)
-class Mlp:
-    """A gated MLP, or one expert."""
-
-    gate_up: Linear
-    down: Linear
-
-
-@dataclass(frozen=True, slots=True)
-class Moe:
-    """A router [experts, D] and its experts, each of them cut over the tensor parallel ranks."""
-
-    config: MoeConfig
-    router: Matrix
-    experts: tuple[Mlp, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer on one rank."""
-
-    window: int | None
-    attention_norm: torch.Tensor
-    qkv: Linear
-    head_norms: HeadNorms | None
-    out: Linear
-    mlp_norm: torch.Tensor
-    mlp: Mlp | Moe
-
-    @property
-    def matrices(self) -> tuple[Matrix, ...]:
-        """Every matrix once."""
-        mlps = self.mlp.experts if isinstance(self.mlp, Moe) else (self.mlp,)
-        router = (self.mlp.router,) if isinstance(self.mlp, Moe) else ()
-        inner = (matrix for mlp in mlps for matrix in (mlp.gate_up.weight, mlp.down.weight))
-        return (self.qkv.weight, self.out.weight, *router, *inner)
-
-
-@dataclass(frozen=True, slots=True)
-class StageWeights:
-    """What one rank holds. The first stage embeds; the last has the final norm and the LM head.
-
-    Embedding and LM head have ceil(V / tp) rows on every rank; rows beyond V are zero.
-    """
-
-    layers: tuple[LayerWeights, ...]
-    embedding: Matrix | None
-    final_norm: torch.Tensor | None
-    head: Matrix | None
-
-    @property
-    def matrices(self) -> tuple[Matrix, ...]:
-        """Every matrix once."""
-        ends = {id(matrix): matrix for matrix in (self.embedding, self.head) if matrix is not None}
-        return (*(matrix for layer in self.layers for matrix in layer.matrices), *ends.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """Write a slice to row `at` and those after it."""
-
-    part: Slice
-    into: Matrix | torch.Tensor
-    at: int
+    def write(self, chunk: TensorSlice, values: torch.Tensor) -> None:
+        """Store the values of a chunk of the slice."""
+        start = self.start + chunk.rows.start - self.part.rows.start
+        if isinstance(self.destination, torch.Tensor):
+            self.destination[start : start + len(chunk.rows)].copy_(values)
+        else:
+            self.destination.write(start, values)
 
 
 def load_weights(
@@ -111,15 +58,15 @@ def load_weights(
     load_format: str = "auto",
     check: bool = False,
 ) -> StageWeights:
-    """Load what `grid.rank` needs.
+    """Load the weights of the rank `grid.rank`.
 
     Args:
         model_dir: an ordinary model directory, or one that was sharded for this layout.
         config: the model.
         grid: the layout and this rank's place in it.
-        kernels: whose matrices are filled.
-        progress: told the fraction done, 0 to 1.
-        load_format: "auto" reads files, "dummy" draws random weights and needs none.
+        kernels: these make the matrices.
+        progress: called with the fraction done, 0 to 1.
+        load_format: "auto" reads files; "dummy" generates random weights and needs only config.json.
         check: refuse weights that are NaN or infinite.
 
     Raises:
@@ -130,53 +77,47 @@ def load_weights(
         if load_format == "dummy":
             source = DummySource()
         else:
-            found = find_tensors(model_dir, config, grid)
-            _warn(model_dir, found)
-            source = undo.enter_context(FileSource(found.tensors))
+            tensors = find_tensors(model_dir, config, grid)
+            _warn_of_unknown(model_dir, tensors.unknown_names)
+            source = undo.enter_context(FileSource(tensors.stored))
         builder = _Builder(config, grid, kernels)
         stage = builder.stage()
-        reads = sorted(builder.reads, key=lambda read: source.place(read.part.name))
-        total, done, told = sum(_cost(read.part) for read in reads), 0, 0.0
-        for read in reads:
-            for part in pieces(read.part):
-                values = source.read(part)
+        placements = sorted(builder.placements, key=lambda placement: source.order(placement.part.name))
+        total, done, reported = sum(_elements_read(each.part) for each in placements), 0, 0.0
+        for placement in placements:
+            for chunk in chunks(placement.part):
+                values = source.read(chunk)
                 if check:
-                    check_finite(values, part, source)
-                at = read.at + part.rows.start - read.part.rows.start
-                if isinstance(read.into, torch.Tensor):
-                    read.into[at : at + len(part.rows)].copy_(values)
-                else:
-                    read.into.write(at, values)
-                done += _cost(part)
-                if done == total or done / total >= told + _PROGRESS_STEP:
-                    told = done / total
-                    progress(told)
+                    check_finite(values, chunk, source)
+                placement.write(chunk, values)
+                done += _elements_read(chunk)
+                if done == total or done / total >= reported + _PROGRESS_STEP:
+                    reported = done / total
+                    progress(reported)
     return stage
 
 
-def _cost(part: Slice) -> int:
-    """Elements that are read: whole rows, even where only some columns are kept."""
+def _elements_read(part: TensorSlice) -> int:
+    """How many elements a source reads for a slice: whole rows, even if only some columns are used."""
     return len(part.rows) * math.prod(part.whole[1:])
 
 
-def _warn(model_dir: str, found: Found) -> None:
-    if found.unknown:
-        more = f" and {len(found.unknown) - 5} more" if len(found.unknown) > 5 else ""
-        _log.warning(
-            "%s: no part of the model and not loaded: %s%s", model_dir, ", ".join(found.unknown[:5]), more
-        )
+def _warn_of_unknown(model_dir: str, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        _log.warning("%s: no part of the model and not loaded: %s%s", model_dir, ", ".join(names[:5]), more)
 
 
 class _Builder:
-    """Makes a stage's matrices and notes what is to be read into each."""
+    """Makes a stage's empty matrices, and collects which slices belong into them."""
 
     def __init__(self, config: ModelConfig, grid: Grid, kernels: Kernels) -> None:
-        self.reads: list[_Read] = []
+        self.placements: list[_Placement] = []
         self._config, self._grid, self._kernels = config, grid, kernels
         self._slices = rank_slices(config, grid)
 
     def stage(self) -> StageWeights:
-        """Everything this rank holds."""
+        """All matrices and vectors of this rank, still empty."""
         embedding = self._vocab_matrix(EMBEDDING)
         return StageWeights(
             tuple(self._layer(layer) for layer in stage_layers(self._config, self._grid)),
@@ -219,7 +160,7 @@ class _Builder:
         prefix = f"{prefix}{moe.block_name}."
         names = (moe.gate_name, moe.up_name, moe.down_name)
         router = self._kernels.matrix(moe.experts, self._config.hidden_size, quantise=False)
-        self.reads.append(_Read(self._slices[f"{prefix}gate.weight"], router, 0))
+        self.placements.append(_Placement(self._slices[f"{prefix}gate.weight"], router, 0))
         return Moe(
             moe,
             router,
@@ -227,32 +168,32 @@ class _Builder:
         )
 
     def _linear(self, prefix: str, names: Sequence[str], *, gated: bool = False) -> Linear:
-        """Matrices one under another, with their biases where there are any."""
+        """One matrix of several, one under another, with their biases if they have any."""
         parts = [self._slices[f"{prefix}{name}.weight"] for name in names]
         rows = sum(part.shape[0] for part in parts)
         weight = self._kernels.matrix(rows, parts[0].shape[1], gated=gated)
         biases = [self._slices.get(f"{prefix}{name}.bias") for name in names]
         bias = None if biases[0] is None else self._empty(rows)
-        at = 0
+        start = 0
         for part, bias_part in zip(parts, biases, strict=True):
-            self.reads.append(_Read(part, weight, at))
+            self.placements.append(_Placement(part, weight, start))
             if bias is not None and bias_part is not None:
-                self.reads.append(_Read(bias_part, bias, at))
-            at += part.shape[0]
+                self.placements.append(_Placement(bias_part, bias, start))
+            start += part.shape[0]
         return Linear(weight, bias)
 
     def _vocab_matrix(self, name: str) -> Matrix | None:
         if name not in self._slices:
             return None
         matrix = self._kernels.matrix(vocab_rows(self._config, self._grid), self._config.hidden_size)
-        self.reads.append(_Read(self._slices[name], matrix, 0))
+        self.placements.append(_Placement(self._slices[name], matrix, 0))
         return matrix
 
     def _vector(self, name: str) -> torch.Tensor | None:
         if name not in self._slices:
             return None
         vector = self._empty(self._slices[name].shape[0])
-        self.reads.append(_Read(self._slices[name], vector, 0))
+        self.placements.append(_Placement(self._slices[name], vector, 0))
         return vector
 
     def _empty(self, size: int) -> torch.Tensor:

@@ -1,40 +1,34 @@
-"""Finds a rank's tensors in a model directory, and says by name what is wrong with them. Imports no torch."""
+"""Finds a rank's tensors in a model directory, and checks them by the files' headers. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.grid import Grid
-from engine.weights.checkpoint import Entry, invalid_model, read_header, weight_files, weights_digest
+from engine.weights.checkpoint import invalid_model, weight_files, weights_digest
+from engine.weights.fused_experts import split_fused_experts
 from engine.weights.manifest import Manifest, check_shards, read_manifest, shard_name
 from engine.weights.model_config import ModelConfig
-from engine.weights.tensors import HEAD, Slice, defuse, rank_slices
+from engine.weights.safetensors_header import StoredTensor, read_header
+from engine.weights.tensors import HEAD, TensorSlice, rank_slices
 
 _DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
-    """A tensor's bytes, and which slice of the tensor they are."""
+class RankTensors:
+    """Every tensor that a rank needs, by name, and names in the files that are no tensors of the model."""
 
-    entry: Entry
-    part: Slice
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Every tensor that a rank needs, and names in the files that belong to no tensor of the model."""
-
-    tensors: Mapping[str, Located]
-    unknown: tuple[str, ...]
+    stored: Mapping[str, StoredTensor]
+    unknown_names: tuple[str, ...]
 
 
-def find_tensors(model_dir: str | Path, config: ModelConfig, grid: Grid) -> Found:
-    """The tensors of one rank, all of them there, whole and of the right shape.
+def find_tensors(model_dir: str | Path, config: ModelConfig, grid: Grid) -> RankTensors:
+    """The tensors of one rank, all present, complete and of the right shape.
 
-    Of an ordinary directory all tensors of the model are looked at, of a sharded one the rank's file.
+    In an ordinary directory this checks all tensors of the model, in a sharded one those in the rank's file.
 
     Raises:
         ModelError: INVALID_MODEL, naming the file and tensor; INVALID_LAYOUT, when the directory was
@@ -45,21 +39,25 @@ def find_tensors(model_dir: str | Path, config: ModelConfig, grid: Grid) -> Foun
         check_shards(model_dir, manifest, grid.tp, grid.pp)
         path = Path(model_dir) / shard_name(grid)
         _check_shard(path, manifest)
-        return _found(model_dir, read_header(path), rank_slices(config, grid), config)
-    entries: dict[str, Entry] = {}
+        return _rank_tensors(model_dir, read_header(path), rank_slices(config, grid), config)
+    stored: dict[str, StoredTensor] = {}
     for path in weight_files(model_dir):
-        entries.update(read_header(path))
-    everything = {
-        name: Slice(name, part.whole, range(part.whole[0]))
+        stored.update(read_header(path))
+    whole_tensors = {
+        name: TensorSlice(name, part.whole, range(part.whole[0]))
         for name, part in rank_slices(config, Grid(1, 1, 0)).items()
     }
-    return _found(model_dir, defuse(config, entries), everything, config)
+    return _rank_tensors(model_dir, split_fused_experts(config, stored), whole_tensors, config)
 
 
 def check_weights(model_dir: str | Path, tp: int = 1, pp: int = 1, rank: int | None = None) -> None:
-    """See that every tensor is there, whole and of the right shape, by the files' headers alone.
+    """Check by the files' headers that every tensor is present, complete and of the right shape.
 
-    With no `rank`, those files of a sharded model are looked at that this host has.
+    Args:
+        model_dir: an ordinary or a sharded model.
+        tp: tensor parallel ranks per stage.
+        pp: pipeline stages.
+        rank: check what this rank needs. None: in a sharded model, check the files that this host has.
 
     Raises:
         ModelError: INVALID_MODEL, naming the file or tensor; INVALID_LAYOUT.
@@ -79,31 +77,36 @@ def check_weights(model_dir: str | Path, tp: int = 1, pp: int = 1, rank: int | N
 def _check_shard(path: Path, manifest: Manifest) -> None:
     if not path.is_file():
         raise invalid_model(f"{path.parent} lacks {path.name}, which holds this rank's weights")
-    read_header(path)  # which names a file that is cut short
+    read_header(path)  # before the digest: its error says that a file is cut short
     if weights_digest([path]) != manifest.files.get(path.name):
         raise invalid_model(f"{path} is not the file that the manifest beside it was written with")
 
 
-def _found(
-    model_dir: str | Path, entries: Mapping[str, Entry], parts: Mapping[str, Slice], config: ModelConfig
-) -> Found:
+def _rank_tensors(
+    model_dir: str | Path,
+    stored: Mapping[str, StoredTensor],
+    slices: Mapping[str, TensorSlice],
+    config: ModelConfig,
+) -> RankTensors:
     tensors = {}
-    for name, part in parts.items():
-        entry = entries.get(name)
-        if entry is None:
+    for name, part in slices.items():
+        tensor = stored.get(name)
+        if tensor is None:
             raise invalid_model(f"{model_dir} has no tensor {name}")
-        if entry.shape != part.shape:
+        if tensor.shape != part.shape:
             raise invalid_model(
-                f"{name} in {entry.path} has the shape {list(entry.shape)}, expected {list(part.shape)}"
+                f"{name} in {tensor.path} has the shape {list(tensor.shape)}, expected {list(part.shape)}"
             )
-        if entry.dtype not in _DTYPES:
-            raise invalid_model(f"{name} in {entry.path} has the dtype {entry.dtype}, which is not supported")
-        tensors[name] = Located(entry, part)
-    return Found(
-        tensors, tuple(sorted(name for name in entries.keys() - parts.keys() if _is_odd(name, config)))
-    )
+        if tensor.dtype not in _DTYPES:
+            raise invalid_model(
+                f"{name} in {tensor.path} has the dtype {tensor.dtype}, which is not supported"
+            )
+        first_column = 0 if part.columns is None else part.columns.start
+        tensors[name] = replace(tensor, first_row=part.rows.start, first_column=first_column)
+    unknown = (name for name in stored.keys() - slices.keys() if _is_worth_a_warning(name, config))
+    return RankTensors(tensors, tuple(sorted(unknown)))
 
 
-def _is_odd(name: str, config: ModelConfig) -> bool:
-    """Whether a name deserves a word: not what old checkpoints hold that follows from the rest."""
+def _is_worth_a_warning(name: str, config: ModelConfig) -> bool:
+    """False for tensors that old checkpoints store although they follow from the rest."""
     return not (name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tied_embeddings))

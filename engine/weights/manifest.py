@@ -1,6 +1,7 @@
-"""The directory that `phalanx shard-model` writes: one weights file per rank, and what they are.
+"""The manifest of a sharded model: the directory that `phalanx shard-model` writes.
 
-Beside them are copies of the source's configuration and tokeniser files. Imports no torch.
+The directory has one weights file per rank, the manifest that describes them, and copies of the source's
+configuration and tokeniser files. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A layout, the digest of the source's weights, and the digest of each file by its name."""
+    """The layout, the digest of the source model's weights, and the digest of each file by name."""
 
     tp: int
     pp: int
@@ -29,22 +30,22 @@ class Manifest:
 
 
 def shard_name(grid: Grid) -> str:
-    """The name of a rank's file."""
+    """The name of a rank's weights file."""
     return f"pp{grid.pp_rank}_tp{grid.tp_rank}.safetensors"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write it, whole or not at all."""
+    """Write the manifest atomically."""
     draft = directory / f"{MANIFEST}.tmp"
     draft.write_text(json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=2) + "\n")
     draft.rename(directory / MANIFEST)
 
 
 def read_manifest(model_dir: str | Path) -> Manifest | None:
-    """The manifest of a sharded model, None where the directory is an ordinary one.
+    """The manifest of a sharded model; None for an ordinary directory.
 
     Raises:
-        ModelError: INVALID_MODEL, when the manifest is not one that is understood.
+        ModelError: INVALID_MODEL, when the manifest has another format.
     """
     path = Path(model_dir) / MANIFEST
     match read_json(path):
@@ -56,7 +57,7 @@ def read_manifest(model_dir: str | Path) -> Manifest | None:
 
 
 def check_shards(model_dir: str | Path, manifest: Manifest, tp: int, pp: int) -> None:
-    """See that a sharded model was written for this layout.
+    """Check that a sharded model was written for this layout.
 
     Raises:
         ModelError: INVALID_LAYOUT.

@@ -1,4 +1,4 @@
-"""What a model directory says about the model. Imports no torch."""
+"""The shape of a model, read from its config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.weights.rope_config import RopeConfig, parse_rope
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder. `out_bias` is that of the attention's output projection."""
+    """The shape of a decoder. `out_bias`: the output projection of attention has a bias."""
 
     vocab_size: int
     hidden_size: int
@@ -36,18 +36,18 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
     def kv_window(self) -> int | None:
-        """Keys, counted back from a query and with its own, that some layer looks at; None: all."""
+        """The largest window of the layers: older keys can be freed. None if some layer has no window."""
         windows = [layer.window for layer in self.layers if layer.window is not None]
         return max(windows) if len(windows) == len(self.layers) else None
 
     @property
     def mlp_sizes(self) -> frozenset[int]:
-        """The MLP sizes in use: of dense layers, of experts, or both."""
+        """The intermediate sizes of dense layers and of experts, those that occur."""
         return frozenset(
             self.intermediate_size if layer.moe is None else layer.moe.intermediate_size
             for layer in self.layers
@@ -59,8 +59,8 @@ class ModelConfig:
 
         Args:
             model_dir: the model's directory.
-            max_model_len: the longest sequence that is asked for, 0 for the model's own limit. Only longrope
-                models depend on it.
+            max_model_len: maximum length of a sequence, 0 for the model's own limit. Only models with
+                longrope depend on it.
 
         Raises:
             ModelError: INVALID_MODEL, when the directory holds no model that this engine can run.
@@ -76,31 +76,33 @@ class ModelConfig:
 
 
 def check_layout(config: ModelConfig, tp: int, pp: int) -> None:
-    """See that every rank of `tp` times `pp` gets whole heads, whole rows and at least one layer.
+    """Check that every rank of a layout gets whole heads, whole rows and at least one layer.
 
     Raises:
         ModelError: INVALID_LAYOUT.
     """
     if tp < 1 or pp < 1:
-        raise _layout(f"TP {tp} and PP {pp} must be at least 1")
+        raise _invalid_layout(f"TP {tp} and PP {pp} must be at least 1")
     if config.num_heads % tp:
-        raise _layout(f"TP {tp} does not divide the {config.num_heads} attention heads")
+        raise _invalid_layout(f"TP {tp} does not divide the {config.num_heads} attention heads")
     if config.num_kv_heads % tp and tp % config.num_kv_heads:
-        raise _layout(f"TP {tp} neither divides nor is a multiple of the {config.num_kv_heads} KV heads")
+        raise _invalid_layout(
+            f"TP {tp} neither divides nor is a multiple of the {config.num_kv_heads} KV heads"
+        )
     for size in sorted(config.mlp_sizes):
         if size % tp:
-            raise _layout(f"TP {tp} does not divide the MLP size {size}")
+            raise _invalid_layout(f"TP {tp} does not divide the MLP size {size}")
         if size // tp % 2:
-            raise _layout(
+            raise _invalid_layout(
                 f"TP {tp} leaves an odd share of the MLP size {size}, which the kernels cannot take"
             )
     if pp > config.num_layers:
-        raise _layout(f"PP {pp} is more than the {config.num_layers} layers")
+        raise _invalid_layout(f"PP {pp} is more than the {config.num_layers} layers")
 
 
 def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any], max_model_len: int) -> ModelConfig:
-    kind = architecture(raw)
-    raw = {**kind.defaults, **raw}
+    family = architecture(raw)
+    raw = {**family.defaults, **raw}
     if raw.get("quantization_config"):
         raise invalid_model("quantised weights are not supported")
     if raw.get("hidden_act", "silu") != "silu":
@@ -123,11 +125,11 @@ def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any], max_model_len:
         raise invalid_model(f"{heads} attention heads do not share {sizes['num_kv_heads']} KV heads evenly")
     if sizes["head_dim"] % 2:
         raise invalid_model(f"head_dim {sizes['head_dim']} must be even: its halves are rotated")
-    rope = parse_rope(raw, kind.rope_theta, sizes["max_position"], max_model_len or sizes["max_position"])
-    if rope.kind == "yarn":  # its configurations keep the length before the scaling
+    rope = parse_rope(raw, family.rope_theta, sizes["max_position"], max_model_len or sizes["max_position"])
+    if rope.kind == "yarn":  # yarn configurations state the length before scaling
         sizes["max_position"] = max(sizes["max_position"], int(rope.original_max_position * rope.factor))
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-    traits = kind.traits(raw)
+    traits = family.traits(raw)
     return ModelConfig(
         **sizes,
         rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
@@ -142,7 +144,7 @@ def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any], max_model_len:
     )
 
 
-def _layout(message: str) -> ModelError:
+def _invalid_layout(message: str) -> ModelError:
     return ModelError("INVALID_LAYOUT", message)
 
 

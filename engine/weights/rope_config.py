@@ -1,4 +1,4 @@
-"""Which rotary embedding a model uses, read from its configuration. Imports no torch."""
+"""The rotary embedding of a model, read from its config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding. `kind` is one of KINDS; what follows `factor` belongs to some kinds only.
+    """Rotary embedding. `kind` is one of KINDS. Fields after `factor` are used by some kinds only.
 
-    `attention_factor` scales cosine and sine. `factors` are longrope's divisors, one per frequency. Every
-    kind is a fixed function of the position, as replays and shared prefixes need: `dynamic` is served up
-    to the length where it begins to change with the sequence, and `longrope` takes its short or its long
-    factors for every sequence, by the longest one that may be served.
+    `attention_factor` scales cosine and sine. `factors` are longrope's divisors, one per frequency.
+
+    Every kind is a fixed function of the position: a replay or a shared prefix needs the same keys as the
+    first time. Two kinds differ from transformers for that reason. `dynamic` is served only up to the
+    length where it would begin to depend on the sequence's length. `longrope` uses either its short or
+    its long factors for all sequences, depending on the maximum length that is served.
     """
 
     theta: float = 10000.0
@@ -36,13 +38,13 @@ class RopeConfig:
 
 
 def parse_rope(raw: Mapping[str, Any], default_theta: float, max_position: int, longest: int) -> RopeConfig:
-    """The `rope_parameters` of transformers 5, or `rope_theta` beside `rope_scaling` of before.
+    """Read `rope_parameters`, as transformers 5 writes it, or the older `rope_theta` and `rope_scaling`.
 
     Args:
         raw: config.json.
-        default_theta: that of the architecture.
-        max_position: the model's longest sequence.
-        longest: the longest sequence that will be served.
+        default_theta: the architecture's, for a config.json without one.
+        max_position: the model's maximum length of a sequence.
+        longest: the maximum length that is served.
 
     Raises:
         ModelError: INVALID_MODEL.
@@ -56,7 +58,8 @@ def parse_rope(raw: Mapping[str, Any], default_theta: float, max_position: int, 
     theta = float(values.get("rope_theta", raw.get("rope_theta", default_theta)))
     if not math.isfinite(theta) or theta <= 0:
         raise invalid_model(f"rope_theta {theta} is not a positive number")
-    # As in transformers: beside the parameters it counts more, and without it the model's own limit does.
+    # As in transformers: the field outside the rope parameters wins; without either, the model's own limit
+    # counts.
     original = int(
         raw.get("original_max_position_embeddings")
         or values.get("original_max_position_embeddings")
@@ -103,7 +106,7 @@ def parse_rope(raw: Mapping[str, Any], default_theta: float, max_position: int, 
 
 
 def _yarn_attention(values: Mapping[str, Any], factor: float) -> float:
-    """Peng et al. 2023, section 3.4; DeepSeek's `mscale` of numerator and denominator."""
+    """Peng et al. 2023, section 3.4. With DeepSeek's `mscale` fields: the ratio of two such scales."""
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -1,10 +1,11 @@
-"""Writes a model as one weights file per rank of a layout, so that each host needs only its own.
+"""Writes a model as one weights file per rank of a layout, so that each host needs only its ranks' files.
 
-Bytes are copied as they are, some rows at a time; no tensor is held whole. Imports no torch.
+Copies bytes as they are, some rows at a time: memory never holds a whole tensor. Imports no torch.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +17,15 @@ from engine.config import TOKENIZER_FILES
 from engine.grid import Grid
 from engine.weights.checkpoint import (
     CONFIG_FILES,
-    ITEM_SIZES,
     invalid_model,
     weight_files,
     weights_digest,
-    write_header,
 )
-from engine.weights.locate import Located, find_tensors
+from engine.weights.locate import find_tensors
 from engine.weights.manifest import Manifest, read_manifest, shard_name, write_manifest
 from engine.weights.model_config import ModelConfig, check_layout
-from engine.weights.tensors import Slice, rank_slices
+from engine.weights.safetensors_header import StoredTensor, write_header
+from engine.weights.tensors import TensorSlice, rank_slices
 
 _BYTES_PER_READ = 16 << 20
 
@@ -37,16 +37,16 @@ def shard_model(
     pp: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
-    """Write `pp{i}_tp{j}.safetensors` for every rank, the configuration, the tokeniser and a manifest.
+    """Write `pp{i}_tp{j}.safetensors` for every rank, copy configuration and tokeniser, and write a manifest.
 
-    The manifest comes last: without it the directory is not a model.
+    The manifest comes last: a directory without it is not taken for a model.
 
     Args:
         source: an ordinary model directory.
         destination: a directory that does not exist or is empty.
         tp: tensor parallel ranks per stage.
         pp: pipeline stages.
-        progress: told the bytes written and to be written in all.
+        progress: called with the bytes written, and the bytes to write in all.
 
     Returns:
         The weights files, in rank order.
@@ -58,7 +58,7 @@ def shard_model(
     check_layout(config, tp, pp)
     if read_manifest(source) is not None:
         raise invalid_model(f"{source} is sharded already; shard the model that it was made from")
-    tensors = find_tensors(source, config, Grid(1, 1, 0)).tensors
+    tensors = find_tensors(source, config, Grid(1, 1, 0)).stored
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise invalid_model(f"{destination} is not an empty directory")
     destination.mkdir(parents=True, exist_ok=True)
@@ -66,15 +66,15 @@ def shard_model(
         if (source / name).is_file():
             shutil.copy2(source / name, destination / name)
     grids = [Grid(tp, pp, rank) for rank in range(tp * pp)]
-    parts = {grid: list(rank_slices(config, grid).values()) for grid in grids}
-    total = sum(_size(part, tensors[part.name]) for mine in parts.values() for part in mine)
+    slices = {grid: list(rank_slices(config, grid).values()) for grid in grids}
+    total = sum(_size(part, tensors[part.name]) for parts in slices.values() for part in parts)
     done = 0
     paths = []
-    for grid, mine in parts.items():
+    for grid, parts in slices.items():
         path = destination / shard_name(grid)
-        write_header(path, ((part.name, tensors[part.name].entry.dtype, part.shape) for part in mine))
+        write_header(path, ((part.name, tensors[part.name].dtype, part.shape) for part in parts))
         with path.open("ab") as file:
-            for part in mine:
+            for part in parts:
                 for data in _read(part, tensors[part.name]):
                     file.write(data)
                     done += len(data)
@@ -85,30 +85,26 @@ def shard_model(
     return paths
 
 
-def _size(part: Slice, located: Located) -> int:
-    size = ITEM_SIZES[located.entry.dtype]
-    for extent in part.shape:
-        size *= extent
-    return size
+def _size(part: TensorSlice, tensor: StoredTensor) -> int:
+    return tensor.item_bytes * math.prod(part.shape)
 
 
-def _read(part: Slice, located: Located) -> Iterator[bytes]:
-    """The bytes of a slice, in pieces."""
-    entry = located.entry
-    item = ITEM_SIZES[entry.dtype]
-    row_bytes = item
-    for extent in entry.shape[1:]:
-        row_bytes *= extent
-    step = max(1, _BYTES_PER_READ // max(1, row_bytes))
-    with entry.path.open("rb") as file:
+def _read(part: TensorSlice, tensor: StoredTensor) -> Iterator[bytes]:
+    """The bytes of a slice, some rows at a time."""
+    step = max(1, _BYTES_PER_READ // max(1, tensor.row_bytes))
+    with tensor.path.open("rb") as file:
         for first in range(part.rows.start, part.rows.stop, step):
             count = min(step, part.rows.stop - first)
-            data = _read_exactly(file, entry.start + first * row_bytes, count * row_bytes, part.name)
+            offset = tensor.offset + first * tensor.row_bytes
+            data = _read_exactly(file, offset, count * tensor.row_bytes, part.name)
             if part.columns is None:
                 yield data
             else:
-                rows = numpy.frombuffer(data, numpy.uint8).reshape(count, row_bytes)
-                yield rows[:, part.columns.start * item : part.columns.stop * item].tobytes()
+                rows = numpy.frombuffer(data, numpy.uint8).reshape(count, tensor.row_bytes)
+                start, stop = (
+                    column * tensor.item_bytes for column in (part.columns.start, part.columns.stop)
+                )
+                yield rows[:, start:stop].tobytes()
 
 
 def _read_exactly(file: BinaryIO, offset: int, size: int, name: str) -> bytes:

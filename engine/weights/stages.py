@@ -1,8 +1,9 @@
 """Which layers each pipeline stage has. Imports no torch.
 
-A stage's time in a decode step is about that of reading its weights, so stages are cut to have as many of
-them. The LM head counts, and may be worth several layers; the embedding does not: a step reads a row of it
-per token. Mixtures of experts count whole, as a batch comes to use most of them.
+In a decode step, a stage's time is about the time to read its weights. So stages get about equal numbers
+of weights. The LM head counts: it may have as many weights as several layers. The embedding does not
+count: a step reads only one row of it per token. All experts of a mixture count, because a batch uses
+most of them.
 """
 
 from __future__ import annotations
@@ -22,53 +23,58 @@ def stage_layers(config: ModelConfig, grid: Grid) -> range:
 
 @cache
 def split(costs: tuple[int, ...], head: int, stages: int) -> tuple[range, ...]:
-    """Cut layers into stages so that the costliest is as cheap as can be, and then all are as even as can be.
+    """Cut layers into stages: minimise the maximum cost of a stage, then the sum of squared costs.
+
+    Of equally good cuts, take the one whose first stages have the most layers. Dynamic programming over the
+    number of layers before a stage's end.
 
     Args:
-        costs: of each layer.
-        head: what the last stage has to do besides.
-        stages: at most as many as there are layers, since none is left empty.
-
-    Of cuts that are equally good, the first stages have the most layers.
+        costs: the cost of each layer.
+        head: the cost of the LM head, which belongs to the last stage.
+        stages: the number of stages, at most the number of layers: no stage is empty.
     """
     sums = tuple(accumulate(costs, initial=0))
 
     def cost(stage: int, start: int, end: int) -> int:
         return sums[end] - sums[start] + (head if stage == stages - 1 else 0)
 
-    # Both for every number of layers that the stages so far may have.
-    costliest = {0: 0}
+    # By the number of layers in the stages so far: the minimum of their maximum cost.
+    min_max_cost = {0: 0}
     for stage in range(stages):
-        costliest = {
-            end: min(max(most, cost(stage, start, end)) for start, most in costliest.items() if start < end)
+        min_max_cost = {
+            end: min(
+                max(before, cost(stage, start, end)) for start, before in min_max_cost.items() if start < end
+            )
             for end in _ends(len(costs), stages, stage)
         }
-    limit = costliest[len(costs)]
-    # The sum of squares, and where stages begin: negative, so that of equals the least is the one to keep.
-    evenest: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+    limit = min_max_cost[len(costs)]
+    # By the same: the least (sum of squares, starts of the stages). Starts are negative, so that among
+    # equal sums of squares the tuple with the latest starts is the least: then the first stages have the
+    # most layers.
+    best_cuts: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     for stage in range(stages):
-        evenest = {
+        best_cuts = {
             end: min(cuts)
             for end in _ends(len(costs), stages, stage)
             if (
                 cuts := [
                     (squares + cost(stage, start, end) ** 2, (*starts, -start))
-                    for start, (squares, starts) in evenest.items()
+                    for start, (squares, starts) in best_cuts.items()
                     if start < end and cost(stage, start, end) <= limit
                 ]
             )
         }
-    starts = [-start for start in evenest[len(costs)][1]]
+    starts = [-start for start in best_cuts[len(costs)][1]]
     return tuple(range(start, end) for start, end in zip(starts, [*starts[1:], len(costs)], strict=True))
 
 
 def _ends(layers: int, stages: int, stage: int) -> range:
-    """Where a stage may end: a layer is left for each of the others."""
+    """The layers at which a stage may end, so that every later stage still gets one."""
     return range(layers if stage == stages - 1 else stage + 1, layers - stages + stage + 2)
 
 
 def layer_weights(config: ModelConfig, layer: LayerConfig) -> int:
-    """Weights of a layer's matrices."""
+    """The number of weights in a layer's matrices."""
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = 2 * config.hidden_size * (query + kv)
     if layer.moe is None:

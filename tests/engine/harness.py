@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from engine.config import BLOCK_SIZE
-from engine.distributed.parallel import Grid, Parallel
+from engine.distributed.rendezvous import Grid, Parallel
 from engine.execution.decoder import Decoder
 from engine.execution.step_input import StepInputBuilder
-from engine.kernels import Kernels, choose
+from engine.kernels.choose import choose_kernels
+from engine.kernels.interface import Kernels
 from engine.plan import NewSequence, SequenceChunk, StepPlan
 from engine.request import SamplingParams
 from engine.weights.loader import load_weights
@@ -29,7 +30,7 @@ class Harness:
     ) -> None:
         config = ModelConfig.load(directory)
         grid = Grid(1, 1, 0)
-        kernels = kernels or choose(CPU, dtype)
+        kernels = kernels or choose_kernels(CPU, dtype)
         weights = load_weights(str(directory), config, grid, kernels)
         cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, BLOCKS)
         self._model = Decoder(config, weights, Parallel(grid), kernels, cache, config.max_position)

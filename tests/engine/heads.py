@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.config import BLOCK_SIZE
-from engine.kernels import AttentionInput, Kernels, KVCache, Rope
+from engine.kernels.interface import AttentionInput, Kernels, KVCache, Rope
 
 CPU = torch.device("cpu")
 

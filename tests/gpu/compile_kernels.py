@@ -22,7 +22,7 @@ from bench.shapes import Shape, config_json
 from engine.config import EngineConfig
 from engine.distributed.parallel import Parallel
 from engine.execution.runner import Runner
-from engine.grammar.grammars import Grammars
+from engine.grammar.service import GrammarService
 from engine.grid import Grid
 from engine.kernels.gpu import attention, gemv, rows, sample
 from engine.kernels.gpu.kernels import GpuKernels
@@ -100,8 +100,8 @@ def core_of(
         config, grid = ModelConfig.load(folder), Grid(1, 1, 0)
         kernels = GpuKernels(CPU, BF16, quantisation)
         kernels._processors = PROCESSORS
-        kernels._tuner = Tuner("none", None)
-        kernels._tuner.choose = lambda shape, measure: CHOSEN[shape.m]  # type: ignore[method-assign]
+        kernels._products.tuner = Tuner("none", None)
+        kernels._products.tuner.choose = lambda shape, measure: CHOSEN[shape.m]  # type: ignore[method-assign]
         weights = load_weights(folder, config, grid, kernels, load_format="dummy")
         cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, BLOCKS)
         engine = EngineConfig(folder, max_running=running, max_batch_tokens=step)
@@ -116,7 +116,7 @@ def core_of(
             window=config.kv_window,
             async_scheduling=True,
         )
-        return EngineCore(Scheduler(limits), runner, None, 0, Grammars(folder, config.vocab_size, ()))
+        return EngineCore(Scheduler(limits), runner, None, 0, GrammarService(folder, config.vocab_size, ()))
 
 
 def run(core: EngineCore, sequences: int, length: int, tokens: int = 3) -> None:
@@ -152,7 +152,6 @@ def main() -> None:
         for rows_of_x in (1, 16) if tiles.splits == 1 or tiles.rows == 64 else ():
             x, weight = torch.zeros(rows_of_x, 4096, dtype=BF16), torch.zeros(512, 4096, dtype=BF16)
             gemv.gemv(x, weight, weight[0], tiles)
-    rows.masked_softmax(torch.zeros(3, 100), torch.ones(3, dtype=torch.int32), 1.0)
     names = list((every | hopper.compiled).values())
     kernels = {
         one.__name__

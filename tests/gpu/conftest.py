@@ -10,8 +10,8 @@ __all__ = ["make_model", "model_dir"]
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes as long for a program of many rows as for one of few."""
+    """Put many rows into a program: the interpreter's time is by program, not by row."""
     from engine.kernels.gpu import attention  # after `tests.device`
 
     if not GPU:
-        monkeypatch.setattr(attention, "_ENTER_ROWS", 512)
+        monkeypatch.setattr(attention, "_WRITE_ROWS", 512)

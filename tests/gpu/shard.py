@@ -1,4 +1,4 @@
-"""What a worker makes of what its engine says."""
+"""A worker's supervisor, driven by the messages of a real engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device that fails under an engine: it says why and ends, its worker knows, and the next one serves."""
+"""When its device fails, an engine reports why and ends, its worker knows, and the next engine serves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def answer(process: Child) -> list[int]:
 def test_a_failed_device_is_named_and_the_next_engine_serves(
     model_dir: Path, token: int, reason: str
 ) -> None:
-    # A host that can have no more than torch has no protobuf, perhaps.
+    # A host with only the engine's requirements may lack protobuf.
     shard = pytest.importorskip("tests.gpu.shard").Shard(model_dir, DEVICE)
     answers, named = [], 0
     for life in range(2):
@@ -51,18 +51,18 @@ def test_a_failed_device_is_named_and_the_next_engine_serves(
                 shard.engine_said(process.expect(EngineFailed))
                 assert process.process.wait(DEADLINE_S) == 1
             except LinkClosedError:
-                assert token == LOST, "what is left of a lost device may end its process"
+                assert token == LOST, "the driver may end the process of a lost device"
                 shard.engine_ended()
         assert shard.failure.startswith((reason, "the engine has ended"))
         named += shard.failure.startswith(reason)
-        assert len(shard.killed) == named, "one that is gone is not killed"
+        assert len(shard.killed) == named, "an engine that has ended is not killed"
         shard.abandoned(life)
     assert answers[0] == answers[1]
 
 
 def test_a_cache_that_does_not_fit_is_named(model_dir: Path) -> None:
     with child("engine.processes.rank") as process:
-        serving(process, model_dir, PETABYTE, 1 << 30)  # a pool is no larger than those running can fill
+        serving(process, model_dir, PETABYTE, 1 << 30)  # the pool holds only what max_running can fill
         assert process.expect(EngineFailed).reason == "OUT_OF_MEMORY"
         assert process.process.wait(DEADLINE_S) == 1
     with child("engine.processes.rank") as process:

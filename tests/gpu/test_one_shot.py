@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.distributed import Store
 
-from engine.distributed.one_shot import OneShotRow
-from engine.distributed.parallel import GroupRow, connect
+from engine.distributed.one_shot import OneShotTensorParallel
+from engine.distributed.process_groups import ProcessGroupTensorParallel
+from engine.distributed.rendezvous import connect
 from engine.execution.cuda_graphs import CudaGraphCapture
 from engine.grid import Grid
 from tests.parallel.processes import run
@@ -27,7 +28,7 @@ def add(rank: int, ranks: int, store: Store) -> str:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     parallel = connect(Grid(ranks, 1, rank), store, "127.0.0.1", device, 1 << 20)
-    assert parallel.on_device
+    assert parallel.capturable
     for number, size in enumerate((1, 7, 256, 8192, 8193)):
         each = parts(size, number, device)
         assert torch.equal(parallel.all_reduce(each[rank].clone()), each[0] + each[1])
@@ -45,9 +46,10 @@ def add(rank: int, ranks: int, store: Store) -> str:
         repeat()
         assert torch.equal(once, each[0] + each[1]), number
         assert torch.equal(twice, 4 * once), number
-    return type(parallel._row).__name__
+    return type(parallel._tensor_parallel).__name__
 
 
 def test_sums_are_exact_at_once_and_recorded_as_often_as_they_are_repeated() -> None:
-    used = OneShotRow if torch.cuda.can_device_access_peer(0, 1) else GroupRow
+    reachable = torch.cuda.can_device_access_peer(0, 1)
+    used = OneShotTensorParallel if reachable else ProcessGroupTensorParallel
     assert run(add, RANKS) == [used.__name__] * RANKS

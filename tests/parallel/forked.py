@@ -1,4 +1,4 @@
-"""Engines whose ranks are forked from a process that has imported torch: for tests that start many."""
+"""Engines that start fast: their ranks are forked from a process that has imported torch already."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTEXT.set_forkserver_preload(
         "engine.execution.runner",
         "engine.weights.loader",
         "engine.distributed.channel",
-        "engine.distributed.parallel",
+        "engine.distributed.rendezvous",
         "engine.processes.rank",
     ]
 )
@@ -31,7 +31,7 @@ class _Rank(ForkServerProcess):
 
 
 class ForkedEngine(Engine):
-    """An engine like any other but for how its ranks begin."""
+    """An engine whose other ranks are forked instead of started."""
 
     def _start(self, theirs: socket.socket) -> Any:
         process = _Rank(target=_serve, args=(theirs,), daemon=True)

@@ -1,4 +1,4 @@
-"""Ranks as real processes that meet in a store, forked from one that has imported torch."""
+"""Runs a function in one process per rank. The ranks meet in a store."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 
 from torch.distributed import Store
 
-from engine.distributed.parallel import join_store, open_store
+from engine.distributed.rendezvous import join_store, open_store
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["engine.distributed.parallel"])
+_CONTEXT.set_forkserver_preload(["engine.distributed.rendezvous"])
 
 Work = Callable[..., Any]
 
 
 def start(work: Work, ranks: int, *arguments: Any) -> tuple[Store, list[BaseProcess], list[Connection]]:
-    """Call `work(rank, ranks, store, *arguments)` in a process per rank; a connection brings what it returns.
+    """Start `work(rank, ranks, store, *arguments)` in one process per rank.
 
-    The store must live as long as they need it.
+    Returns the store, which the caller must keep alive, the processes, and for each rank a connection
+    that receives (error, result).
     """
     store, address = open_store("127.0.0.1")
     processes: list[BaseProcess] = []
@@ -38,7 +39,7 @@ def start(work: Work, ranks: int, *arguments: Any) -> tuple[Store, list[BaseProc
 
 
 def run(work: Work, ranks: int, *arguments: Any) -> list[Any]:
-    """What every rank's `work` returns. The first that fails ends all."""
+    """Run `work` on every rank, and return all results by rank. The first failure ends all ranks."""
     store, processes, connections = start(work, ranks, *arguments)
     results: dict[int, Any] = {}
     try:

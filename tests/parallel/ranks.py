@@ -1,4 +1,4 @@
-"""All ranks of an engine as threads of this process: tests see what each does, and can hold one up."""
+"""All ranks of an engine as threads of this process: a test sees what each rank does, and can delay one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans and drawn tokens over loopback TCP."""
+"""Step plans and samples over loopback TCP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a rank stands, and what it holds."""
+"""A rank's place in the grid, and the weights that it holds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from engine.grid import Grid
-from engine.kernels import Matrix
+from engine.kernels.interface import Matrix
 from engine.kernels.reference import ReferenceKernels, ReferenceMatrix
-from engine.weights.loader import Mlp, StageWeights, load_weights
+from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
+from engine.weights.stage_weights import Mlp, StageWeights
 from tests.engine.conftest import MakeModel
 
 KERNELS = ReferenceKernels(torch.device("cpu"), torch.float32)
@@ -28,7 +29,7 @@ def values(matrix: Matrix | None) -> torch.Tensor:
     return matrix.weight
 
 
-def test_ranks_count_along_rows() -> None:
+def test_tp_rank_counts_fastest() -> None:
     places = [(Grid(3, 2, rank).pp_rank, Grid(3, 2, rank).tp_rank) for rank in range(6)]
     assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert [Grid(3, 2, rank).is_last_stage for rank in range(6)] == [False] * 3 + [True] * 3
@@ -36,8 +37,8 @@ def test_ranks_count_along_rows() -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
-def test_the_ranks_of_a_row_hold_each_weight_once(model_dir: Path, tp: int) -> None:
-    """8 query heads over 4 KV heads: with 8 ranks, two hold each KV head."""
+def test_tensor_parallel_ranks_hold_each_weight_once(model_dir: Path, tp: int) -> None:
+    """8 query heads over 4 KV heads: with 8 ranks, two ranks hold each KV head."""
     config = ModelConfig.load(model_dir)
     files = load_file(model_dir / "model.safetensors")
     stages = [load(model_dir, Grid(tp, 1, r)) for r in range(tp)]

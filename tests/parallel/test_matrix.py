@@ -1,7 +1,7 @@
-"""Every architecture in every layout: the tokens of transformers, and their log-probabilities.
+"""Every architecture in every layout gives the tokens and the log-probabilities of transformers.
 
-On purpose the KV pool is too small for all sequences, prompts are computed in chunks, one begins like
-another, and each is completed twice from shared blocks: none of it may change a token.
+On purpose the KV pool is too small for all sequences, prompts are computed in chunks, one prompt begins like
+another, and each prompt is completed twice from shared blocks. None of this may change a token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import Engine
 from engine.api import Completion
 from engine.config import BLOCK_SIZE
 from engine.errors import ModelError
@@ -25,13 +26,14 @@ from engine.weights.stages import stage_layers
 from tests.engine.conftest import MakeModel
 from tests.engine.execution.test_architectures import LLAMA3, MIXTRAL, QWEN3_MOE
 from tests.parallel.forked import ForkedEngine
+from tests.parallel.transformers_reference import logprobs
 
 TOKENS = 64
 ALTERNATIVES = 20
 LONG = [(7 * i * i + 3) % 319 + 1 for i in range(90)]  # longer than the windows of 24
 PROMPTS = [[*LONG[:70], 9, 8, 7], [5, 17, 200], [(11 * i + 2) % 319 + 1 for i in range(40)], LONG]
 POOL_BLOCKS = 24  # a sequence needs up to 10, and there are 8
-WINDOW_BLOCKS = 8  # where it needs up to 6, because what the window has passed is freed
+WINDOW_BLOCKS = 8  # where a sequence needs up to 6, because blocks behind the window are freed
 BATCH_TOKENS = 48
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
@@ -59,20 +61,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def model_of(make_model: MakeModel, name: str) -> Path:
     family, fields = FAMILIES[name]
     return make_model(family=family, **{"num_hidden_layers": 2, **fields})
-
-
-@functools.cache
-def reference(model: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-
-@functools.cache
-def expected_logprobs(model: Path, token_ids: tuple[int, ...]) -> torch.Tensor:
-    """Of every next token at every position, in transformers, all at once and without a cache."""
-    with torch.inference_mode():
-        return reference(model)(torch.tensor([token_ids])).logits[0].log_softmax(dim=-1)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -135,15 +123,38 @@ def test_a_sharded_model_runs_as_its_source_does(make_model: MakeModel, tmp_path
         ForkedEngine(str(sharded))
 
 
+def test_ranks_that_start_as_in_production_generate_the_same(make_model: MakeModel) -> None:
+    model = model_of(make_model, "llama")
+    with Engine(str(model), tp=2, pp=2, threads=1) as engine:
+        completions = engine.generate(
+            PROMPTS, SamplingParams(temperature=0), max_tokens=TOKENS, ignore_eos=True, logprobs=ALTERNATIVES
+        )
+    for completion in completions:
+        check(model, PROMPTS[completion.prompt], completion)
+
+
 def check(model: Path, prompt: list[int], completion: Completion) -> None:
-    """Greedy: every token is the likeliest after those before it. By induction transformers draws it."""
-    logprobs = expected_logprobs(model, (*prompt, *completion.token_ids))[len(prompt) - 1 : -1]
-    assert completion.token_ids == logprobs.argmax(dim=-1).tolist()
-    told = [[entry.chosen, *entry.top] for entry in completion.logprobs]
-    assert {len(entries) for entries in told} == {ALTERNATIVES + 1}
-    ids = torch.tensor([[token.token_id for token in entries] for entries in told])
-    values = torch.tensor([[token.logprob for token in entries] for entries in told])
-    torch.testing.assert_close(values, logprobs.gather(1, ids), rtol=0, atol=1e-4)
+    """Every token is the most likely one, and log-probabilities err as little as those of transformers.
+
+    No fixed tolerance holds on every CPU: how far float32 is from the truth depends on the model, on the
+    position, and on the order in which a CPU's library adds. So transformers in float32 is the yardstick,
+    over the whole sequence. The root mean square is the sharp limit. The maximum alone depends on chance.
+    """
+    token_ids, answers = (*prompt, *completion.token_ids), slice(len(prompt) - 1, -1)
+    truth = logprobs(model, token_ids, torch.float64)
+    assert completion.token_ids == truth[answers].argmax(dim=-1).tolist()
+    entries = [[position.chosen, *position.top] for position in completion.logprobs]
+    assert {len(tokens) for tokens in entries} == {ALTERNATIVES + 1}
+    ids = torch.tensor([[token.token_id for token in tokens] for tokens in entries])
+    values = torch.tensor([[token.logprob for token in tokens] for tokens in entries])
+    ours = values.double() - truth[answers].gather(1, ids)
+    theirs = logprobs(model, token_ids, torch.float32).double() - truth
+    assert root_mean_square(ours) <= 2 * root_mean_square(theirs)
+    assert ours.abs().max() <= 4 * theirs.abs().max()
+
+
+def root_mean_square(errors: torch.Tensor) -> float:
+    return errors.pow(2).mean().sqrt().item()
 
 
 def pool_bytes(model: Path, tp: int, pp: int) -> int:

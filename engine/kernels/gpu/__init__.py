@@ -1,5 +1,5 @@
-"""Kernels for GPUs in Triton, one file for each idea; `kernels.py` puts them behind `engine.kernels.Kernels`.
+"""Kernels for GPUs in Triton. `kernels.py` implements `engine.kernels.interface.Kernels` with them.
 
-Each has a torch function with the same arguments in `engine.kernels.reference`, or one in its test, with
-which it agrees: in Triton's interpreter on a CPU, and for real on a GPU.
+Tests compare each kernel with `engine.kernels.reference` or with a few lines of torch: in Triton's
+interpreter on a CPU, and compiled on a GPU.
 """

@@ -1,12 +1,12 @@
-"""Paged attention: new keys and values go into the cache, then queries look at the cache's blocks.
+"""Paged attention: write a step's keys and values into the cache, then attend to the blocks of each sequence.
 
-Shapes: T tokens of a step, B sequences, H query heads, K KV heads, G = H / K, E head size, P places of a
-block. A layer's cache is [blocks, K, P, E]: what one head keeps of a block lies together, and a program reads
-whole pieces of 4 KB (E = 128, 16-bit).
+Shapes: T tokens of a step, B sequences, H query heads, K KV heads, G = H / K, E head size, P = 16 places
+of a block. A layer's cache is [blocks, K, P, E]: the keys of one head in a block are contiguous, so a
+program reads 4 KB at a time (E = 128, 16-bit numbers).
 
-Both kernels keep softmax's maximum and sum while they go along the keys (Milakov & Gimelshein 2018; Dao et
-al. 2022), so that scores are never written to memory. Nothing about lengths is known on the host: a captured
-graph of a decode step serves sequences of any length.
+Both attention kernels use the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): they keep a
+running maximum and sum, and never write scores to memory. `decode` does not need
+lengths on the host, so one captured CUDA graph of a decode step serves sequences of any length.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import triton
 import triton.language as tl
 
 from engine.config import BLOCK_SIZE
-from engine.kernels import AttentionInput, HeadNorms, Rope
+from engine.kernels.interface import AttentionInput, HeadNorms, Rope
 
-_ENTER_ROWS = 8  # heads of tokens, in one program
-_DECODE_TILE = 64  # keys at a time
+_WRITE_ROWS = 8  # (token, head) pairs per program
+_DECODE_TILE = 64  # keys per iteration
 _PREFILL_QUERIES, _PREFILL_KEYS = 64, 64
-_MOST_SPLITS = 32
+_MAX_SPLITS = 32
 _LOG2_E = math.log2(math.e)
-# What follows from a step's size is not compiled for: each step would have a kernel of its own.
+# These arguments change with every step: Triton must not compile special kernels for their values.
 _ANY_SIZE = ["T", "B"]
-_ANY_PLACE = ["positions", "slots", "sequences"]  # parts of one tensor, one after another
+_ANY_ALIGNMENT = ["positions", "slots", "sequences"]  # slices of one tensor, one behind the other
 
 
-def enter(
+def write_cache(
     qkv_TA: torch.Tensor,
     keys_BKPE: torch.Tensor,
     values_BKPE: torch.Tensor,
@@ -38,25 +38,25 @@ def enter(
     rope: Rope,
     norms: HeadNorms | None,
 ) -> None:
-    """Norm and rotate queries in place, and write normed and rotated keys, and values, into the cache.
+    """Norm and rotate queries in place. Norm and rotate keys, and write keys and values into the cache.
 
-    Tokens without a slot (-1) pad a captured graph, and are left alone.
+    Does nothing for tokens with slot -1, which are padding of a captured graph.
     """
     K, E = keys_BKPE.shape[1], keys_BKPE.shape[3]
     T, A = qkv_TA.shape
     heads = A // E
-    _enter[(triton.cdiv(T * heads, _ENTER_ROWS),)](
+    _write_cache[(triton.cdiv(T * heads, _WRITE_ROWS),)](
         qkv_TA, keys_BKPE, values_BKPE, rope.cos, rope.sin,
         qkv_TA if norms is None else norms.query, qkv_TA if norms is None else norms.key,
         inputs.positions_T, inputs.slots_T, inputs.tables, inputs.tables.shape[1],
         0.0 if norms is None else norms.eps, T,
         H=heads - 2 * K, K=K, E=E, P=BLOCK_SIZE, HALF=triton.next_power_of_2(E // 2), NORM=norms is not None,
-        ROWS=_ENTER_ROWS, num_warps=2,
+        ROWS=_WRITE_ROWS, num_warps=2,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_PLACE)
-def _enter(
+@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _write_cache(
     qkv, keys, values, cos, sin, q_norm, k_norm, positions, slots, tables, table_width, eps, T,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
     NORM: tl.constexpr, ROWS: tl.constexpr,
@@ -95,19 +95,19 @@ def _enter(
 
 @triton.jit
 def _head_norm(q_norm, k_norm, heads, at, H: tl.constexpr, E: tl.constexpr):
-    """The norm's weight of each row, [ROWS, HALF]."""
+    """The weights of each row's head norm, [ROWS, HALF]: those of query or of key heads."""
     q = tl.load(q_norm + at, mask=at < E, other=0.0).to(tl.float32)
     k = tl.load(k_norm + at, mask=at < E, other=0.0).to(tl.float32)
     return tl.where(heads < H, q, k)
 
 
 def splits_for(sequences: int, kv_heads: int, processors: int) -> int:
-    """Into how many parts the keys of a decode step's sequences are split, so that all processors have work.
+    """How many parts to split each sequence's keys into, so that every multiprocessor has two programs.
 
-    A power of two, of what is known before lengths are: two programs for each processor.
+    A power of two. Depends on the batch size only, not on lengths, which the host does not know.
     """
     wanted = max(1, 2 * processors // (sequences * kv_heads))
-    return min(_MOST_SPLITS, 1 << (wanted.bit_length() - 1))
+    return min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))
 
 
 def decode(
@@ -120,10 +120,11 @@ def decode(
     window: int | None,
     splits: int,
 ) -> None:
-    """Attention of the sequences that have one query; the rows of others stay as they are.
+    """Attention of the sequences with one query in this step. Leaves the rows of other sequences alone.
 
-    All query heads of a KV head go together, so that its keys are read once. Several programs take parts of a
-    long sequence, and a second kernel adds up what they found (Dao et al., flash-decoding, 2023).
+    One program has all query heads of a KV head, so keys are read once. A long sequence is split into
+    parts for several programs, and a second kernel combines their results (flash-decoding, Dao et al.
+    2023).
     """
     K, E = keys_BKPE.shape[1], keys_BKPE.shape[3]
     B, H = inputs.sequences_B4.shape[0], out_TA.shape[1] // E
@@ -136,14 +137,14 @@ def decode(
         inputs.tables.shape[1], _LOG2_E * E**-0.5, B, WINDOW=window or 0, P=BLOCK_SIZE, TILE=_DECODE_TILE,
         G_PAD=max(16, triton.next_power_of_2(H // K)), **shape,
     )  # fmt: skip
-    _add_up[(B, H)](parts, sums, out_TA, inputs.sequences_B4, B, **shape)
+    _combine_splits[(B, H)](parts, sums, out_TA, inputs.sequences_B4, B, **shape)
 
 
 @triton.jit
 def _read(
     keys, values, table, kv_head, places, seen, size, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    """A head's keys and values at places of a sequence, [places, E_PAD]; zero where they are not `seen`."""
+    """Keys and values of a KV head at some positions of a sequence, [TILE, E_PAD]; zero where not `seen`."""
     block = tl.load(table + places // P, mask=seen, other=0).to(tl.int64)
     offset = ((block * K + kv_head) * P + places % P) * E
     there = seen[:, None] & (size < E)[None, :]
@@ -152,7 +153,7 @@ def _read(
     return k, v
 
 
-@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_PLACE)
+@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _decode(
     qkv, keys, values, parts, sums, sequences, tables, table_width, scale, B,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, E_PAD: tl.constexpr,
@@ -177,7 +178,7 @@ def _decode(
     heads = kv_head * G + group
     mine = (group < G)[:, None] & (size < E)[None, :]
     q = tl.load(qkv + (row * (H + 2 * K) + heads[:, None]) * E + size[None, :], mask=mine, other=0.0)
-    most = tl.full([G_PAD], float("-inf"), tl.float32)
+    maximum = tl.full([G_PAD], float("-inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     out = tl.zeros([G_PAD, E_PAD], tl.float32)
     for at in range(begin, end, TILE):
@@ -186,20 +187,20 @@ def _decode(
         k, v = _read(keys, values, tables + slot * table_width, kv_head, places, seen, size, K, E, P)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        powers = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(most - higher)
-        total = total * shrink + tl.sum(powers, 1)
-        out = out * shrink[:, None] + tl.dot(powers.to(v.dtype), v, input_precision="ieee")
-        most = higher
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_maximum[:, None])
+        rescale = tl.exp2(maximum - new_maximum)
+        total = total * rescale + tl.sum(weights, 1)
+        out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        maximum = new_maximum
     at = (sequence.to(tl.int64) * H + heads) * SPLITS + split
     tl.store(parts + at[:, None] * E + size[None, :], out, mask=mine)
-    tl.store(sums + at, most, mask=group < G)
+    tl.store(sums + at, maximum, mask=group < G)
     tl.store(sums + B.to(tl.int64) * H * SPLITS + at, total, mask=group < G)
 
 
-@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_PLACE)
-def _add_up(
+@triton.jit(do_not_specialize=_ANY_SIZE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _combine_splits(
     parts, sums, out, sequences, B,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, E_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -209,12 +210,12 @@ def _add_up(
     row = tl.load(sequences + 4 * sequence + 1).to(tl.int64)
     split, size = tl.arange(0, SPLITS), tl.arange(0, E_PAD)
     at = (sequence.to(tl.int64) * H + head) * SPLITS + split
-    most = tl.load(sums + at)
-    weight = tl.exp2(most - tl.max(most))  # 0 of a part without keys
+    maximum = tl.load(sums + at)
+    weight = tl.exp2(maximum - tl.max(maximum))  # 0 for a part without keys
     total = tl.sum(tl.load(sums + B.to(tl.int64) * H * SPLITS + at) * weight)
     inside = (size < E)[None, :]
-    found = tl.load(parts + at[:, None] * E + size[None, :], mask=inside, other=0.0)
-    result = tl.sum(found * weight[:, None], 0) / total
+    values = tl.load(parts + at[:, None] * E + size[None, :], mask=inside, other=0.0)
+    result = tl.sum(values * weight[:, None], 0) / total
     tl.store(out + (row * H + head) * E + size, result.to(out.dtype.element_ty), mask=size < E)
 
 
@@ -227,7 +228,7 @@ def prefill(
     *,
     window: int | None,
 ) -> None:
-    """Attention of the sequences that have several queries, over all that the cache has of them."""
+    """Attention of the sequences with several queries in this step, over all their keys in the cache."""
     K, E = keys_BKPE.shape[1], keys_BKPE.shape[3]
     B, H = inputs.sequences_B4.shape[0], out_TA.shape[1] // E
     _prefill[(triton.cdiv(inputs.most_queries, _PREFILL_QUERIES), H, B)](
@@ -237,7 +238,7 @@ def prefill(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=_ANY_PLACE)
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _prefill(
     qkv, keys, values, out, sequences, tables, table_width, scale,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, WINDOW: tl.constexpr,
@@ -261,7 +262,7 @@ def _prefill(
     begin = 0
     if WINDOW:
         begin = tl.maximum(0, start + tile * QUERIES - WINDOW + 1) // TILE * TILE
-    most = tl.full([QUERIES], float("-inf"), tl.float32)
+    maximum = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     result = tl.zeros([QUERIES, E_PAD], tl.float32)
     for at in range(begin, end, TILE):
@@ -273,13 +274,13 @@ def _prefill(
         if WINDOW:
             visible = visible & (places[None, :] > positions[:, None] - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        # A query may see nothing of a tile that others of its program see: no infinity minus infinity.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        powers = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(most - base)
-        total = total * shrink + tl.sum(powers, 1)
-        result = result * shrink[:, None] + tl.dot(powers.to(v.dtype), v, input_precision="ieee")
-        most = higher
-    result = result / tl.where(total == 0, 1.0, total)[:, None]  # 0 of rows that pad the last tile
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        # A query may see no key of a tile that other queries of the program see: avoid -inf - -inf = NaN.
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - base[:, None])
+        rescale = tl.exp2(maximum - base)
+        total = total * rescale + tl.sum(weights, 1)
+        result = result * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        maximum = new_maximum
+    result = result / tl.where(total == 0, 1.0, total)[:, None]  # total is 0 in rows that pad the last tile
     tl.store(out + (rows[:, None] * H + head) * E + size[None, :], result.to(out.dtype.element_ty), mask=mine)

@@ -1,10 +1,11 @@
-"""Products with few rows, x W^T for M rows of x, which only read W: bound by memory, not by arithmetic.
+"""Products x W^T of few rows of x: bound by the memory traffic of W, not by arithmetic.
 
-Shapes: M rows of x, N rows and K columns of W. W may be int8 or float8 with a scale for each row; it is
-widened in registers, so that what is read is what is stored. A program takes some rows of W and one of
-`splits` parts of the columns, so that narrow matrices, too, keep every processor reading; a second kernel
-adds up the parts, always in the same order. Which tiles are best for a shape, or whether cuBLAS is, `tuning`
-measures.
+Shapes: M rows of x, N rows and K columns of W. W may be int8 or float8 with a scale per row. It is
+dequantised in registers, so only the stored bytes are read.
+
+A program takes some rows of W, and one of `splits` parts of the columns: so narrow matrices, too, give
+work to every multiprocessor ("split-K"). A second kernel adds up the parts, always in the same order.
+`tuning` measures which tiles are best for a shape, and whether cuBLAS is better.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-TILE_ROWS = 16  # of x: the least that tensor cores take
-MOST_ROWS = 256  # more are bound by arithmetic
+TILE_ROWS = 16  # rows of x in a tile: the minimum of the tensor cores
+MAX_ROWS = 256  # of x; products with more rows are bound by arithmetic
 _ADD_TILE = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows and columns of W that a program takes at a time, and parts that the columns are in."""
+    """Rows and columns of W in a tile, and the number of parts that the columns are split into."""
 
     rows: int
     columns: int
@@ -43,14 +44,14 @@ def gemv(
     tiles: Tiles,
     scale_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The product x W^T + b, [M, N]; with `scale_N`, W's rows are multiplied by it."""
+    """The product x W^T + b, [M, N]. With `scale_N`, W is quantised, and row n of W has the scale n."""
     (M, K), N = x_MK.shape, weight_NK.shape[0]
     out_MN = torch.empty(M, N, dtype=x_MK.dtype, device=x_MK.device)
     parts = out_MN
     if tiles.splits > 1:
         parts = torch.empty(tiles.splits, M, N, dtype=torch.float32, device=x_MK.device)
     bias, scale = (x_MK if each is None else each for each in (bias_N, scale_N))
-    # A lone row is multiplied element by element; the tensor cores want sixteen.
+    # A single row is multiplied element by element. More rows use the tensor cores, which need 16 rows of W.
     rows = max(16, tiles.rows) if M > 1 else tiles.rows
     m_pad = 1 if M == 1 else TILE_ROWS if M <= TILE_ROWS else 64
     _gemv[(triton.cdiv(N, rows), tiles.splits, triton.cdiv(M, m_pad))](

@@ -1,7 +1,8 @@
-"""Row by row: residual and norm, an MLP's gate, 8-bit weights widened, and softmax as the plainest kernel.
+"""Kernels that treat every row alone: residual and RMS norm, the MLP's gate, dequantisation of 8-bit weights.
 
-Shapes: T rows, D hidden, F MLP, L columns; N rows and K columns of a matrix. All is computed in float32 and
-rounded where the reference rounds.
+Shapes: T rows, D hidden, F MLP; N rows and K columns of a matrix. Everything is computed in float32, and
+rounded where the reference rounds. `_add_rms_norm` is the kernel to read first: one program has a whole
+row in registers.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-_GATE_TILE, _WIDEN_TILE = 1024, 4096
+_GATE_TILE, _DEQUANTISE_TILE = 1024, 4096  # columns per program
 
 
 def add_rms_norm(
     x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Add `delta` to `x` in place, and return the norm of the sum (Zhang & Sennrich 2019)."""
+    """Add `delta` to `x` in place, and return the RMS norm of the sum (Zhang & Sennrich 2019)."""
     T, D = x_TD.shape
     out_TD = torch.empty_like(x_TD)
     block = triton.next_power_of_2(D)
@@ -59,43 +60,22 @@ def _silu_mul(gate_up, out, F, TILE: tl.constexpr):
     gate = tl.load(gate_up + row * 2 * F + columns, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * F + F + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    gated = (wide / (1 + tl.exp(-wide))).to(gate.dtype)  # rounded, as a function of its own would
+    gated = (wide / (1 + tl.exp(-wide))).to(
+        gate.dtype
+    )  # round here too: the reference computes silu as an operation of its own
     tl.store(out + row * F + columns, (gated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
-def widen(weight_NK: torch.Tensor, scale_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """8-bit rows times their scales, in a wider type: what a product reads that arithmetic bounds."""
+def dequantise(weight_NK: torch.Tensor, scale_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """8-bit rows times their scales, in `dtype`: for products that arithmetic bounds, not memory."""
     (N, K), out_NK = weight_NK.shape, torch.empty_like(weight_NK, dtype=dtype)
-    _widen[(N, triton.cdiv(K, _WIDEN_TILE))](weight_NK, scale_N, out_NK, K, TILE=_WIDEN_TILE)
+    _dequantise[(N, triton.cdiv(K, _DEQUANTISE_TILE))](weight_NK, scale_N, out_NK, K, TILE=_DEQUANTISE_TILE)
     return out_NK
 
 
 @triton.jit
-def _widen(weight, scale, out, K, TILE: tl.constexpr):
+def _dequantise(weight, scale, out, K, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
     values = tl.load(weight + row * K + k, mask=k < K, other=0.0).to(tl.float32) * tl.load(scale + row)
     tl.store(out + row * K + k, values.to(out.dtype.element_ty), mask=k < K)
-
-
-def masked_softmax(scores_TL: torch.Tensor, visible_T: torch.Tensor, scale: float) -> torch.Tensor:
-    """Softmax of scale * scores over each row's first `visible` columns, zero beyond them.
-
-    The kernel to read first: one program has a row in its registers, so that scores are read once and
-    probabilities written once, where scaling, masking and softmax on their own take five passes through
-    memory. Attention itself never writes scores down: see `attention`.
-    """
-    T, L = scores_TL.shape
-    out_TL = torch.empty_like(scores_TL)
-    _masked_softmax[(T,)](scores_TL, visible_T, out_TL, L, scale, BLOCK=triton.next_power_of_2(L))
-    return out_TL
-
-
-@triton.jit
-def _masked_softmax(scores, visible, out, L, scale, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    seen = columns < tl.load(visible + row)
-    values = tl.load(scores + row * L + columns, mask=seen, other=float("-inf")).to(tl.float32) * scale
-    powers = tl.exp(values - tl.max(values))
-    tl.store(out + row * L + columns, (powers / tl.sum(powers)).to(out.dtype.element_ty), mask=columns < L)

@@ -1,7 +1,7 @@
-"""Which way of computing a product is fastest on this GPU: measured once per shape, then remembered on disk.
+"""Which tiles compute a product fastest on this GPU: measured once per shape, then cached on disk.
 
-The choice is by shape alone: M is rounded up to a power of two, so that a step's bits do not hang on which
-of its neighbours was measured first.
+Shapes with the same M, rounded up to a power of two, share a choice: so a step's bits do not depend on
+which of these shapes was measured first.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Shape:
 
     @property
     def key(self) -> str:
-        """Its name in the file."""
+        """The key of this shape in the cache file."""
         return f"{self.m}x{self.n}x{self.k} {self.dtype}"
 
 
 Measure = Callable[[Tiles | None], float]
-"""Seconds that a product takes, cut into tiles or, for None, by cuBLAS."""
+"""Seconds that a product takes with some tiles or, for None, by cuBLAS."""
 
 
 class Tuner:
-    """Owns: what was measured, and its file. Does not own: the measuring.
+    """Owns: the choices, and their cache file. Does not own: the measurement.
 
     Args:
-        device: name of the GPU, and of what else decides, such as versions: a file of another is not used.
-        path: the file; None keeps nothing.
+        device: the GPU and the versions of torch and Triton. A file of other ones is not used.
+        path: the cache file; None for no file.
     """
 
     def __init__(self, device: str, path: Path | None) -> None:
@@ -51,7 +51,7 @@ class Tuner:
         self._chosen = _read(path, device)
 
     def choose(self, shape: Shape, measure: Measure) -> Tiles | None:
-        """The fastest tiles of a shape; None for cuBLAS, which also wins where nothing beats it clearly."""
+        """The fastest tiles of a shape; None for cuBLAS, which also wins unless some tiles are 3 % faster."""
         if shape.key not in self._chosen:
             seconds: dict[Tiles | None, float] = {None: measure(None)}
             for tiles in CANDIDATES:
@@ -63,7 +63,7 @@ class Tuner:
         return self._chosen[shape.key]
 
     def _write(self) -> None:
-        """Replace the file in one step: several ranks may write it."""
+        """Replace the file atomically: several ranks may write it at the same time."""
         if self._path is None:
             return
         chosen = {key: None if tiles is None else asdict(tiles) for key, tiles in self._chosen.items()}
@@ -73,23 +73,23 @@ class Tuner:
                 json.dump({"device": self._device, "chosen": chosen}, file, indent=1)
             os.replace(file.name, self._path)
         except OSError as error:
-            _log.warning("what was measured is not kept: %s", error)
+            _log.warning("measured tiles are not saved: %s", error)
 
 
 def cache_path(device: str) -> Path:
-    """Where a device's choices are kept: under XDG_CACHE_HOME, by default ~/.cache."""
+    """The cache file of a device, under XDG_CACHE_HOME, by default ~/.cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = "".join(letter if letter.isalnum() else "-" for letter in device.lower())
     return root / "phalanx" / f"products-{name}.json"
 
 
 def _read(path: Path | None, device: str) -> dict[str, Tiles | None]:
-    """Choices of before; none where the file is of another device, damaged or not there."""
+    """The choices in the file; none if it is missing, damaged or of another device."""
     if path is None or not path.is_file():
         return {}
     try:
-        kept = json.loads(path.read_text())
-        chosen: Mapping[str, dict[str, int] | None] = kept["chosen"] if kept["device"] == device else {}
+        content = json.loads(path.read_text())
+        chosen: Mapping[str, dict[str, int] | None] = content["chosen"] if content["device"] == device else {}
         return {key: None if tiles is None else Tiles(**tiles) for key, tiles in chosen.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("%s is not used: %r", path, error)

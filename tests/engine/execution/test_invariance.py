@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels import choose
+from engine.kernels.choose import choose_kernels
 from tests.engine.conftest import MakeModel
 from tests.engine.harness import Harness
 
@@ -88,5 +88,5 @@ def test_neighbours_do_not_change_a_bit(odd_model: Path, alone: Alone, dtype: to
 
 
 def test_threads_do_not_change_a_bit(odd_model: Path, alone: Alone, dtype: torch.dtype) -> None:
-    kernels = choose(torch.device("cpu"), dtype, threads=2)
+    kernels = choose_kernels(torch.device("cpu"), dtype, threads=2)
     assert torch.equal(Harness(odd_model, dtype, kernels).step({0: TOKENS})[0], alone(LENGTH))

@@ -10,7 +10,7 @@ from engine.distributed.parallel import Parallel
 from engine.errors import EngineError
 from engine.execution.runner import Runner
 from engine.grid import Grid
-from engine.kernels import choose
+from engine.kernels.choose import choose_kernels
 from engine.plan import NewSequence, Sampled, SequenceChunk, StepPlan
 from engine.request import SamplingParams
 from engine.weights.loader import load_weights
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def runner(model_dir: Path) -> Runner:
     """A rank in epoch 4 that has run step 1."""
     config, grid = ModelConfig.load(model_dir), Grid(1, 1, 0)
-    kernels = choose(CPU, torch.float32)
+    kernels = choose_kernels(CPU, torch.float32)
     weights = load_weights(str(model_dir), config, grid, kernels)
     cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, 4)
     engine = EngineConfig(str(model_dir), epoch=4)

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.kernels import HeadNorms, Kernels, choose, native
-from engine.kernels.native import NativeKernels
+from engine.kernels import choose, native_library
+from engine.kernels.choose import choose_kernels
+from engine.kernels.interface import HeadNorms, Kernels
+from engine.kernels.native import NativeCache, NativeKernels
 from engine.kernels.reference import ReferenceKernels
 from engine.kernels.sample import SampleSpec, sample_tokens
 from engine.request import SamplingParams
@@ -17,8 +19,8 @@ from tests.engine.heads import Heads, numbers
 from tests.engine.logits import SAMPLINGS, scores
 
 CPU = torch.device("cpu")
-FLAGS = native.cpu_flags()
-VARIANTS = [name for name, needed in native.VARIANTS.items() if FLAGS.issuperset(needed)]
+FLAGS = native_library.cpu_flags()
+VARIANTS = [name for name, needed in native_library.VARIANTS.items() if FLAGS.issuperset(needed)]
 pytestmark = pytest.mark.skipif(not VARIANTS, reason="no native kernels for this CPU")
 
 REFERENCE = ReferenceKernels(CPU, torch.float32)
@@ -33,12 +35,12 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 
 def kernels_of(variant: str, dtype: torch.dtype, quantisation: str = "", threads: int = 2) -> NativeKernels:
-    found = (variant, native.open_library(variant))
-    return NativeKernels(dtype, quantisation, threads=threads, found=found)
+    library = native_library.open_library(variant)
+    return NativeKernels(library, dtype, quantisation, threads=threads)
 
 
 def test_this_cpu_gets_its_best_variant() -> None:
-    kernels = choose(CPU, torch.bfloat16)
+    kernels = choose_kernels(CPU, torch.bfloat16)
     assert VARIANTS[0] in kernels.name
 
 
@@ -167,7 +169,7 @@ def test_what_a_block_held_before_does_not_matter(variant: str) -> None:
     data, kernels = Heads(4, 2, 32, 60), kernels_of(variant, torch.bfloat16)
     clean = data.step(kernels, data.cache(kernels), [(0, 0, 37)])[0]
     cache = data.cache(kernels)
-    assert isinstance(cache, native.NativeCache)
+    assert isinstance(cache, NativeCache)
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
     assert torch.equal(data.step(kernels, cache, [(0, 0, 37)])[0], clean)
@@ -185,8 +187,8 @@ def test_a_copied_block_is_read_like_the_original(variant: str, native_cache: bo
 
 
 def test_a_library_that_computes_wrong_products_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_is_right", lambda candidate: False)
-    assert native.library.__wrapped__() is None
+    monkeypatch.setattr(choose, "_multiplies_correctly", lambda library: False)
+    assert choose.best_native_library.__wrapped__() is None
 
 
 @pytest.mark.parametrize("shape", ["random", "equal", "peaked", "masked"])

@@ -10,9 +10,10 @@ from engine.config import EngineConfig
 from engine.distributed.parallel import Parallel
 from engine.execution.cuda_graphs import Capture
 from engine.execution.runner import Runner
-from engine.grammar.grammars import Grammars
+from engine.grammar.service import GrammarService
 from engine.grid import Grid
-from engine.kernels import Kernels, choose
+from engine.kernels.choose import choose_kernels
+from engine.kernels.interface import Kernels
 from engine.plan import PENDING_TOKEN, StepPlan
 from engine.processes.core import EngineCore
 from engine.request import Request, SamplingParams
@@ -56,7 +57,7 @@ def core_of(
         max_running=4,
         async_scheduling=async_scheduling,
     )
-    grammars = Grammars(str(directory), config.vocab_size, config.eos_token_ids)
+    grammars = GrammarService(str(directory), config.vocab_size, config.eos_token_ids)
     return EngineCore(Scheduler(limits), runner, None, 0, grammars), runner
 
 
@@ -97,7 +98,7 @@ def some_requests(*, penalties: bool) -> list[Request]:
 
 
 def test_async_scheduling_samples_the_same_tokens(model_dir: Path) -> None:
-    kernels = choose(torch.device("cpu"), torch.float32)
+    kernels = choose_kernels(torch.device("cpu"), torch.float32)
     for penalties in (False, True):
         (plain, _), (ahead, runner) = (
             core_of(model_dir, kernels, async_scheduling=one) for one in (False, True)
@@ -108,7 +109,7 @@ def test_async_scheduling_samples_the_same_tokens(model_dir: Path) -> None:
 
 
 def test_a_warm_up_has_batches_of_every_size_and_leaves_nothing_behind(model_dir: Path) -> None:
-    kernels = choose(torch.device("cpu"), torch.float32)
+    kernels = choose_kernels(torch.device("cpu"), torch.float32)
     requests = [
         Request(str(number), (1, 2, 3 + number), SamplingParams(seed=number), 6) for number in range(4)
     ]

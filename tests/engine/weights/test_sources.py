@@ -1,4 +1,4 @@
-"""Weights from files, from per-rank files and from random numbers; and what is wrong with them, by name."""
+"""Weights from files, from per-rank files and from random numbers; errors name the tensor and the file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from engine.errors import ModelError
 from engine.grid import Grid
 from engine.kernels.reference import ReferenceKernels, ReferenceMatrix
 from engine.weights.check_model import check_model
+from engine.weights.dummy_source import DummySource
+from engine.weights.file_source import FileSource
 from engine.weights.identity import engine_identity, model_hash
-from engine.weights.loader import StageWeights, load_weights
-from engine.weights.locate import Located, check_weights, find_tensors
+from engine.weights.loader import load_weights
+from engine.weights.locate import check_weights, find_tensors
 from engine.weights.manifest import MANIFEST, shard_name
 from engine.weights.model_config import ModelConfig
 from engine.weights.shard_model import shard_model
-from engine.weights.source import DummySource, FileSource
+from engine.weights.stage_weights import StageWeights
 from engine.weights.tensors import rank_slices
 from tests.engine.conftest import MakeModel
 from tests.engine.execution.test_architectures import QWEN3_MOE
@@ -44,7 +46,7 @@ def load(model: Path, grid: Grid, load_format: str = "auto") -> list[torch.Tenso
 
 @pytest.fixture(scope="module")
 def moe(make_model: MakeModel) -> Path:
-    """Experts, a dense layer, norms of heads, biases, a vocabulary that two ranks do not share evenly."""
+    """Experts, a dense layer, head norms, biases, and a vocabulary that two ranks cannot share evenly."""
     fields = QWEN3_MOE | {"mlp_only_layers": [1], "attention_bias": True, "vocab_size": 321}
     return make_model(family="Qwen3Moe", num_hidden_layers=2, **fields)
 
@@ -55,7 +57,7 @@ def test_a_sharded_model_is_what_its_source_is(moe: Path, tmp_path: Path, tp: in
     paths = shard_model(moe, sharded, tp, pp)
     assert [path.name for path in paths] == [shard_name(Grid(tp, pp, rank)) for rank in range(tp * pp)]
     for rank in range(tp * pp):
-        alone = tmp_path / f"host{rank}"  # with the file of this rank only
+        alone = tmp_path / f"host{rank}"  # has only the file of this rank
         shutil.copytree(sharded, alone, ignore=lambda _, names: {n for n in names if n.startswith("pp")})
         shutil.copy(paths[rank], alone)
         grid = Grid(tp, pp, rank)
@@ -127,7 +129,7 @@ def test_random_weights_need_nothing_but_the_configuration(moe: Path, tmp_path: 
         engine_identity(EngineConfig(str(tmp_path), load_format="dummy", **fields), config)
         for fields in ({}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"tp": 2})
     }
-    assert len(identities) == 3  # a layout makes no other model
+    assert len(identities) == 3  # a layout does not change the identity
 
 
 def test_random_weights_spread_as_trained_ones_do(moe: Path) -> None:
@@ -150,7 +152,7 @@ def test_a_value_that_is_no_number_is_named_with_its_place(
     config, second = ModelConfig.load(model), Grid(2, 1, 1)
     with pytest.raises(ModelError, match=message):
         load_weights(str(model), config, second, KERNELS, check=True)
-    load_weights(str(model), config, Grid(2, 1, 0), KERNELS, check=True)  # which has other rows
+    load_weights(str(model), config, Grid(2, 1, 0), KERNELS, check=True)  # rank 0 does not read that row
     load_weights(str(model), config, second, KERNELS)
     assert check_model(model) == ()
 
@@ -179,13 +181,14 @@ def test_tensors_of_no_use_are_named_and_left(
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_named(model_dir: Path, tmp_path: Path) -> None:
     model = damaged(model_dir, tmp_path, UP, lambda tensor: tensor)
-    tensors = dict(find_tensors(model, ModelConfig.load(model), Grid(1, 1, 0)).tensors)
-    last = max(tensors.values(), key=lambda each: each.entry.start)
+    config, grid = ModelConfig.load(model), Grid(1, 1, 0)
+    tensors = find_tensors(model, config, grid).stored
+    last = max(tensors, key=lambda name: tensors[name].offset)
     file = model / "model.safetensors"
     with file.open("r+b") as data:
         data.truncate(file.stat().st_size - 1)
-    with FileSource(tensors) as source, pytest.raises(ModelError, match=f"{last.part.name} ends before"):
-        source.read(last.part)
+    with FileSource(tensors) as source, pytest.raises(ModelError, match=f"{last} ends before"):
+        source.read(rank_slices(config, grid)[last])
 
 
 def test_slices_of_slices_are_read(model_dir: Path, tmp_path: Path) -> None:
@@ -194,10 +197,10 @@ def test_slices_of_slices_are_read(model_dir: Path, tmp_path: Path) -> None:
     config = ModelConfig.load(model_dir)
     (path,) = shard_model(model_dir, tmp_path / "sharded", 1, 1)
     whole = load_file(path)[name]
-    located: dict[str, Located] = dict(find_tensors(tmp_path / "sharded", config, Grid(1, 1, 0)).tensors)
+    stored = find_tensors(tmp_path / "sharded", config, Grid(1, 1, 0)).stored
     part = rank_slices(config, Grid(4, 1, 3))[name]
     assert part.columns is not None
-    with FileSource(located) as source:
+    with FileSource(stored) as source:
         assert torch.equal(source.read(part), whole[:, part.columns.start : part.columns.stop])
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from engine.weights.checkpoint import write_header
 from engine.weights.model_config import ModelConfig
+from engine.weights.safetensors_header import write_header
 from engine.weights.tensors import tensor_shapes
 from phalanx.cli.main import main
 

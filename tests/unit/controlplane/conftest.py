@@ -13,8 +13,8 @@ import pytest
 
 from controlplane.server import SERVICE, ControlService
 from controlplane.view import View
-from engine.weights.checkpoint import write_header
 from engine.weights.model_config import ModelConfig
+from engine.weights.safetensors_header import write_header
 from engine.weights.tensors import tensor_shapes
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.grammar.json_schema import _ANNOTATIONS, _KEYWORDS, legal_strings, problem
+from engine.grammar.json_schema import _ANNOTATIONS, _KEYWORDS, find_problem, with_string_patterns
 
 NESTED: dict[str, Any] = {"type": "integer"}
 for _ in range(100):
@@ -29,7 +29,7 @@ for _ in range(100):
     ],
 )
 def test_what_can_be_enforced_passes(schema: Any) -> None:
-    assert problem(json.dumps(schema)) is None
+    assert find_problem(json.dumps(schema)) is None
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def test_what_can_be_enforced_passes(schema: Any) -> None:
     ],
 )
 def test_what_cannot_be_enforced_is_named(schema: Any, what: str) -> None:
-    found = problem(json.dumps(schema))
+    found = find_problem(json.dumps(schema))
     assert found is not None
     assert what in found
 
 
 def test_what_is_no_json_is_refused() -> None:
-    assert "not JSON" in str(problem('{"type":'))
-    assert "not JSON" in str(problem("[" * 100_000))
+    assert "not JSON" in str(find_problem('{"type":'))
+    assert "not JSON" in str(find_problem("[" * 100_000))
 
 
 values = st.recursive(
@@ -86,7 +86,7 @@ values = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(sorted(_KEYWORDS | _ANNOTATIONS)), values, max_size=4))
 def test_whatever_is_sent_gets_a_verdict(schema: Any) -> None:
-    found = problem(json.dumps(schema))
+    found = find_problem(json.dumps(schema))
     assert found is None or found.startswith("#")
 
 
@@ -97,7 +97,7 @@ def test_only_limits_of_strings_become_patterns() -> None:
         "properties": {"type": {"type": "string", "maxLength": 3}, "b": array, "c": {"type": "string"}},
         "enum": [{"type": "string", "maxLength": 3}],
     }
-    assert legal_strings(schema) == {
+    assert with_string_patterns(schema) == {
         **schema,
         "properties": {
             "type": {"type": "string", "pattern": r'^[^"\\\x00-\x1f]{0,3}$'},

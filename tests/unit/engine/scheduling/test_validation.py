@@ -8,7 +8,8 @@ import pytest
 
 from engine.errors import RequestError
 from engine.request import Grammar, Request, SamplingParams
-from engine.scheduling.limits import Limits, validate
+from engine.scheduling.limits import Limits
+from engine.scheduling.validation import validate
 
 LIMITS = Limits(vocab_size=100, max_model_len=32, kv_blocks=2, block_size=16)
 GOOD = Request("a", (1, 2, 3), SamplingParams(), max_tokens=4)

@@ -1,4 +1,4 @@
-"""The layouts to fall back to: every smaller one that the model can run in, the largest first."""
+"""Smaller layouts of a model: every one that the model can run in, the largest first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.grid import Grid
-from engine.weights.layouts import most_weights, smaller_layouts, smaller_sizes
+from engine.weights.layouts import max_rank_weights, smaller_layouts, smaller_sizes
 from engine.weights.manifest import Manifest, write_manifest
 from engine.weights.model_config import ModelConfig
 from engine.weights.tensors import tensor_shapes
@@ -61,7 +61,7 @@ def test_the_weights_of_a_rank_are_what_it_loads(tmp_path: Path, tp: int, pp: in
     config = model(tmp_path, tie_word_embeddings=tied)
     held = [_numbers(config, Grid(tp, pp, rank)) for rank in range(tp * pp)]
     vectors = config.hidden_size * (2 * config.num_layers + 1)
-    assert max(held) - vectors <= most_weights(config, tp, pp) <= max(held)
+    assert max(held) - vectors <= max_rank_weights(config, tp, pp) <= max(held)
 
 
 def _numbers(config: ModelConfig, grid: Grid) -> int:

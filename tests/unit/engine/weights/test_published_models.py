@@ -1,4 +1,4 @@
-"""The config.json of well-known models, field by field as published, and how many parameters they have."""
+"""The published config.json of well-known models, and their published numbers of parameters."""
 
 from __future__ import annotations
 

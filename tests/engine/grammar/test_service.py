@@ -1,4 +1,4 @@
-"""Grammars with the real compiler, over a real tokeniser."""
+"""The grammar service with the real compiler, over a real tokeniser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import RequestError
-from engine.grammar.grammars import Grammars
+from engine.grammar.service import GrammarService
 from engine.ipc.wire import CancelRequest, Step, SubmitRequest
 from engine.request import Grammar, Request, SamplingParams
 from engine.text.process import Tokenizer
@@ -37,8 +37,8 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def grammars(model_dir: Path) -> Iterator[Grammars]:
-    grammars = Grammars(str(model_dir), VOCABULARY, (0,))
+def grammars(model_dir: Path) -> Iterator[GrammarService]:
+    grammars = GrammarService(str(model_dir), VOCABULARY, (0,))
     yield grammars
     grammars.close()
 
@@ -68,7 +68,7 @@ def allowed(mask: bytes) -> set[int]:
     ],
 )
 def test_an_output_is_followed_to_its_end(
-    grammars: Grammars, tokenizer: Tokenizer, grammar: Grammar, text: str
+    grammars: GrammarService, tokenizer: Tokenizer, grammar: Grammar, text: str
 ) -> None:
     follow = grammars.follow(asking(grammar))
     assert follow is not None
@@ -85,7 +85,7 @@ def test_an_output_is_followed_to_its_end(
 
 
 def test_strings_of_limited_length_hold_no_control_characters(
-    grammars: Grammars, tokenizer: Tokenizer
+    grammars: GrammarService, tokenizer: Tokenizer
 ) -> None:
     follow = grammars.follow(asking(Grammar("json_schema", '{"type": "string", "maxLength": 3}')))
     assert follow is not None
@@ -97,7 +97,7 @@ def test_strings_of_limited_length_hold_no_control_characters(
 
 
 def test_stop_ids_end_an_output_only_where_the_grammar_may_end(
-    grammars: Grammars, tokenizer: Tokenizer
+    grammars: GrammarService, tokenizer: Tokenizer
 ) -> None:
     (stop,) = tokenizer.encode("x")
     follow = grammars.follow(asking(PHONE, stop_token_ids=(stop,)))
@@ -122,7 +122,7 @@ def test_stop_ids_end_an_output_only_where_the_grammar_may_end(
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_the_reason(
-    grammars: Grammars, grammar: Grammar, why: str
+    grammars: GrammarService, grammar: Grammar, why: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
         grammars.follow(asking(grammar))
@@ -131,7 +131,7 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(
     assert "cpp" not in caught.value.message
 
 
-def test_prior_output_that_does_not_follow_is_refused(grammars: Grammars, tokenizer: Tokenizer) -> None:
+def test_prior_output_that_does_not_follow_is_refused(grammars: GrammarService, tokenizer: Tokenizer) -> None:
     follow = grammars.follow(asking(PHONE))
     assert follow is not None
     with pytest.raises(RequestError) as caught:
@@ -139,8 +139,8 @@ def test_prior_output_that_does_not_follow_is_refused(grammars: Grammars, tokeni
     assert caught.value.reason == "INVALID_GRAMMAR"
 
 
-def test_a_model_without_end_needs_a_stop_id(grammars: Grammars, model_dir: Path) -> None:
-    endless = Grammars(str(model_dir), VOCABULARY, ())
+def test_a_model_without_end_needs_a_stop_id(grammars: GrammarService, model_dir: Path) -> None:
+    endless = GrammarService(str(model_dir), VOCABULARY, ())
     endless._verdicts = grammars._verdicts
     with pytest.raises(RequestError, match="stop token id"):
         endless.follow(asking(PHONE))
@@ -152,14 +152,16 @@ def test_without_the_library_a_grammar_is_refused_as_unavailable(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "xgrammar", None)
-    grammars = Grammars(str(model_dir), VOCABULARY, (0,))
+    grammars = GrammarService(str(model_dir), VOCABULARY, (0,))
     with pytest.raises(RequestError) as caught:
         grammars.follow(asking(PHONE))
     assert caught.value.reason == "GRAMMAR_UNAVAILABLE"
     grammars.close()
 
 
-def test_a_grammar_that_ends_its_compiler_is_refused_and_the_next_one_is_not(grammars: Grammars) -> None:
+def test_a_grammar_that_ends_its_compiler_is_refused_and_the_next_one_is_not(
+    grammars: GrammarService,
+) -> None:
     grammars.follow(asking(PHONE))
     assert grammars._compiler is not None
     assert grammars._compiler._process is not None

@@ -1,8 +1,8 @@
-"""The process that compiles grammars: `python -m engine.grammar.process --fd N MODEL VOCABULARY [EOS...]`.
+"""The process that compiles grammars.
 
-Over the inherited socket go frames: a 4-byte big-endian length, a tag of one byte, UTF-8 text. It first
-sends its tokeniser's description, then answers each grammar with what was compiled or why it was not.
-A grammar that costs more than `CPU_S` or `MEMORY_BYTES` ends it.
+Run by `compiler.py`: `python -m engine.grammar.compiler_process --fd N MODEL VOCABULARY [EOS...]`.
+Answers requests on the inherited socket, see `compiler_protocol.py`. A grammar that needs more than
+`CPU_S` seconds or `MEMORY_BYTES` ends this process, without an answer.
 """
 
 from __future__ import annotations
@@ -12,51 +12,28 @@ import json
 import os
 import resource
 import socket
-import struct
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from engine.errors import ModelError
-from engine.grammar.json_schema import legal_strings
+from engine.grammar.compiler_protocol import (
+    COMPILED,
+    READY,
+    REFUSED,
+    UNAVAILABLE,
+    decode_grammar,
+    receive,
+    send,
+)
+from engine.grammar.json_schema import with_string_patterns
 from engine.ipc.link import die_with_parent
-from engine.request import Grammar, GrammarKind
+from engine.request import Grammar
 
 CPU_S = 20
 MEMORY_BYTES = 4 << 30
-_MOST_WHITESPACE = 32  # characters between two parts of a JSON text, lest an output be nothing but them
-
-READY, COMPILE, COMPILED, REFUSED, UNAVAILABLE = b"I", b"G", b"C", b"R", b"U"
-_HEAD = struct.Struct(">Ic")
-_KINDS: dict[bytes, GrammarKind] = {b"s": "json_schema", b"o": "json_object", b"r": "regex", b"c": "choice"}
-
-
-def send(connection: socket.socket, tag: bytes, text: str) -> None:
-    """Send one frame."""
-    data = text.encode()
-    connection.sendall(_HEAD.pack(len(data), tag) + data)
-
-
-def receive(connection: socket.socket) -> tuple[bytes, str]:
-    """The next frame. Raises ConnectionError when the other side has gone, TimeoutError on its timeout."""
-    length, tag = _HEAD.unpack(_exactly(connection, _HEAD.size))
-    return tag, str(_exactly(connection, length), "utf-8")
-
-
-def _exactly(connection: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = connection.recv_into(view)
-        if count == 0:
-            raise ConnectionResetError("the other side has gone")
-        view = view[count:]
-    return data
-
-
-def pack(grammar: Grammar) -> str:
-    """A grammar as a frame's text."""
-    return json.dumps([grammar.kind, grammar.source])
+# Characters between two parts of a JSON text. Without a limit, a model may generate nothing but whitespace.
+_MAX_WHITESPACE = 32
 
 
 def main() -> None:
@@ -81,7 +58,7 @@ def main() -> None:
         return
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     send(connection, READY, info.serialize_json())
-    os.nice(5)  # from now on what a client wants done is done beside steps that others wait for
+    os.nice(5)  # compiling must not slow down the engine's steps, which other requests wait for
     while True:
         try:
             _, text = receive(connection)
@@ -91,7 +68,7 @@ def main() -> None:
         spent = int(used.ru_utime + used.ru_stime)
         resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_S, resource.RLIM_INFINITY))
         try:
-            send(connection, COMPILED, _compile(compiler, Grammar(*json.loads(text))).serialize_json())
+            send(connection, COMPILED, _compile(compiler, decode_grammar(text)).serialize_json())
         except MemoryError:
             return
         except (RuntimeError, ValueError) as error:
@@ -101,10 +78,10 @@ def main() -> None:
 
 
 def _compile(compiler: Any, grammar: Grammar) -> Any:
-    whitespace = {"max_whitespace_cnt": _MOST_WHITESPACE}
+    whitespace = {"max_whitespace_cnt": _MAX_WHITESPACE}
     match grammar.kind:
         case "json_schema":
-            schema = json.dumps(legal_strings(json.loads(grammar.source)))
+            schema = json.dumps(with_string_patterns(json.loads(grammar.source)))
             return compiler.compile_json_schema(schema, **whitespace)
         case "json_object":
             return compiler.compile_json_schema('{"type":"object","additionalProperties":true}', **whitespace)
@@ -116,7 +93,7 @@ def _compile(compiler: Any, grammar: Grammar) -> Any:
 
 
 def _tokenizer_info(model: str, vocabulary: int, eos: Sequence[int]) -> Any:
-    """The vocabulary as bytes. Special tokens stand for no text: what they look like must never match."""
+    """The vocabulary as bytes. Special tokens become empty: a grammar must never match their names."""
     import xgrammar
 
     from engine.text.process import load_tokenizer
@@ -139,7 +116,7 @@ def _tokenizer_info(model: str, vocabulary: int, eos: Sequence[int]) -> Any:
 
 
 def _explanation(error: Exception) -> str:
-    """What the compiler said, without where in its sources."""
+    """The compiler's message without the place in its sources."""
     return str(error).strip().rpartition(".cc:")[2].partition(": ")[2] or str(error).strip()
 
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.grammar.gate import Gate
+from engine.grammar.grammar_queue import GrammarQueue
 from engine.ipc.wire import CancelRequest, Message, SubmitRequest
 from engine.request import Grammar, Request, SamplingParams
 
 SLOW, FAST = Grammar("regex", "slow"), Grammar("regex", "fast")
 
 
-class FakeGrammars:
-    """Grammars that are ready when a test says so."""
+class FakeService:
+    """A service whose grammars are ready when a test says so."""
 
     def __init__(self) -> None:
         self.done = {FAST}
@@ -36,8 +36,8 @@ class FakeGrammars:
 
 
 @pytest.fixture
-def grammars() -> Iterator[FakeGrammars]:
-    grammars = FakeGrammars()
+def grammars() -> Iterator[FakeService]:
+    grammars = FakeService()
     yield grammars
     grammars.close()
 
@@ -50,43 +50,43 @@ def link() -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def gate(grammars: FakeGrammars, link: socket.socket) -> Gate:
-    return Gate(grammars, link)  # type: ignore[arg-type]
+def queue(grammars: FakeService, link: socket.socket) -> GrammarQueue:
+    return GrammarQueue(grammars, link)  # type: ignore[arg-type]
 
 
 def submit(id: str, grammar: Grammar | None = None) -> SubmitRequest:
     return SubmitRequest(Request(id, (1,), SamplingParams(grammar=grammar)))
 
 
-def test_only_who_needs_a_grammar_that_is_not_ready_waits(gate: Gate, grammars: FakeGrammars) -> None:
+def test_only_who_needs_a_grammar_that_is_not_ready_waits(queue: GrammarQueue, grammars: FakeService) -> None:
     slow, fast, free = submit("slow", SLOW), submit("fast", FAST), submit("free")
     cancel = CancelRequest("other")
-    assert list(gate.passing([slow, fast, cancel, free])) == [fast, cancel, free]
-    assert list(gate.passing([])) == []
+    assert list(queue.admit([slow, fast, cancel, free])) == [fast, cancel, free]
+    assert list(queue.admit([])) == []
     grammars.finish()
-    assert list(gate.passing([free])) == [slow, free]
-    assert list(gate.passing([])) == []
+    assert list(queue.admit([free])) == [slow, free]
+    assert list(queue.admit([])) == []
 
 
-def test_a_request_cancelled_while_it_waits_never_passes(gate: Gate, grammars: FakeGrammars) -> None:
+def test_a_request_cancelled_while_it_waits_never_passes(queue: GrammarQueue, grammars: FakeService) -> None:
     waiting: list[Message] = [submit("a", SLOW), CancelRequest("a")]
-    assert list(gate.passing(waiting)) == []
+    assert list(queue.admit(waiting)) == []
     grammars.finish()
-    assert list(gate.passing([])) == []
+    assert list(queue.admit([])) == []
 
 
 def test_a_choice_cancelled_while_its_request_waits_is_cancelled_after_it(
-    gate: Gate, grammars: FakeGrammars
+    queue: GrammarQueue, grammars: FakeService
 ) -> None:
     slow, cancel = submit("a", SLOW), CancelRequest("a", 1)
-    assert list(gate.passing([slow, cancel])) == []
+    assert list(queue.admit([slow, cancel])) == []
     grammars.finish()
-    assert list(gate.passing([])) == [slow, cancel]
+    assert list(queue.admit([])) == [slow, cancel]
 
 
 def test_it_wakes_for_messages_and_for_grammars(
-    gate: Gate, grammars: FakeGrammars, link: socket.socket
+    queue: GrammarQueue, grammars: FakeService, link: socket.socket
 ) -> None:
-    assert not select.select([gate], [], [], 0)[0]
+    assert not select.select([queue], [], [], 0)[0]
     grammars.finish()
-    assert select.select([gate], [], [], 5)[0]
+    assert select.select([queue], [], [], 5)[0]

@@ -1,4 +1,4 @@
-"""Ranks that share memory, as processes of their own."""
+"""Groups over shared memory, with every rank a process of its own."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ import pytest
 import torch
 from torch.distributed import Store
 
-from engine.distributed import shm
-from engine.distributed.parallel import connect
+from engine.distributed import shared_memory
+from engine.distributed.rendezvous import connect
+from engine.distributed.shared_memory_groups import open_stage_link, open_tensor_parallel
 from engine.errors import EngineError
 from engine.grid import Grid
 from tests.parallel.processes import run, start
 
 TIMEOUT = timedelta(seconds=60)
-SLOT = 32768  # floats
+SLOT = 32768  # floats in a slot
 SIZES = (1, 3, 17, 576, 4096, SLOT - 1, SLOT, SLOT + 1, 3 * SLOT + 5)
 CPU = torch.device("cpu")
-OBSTACLES = {"not made": (os, "memfd_create"), "not seen": (shm, "_map"), "not built": (shm, "_library")}
+OBSTACLES = {
+    "not made": (os, "memfd_create"),
+    "not seen": (shared_memory, "_map"),
+    "not built": (shared_memory, "_library"),
+}
 
 
 def part(rank: int, size: int, number: int = 0) -> torch.Tensor:
-    """What a rank brings: of many magnitudes, so that another order of adding would show."""
+    """A rank's part of a sum, of many magnitudes: another order of additions gives other bits."""
     generator = torch.Generator().manual_seed(1000 * number + rank)
     return torch.randn(size, generator=generator) * 10 ** (4 * torch.rand(size, generator=generator))
 
@@ -40,21 +45,21 @@ def sum_in_order(parts: list[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def dawdle(rank: int, number: int) -> None:
-    """Be now early and now late, up to beyond the point where the others sleep."""
+def arrive_at_random(rank: int, number: int) -> None:
+    """Arrive early or late, sometimes so late that the other ranks already sleep on the futex."""
     end = time.monotonic() + random.Random(97 * number + rank).choice((0, 0, 1e-5, 1e-4, 1e-3))
     while time.monotonic() < end:
         pass
 
 
 def add(rank: int, ranks: int, store: Store) -> int:
-    row = shm.share_row(store, "row", rank, ranks, TIMEOUT)
-    assert row is not None
+    group = open_tensor_parallel(store, "tp", rank, ranks, TIMEOUT)
+    assert group is not None
     wrong = 0
     for number, size in enumerate(SIZES * 3):
-        dawdle(rank, number)
+        arrive_at_random(rank, number)
         expected = sum_in_order([part(other, size, number) for other in range(ranks)])
-        wrong += not torch.equal(row.all_reduce(part(rank, size, number)), expected)
+        wrong += not torch.equal(group.all_reduce(part(rank, size, number)), expected)
     return wrong
 
 
@@ -64,11 +69,11 @@ def test_sums_are_those_in_the_order_of_ranks_bit_for_bit(ranks: int) -> None:
 
 
 def add_bfloat16(rank: int, ranks: int, store: Store) -> bool:
-    row = shm.share_row(store, "row", rank, ranks, TIMEOUT)
-    assert row is not None
+    group = open_tensor_parallel(store, "tp", rank, ranks, TIMEOUT)
+    assert group is not None
     parts = [part(other, 1000).bfloat16() for other in range(ranks)]
     expected = sum_in_order([each.float() for each in parts]).bfloat16()
-    return torch.equal(row.all_reduce(parts[rank]), expected)
+    return torch.equal(group.all_reduce(parts[rank]), expected)
 
 
 def test_sums_in_bfloat16_are_rounded_once() -> None:
@@ -76,13 +81,13 @@ def test_sums_in_bfloat16_are_rounded_once() -> None:
 
 
 def gather(rank: int, ranks: int, store: Store) -> bool:
-    row = shm.share_row(store, "row", rank, ranks, TIMEOUT)
-    assert row is not None
+    group = open_tensor_parallel(store, "tp", rank, ranks, TIMEOUT)
+    assert group is not None
     right = True
     for number, (rows, columns) in enumerate([(1, 1), (5, 7), (3, SLOT + 3), (40, 1000), (1, 4 * SLOT)]):
-        dawdle(rank, number)
+        arrive_at_random(rank, number)
         parts = [part(other, rows * columns, number).view(rows, columns) for other in range(ranks)]
-        right &= torch.equal(row.gather_columns(parts[rank]), torch.cat(parts, dim=1))
+        right &= torch.equal(group.gather_columns(parts[rank]), torch.cat(parts, dim=1))
     return right
 
 
@@ -92,15 +97,15 @@ def test_columns_come_side_by_side(ranks: int) -> None:
 
 
 def pass_on(rank: int, ranks: int, store: Store) -> bool:
-    hop = shm.share_hop(store, "hop", rank, 4 * max(SIZES), 3, TIMEOUT)
-    assert hop is not None
+    link = open_stage_link(store, "link", rank, 4 * max(SIZES), 3, TIMEOUT)
+    assert link is not None
     right = True
     for number, size in enumerate(SIZES * 4):
-        dawdle(rank, number)
+        arrive_at_random(rank, number)
         if rank == 0:
-            hop.send(part(0, size, number))
+            link.send(part(0, size, number))
         else:
-            right &= torch.equal(hop.receive((size,), torch.float32), part(0, size, number))
+            right &= torch.equal(link.receive((size,), torch.float32), part(0, size, number))
     return right
 
 
@@ -109,15 +114,15 @@ def test_messages_arrive_whole_and_in_order() -> None:
 
 
 def send_ahead(rank: int, ranks: int, store: Store) -> bool:
-    hop = shm.share_hop(store, "hop", rank, 64, 2, TIMEOUT)
-    assert hop is not None
+    link = open_stage_link(store, "link", rank, 64, 2, TIMEOUT)
+    assert link is not None
     if rank == 0:
         for number in range(2):
-            hop.send(torch.tensor([number]))
+            link.send(torch.tensor([number]))
         store.set("sent", "2")
         return True
     store.get("sent")
-    return [hop.receive((1,), torch.int64).item() for _ in range(2)] == [0, 1]
+    return [link.receive((1,), torch.int64).item() for _ in range(2)] == [0, 1]
 
 
 def test_as_many_messages_as_may_be_in_flight_are_sent_before_any_is_received() -> None:
@@ -125,16 +130,16 @@ def test_as_many_messages_as_may_be_in_flight_are_sent_before_any_is_received() 
 
 
 def survive(rank: int, ranks: int, store: Store) -> str:
-    row = shm.share_row(store, "row", rank, ranks, TIMEOUT)
-    assert row is not None
-    row.all_reduce(part(rank, 10))
+    group = open_tensor_parallel(store, "tp", rank, ranks, TIMEOUT)
+    assert group is not None
+    group.all_reduce(part(rank, 10))
     store.set(f"summed/{rank}", "")
     if rank == 1:
         for other in range(ranks):
             store.get(f"summed/{other}")
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(EngineError) as caught:
-        row.all_reduce(part(rank, 10))
+        group.all_reduce(part(rank, 10))
     return caught.value.reason
 
 
@@ -147,14 +152,14 @@ def test_whoever_waits_for_a_rank_that_was_killed_sees_it() -> None:
 
 
 def outlive(rank: int, ranks: int, store: Store) -> str:
-    row = shm.share_row(store, "row", rank, ranks, TIMEOUT)
-    assert row is not None
+    group = open_tensor_parallel(store, "tp", rank, ranks, TIMEOUT)
+    assert group is not None
     if rank == 1:
-        row.leave()
-        store.get("seen")  # it lives until rank 0 has seen that it leaves
+        group.leave()
+        store.get("seen")  # stay alive until rank 0 has noticed the call of `leave`
         return ""
     with pytest.raises(EngineError) as caught:
-        row.all_reduce(part(rank, 10))
+        group.all_reduce(part(rank, 10))
     store.set("seen", "")
     return caught.value.reason
 
@@ -164,13 +169,13 @@ def test_whoever_waits_for_a_rank_that_leaves_need_not_wait_for_its_end() -> Non
 
 
 def wait_in_vain(rank: int, ranks: int, store: Store) -> str:
-    row = shm.share_row(store, "row", rank, ranks, timedelta(seconds=0))
-    assert row is not None
+    group = open_tensor_parallel(store, "tp", rank, ranks, timedelta(seconds=0))
+    assert group is not None
     if rank == 1:
         store.get("over")
         return ""
     with pytest.raises(EngineError) as caught:
-        row.all_reduce(part(rank, 10))
+        group.all_reduce(part(rank, 10))
     store.set("over", "")
     return caught.value.message
 
@@ -180,10 +185,10 @@ def test_whoever_waits_for_too_long_says_so() -> None:
 
 
 def sum_for_ever(rank: int, ranks: int, store: Store) -> None:
-    row = shm.share_row(store, "row", rank, ranks, TIMEOUT)
-    assert row is not None
+    group = open_tensor_parallel(store, "tp", rank, ranks, TIMEOUT)
+    assert group is not None
     while True:
-        row.all_reduce(part(rank, 10))
+        group.all_reduce(part(rank, 10))
         store.set(f"summing/{rank}", "")
 
 
@@ -218,15 +223,16 @@ def do_without(rank: int, ranks: int, store: Store, obstacle: str, culprit: int)
         passed = float(total.sum())
     else:
         passed = float(group.recv_hidden((1, 100), torch.float32, CPU).sum())
-    for other in range(ranks):  # gloo's connections end with a process
+    for other in range(ranks):  # gloo's connections break when a process ends
         store.set(f"over/{rank}", "")
         store.get(f"over/{other}")
-    return type(group._row).__name__, right, passed
+    return type(group._tensor_parallel).__name__, right, passed
 
 
 @pytest.mark.parametrize(("obstacle", "culprit"), [("not made", 0), ("not seen", 1), ("not built", 1)])
-def test_a_row_that_cannot_share_memory_goes_over_gloo(obstacle: str, culprit: int) -> None:
+def test_a_group_that_cannot_share_memory_goes_over_gloo(obstacle: str, culprit: int) -> None:
+    over_gloo, shared = "ProcessGroupTensorParallel", "SharedTensorParallel"
     results = run(do_without, 4, obstacle, culprit)
-    assert [result[0] for result in results] == ["GroupRow", "GroupRow", "SharedRow", "SharedRow"]
+    assert [result[0] for result in results] == [over_gloo, over_gloo, shared, shared]
     assert all(right for _, right, _ in results)
     assert [results[0][2], results[1][2]] == [results[2][2], results[3][2]]
