@@ -4,10 +4,10 @@ Events in, instructions out: no sockets, no processes, no clock. `dataplane.shar
 instructions say, in order.
 
 Owns: which children should live, what this shard's status is, when the leader serves.
-Does not own: processes (`process`), the store (`registration`), requests (`requests`).
+Does not own: processes (`children`), the store (`phalanx.store.registration`), requests (`requests`).
 
-Children are named by a number that is never reused, so that the messages and the death of a child of a
-past epoch cannot be mistaken for those of the current one.
+A child's number is never used again, so the messages, steps and death of a child of an earlier epoch cannot
+be mistaken for those of the current one.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dataplane.shard.events import (
-    Abandoned,
-    Assigned,
+    AskPeerToStart,
     BeginServing,
+    ControllerTimedOut,
     EndServing,
     Event,
     Exited,
-    Form,
-    Formed,
     Hung,
     Instruction,
     Kill,
+    LeaderStartedLife,
     PeerFailed,
     Publish,
+    RankAssigned,
+    RankUnassigned,
     Received,
     RendezvousSeen,
     SendRendezvous,
     Spawned,
     SpawnEngine,
     SpawnText,
-    StoodStill,
     Stop,
-    Unassigned,
     Withdraw,
+    WorkerPaused,
 )
 from engine.ipc.wire import EngineFailed, EngineReady, Message, Rendezvous, StartEngine, StartText, TextReady
 from phalanx.store.records import ShardRecord, ShardState
 
-LIFE_BITS = 16  # of the number that an engine knows its epoch and life by
-MAX_REASON = 1000  # characters: it travels in the store and in gRPC trailers
+LIFE_BITS = 16  # the low bits of the number by which an engine knows its epoch and life
+MAX_REASON = 1000  # characters: a reason travels in the store and in gRPC trailers
 
 
 @dataclass(slots=True)
@@ -54,14 +54,14 @@ class _Child:
     longest_token_bytes: int = 0  # of a text process
 
 
-class Supervisor:
+class ShardSupervisor:
     """The state machine of one boot of a worker."""
 
     def __init__(self, worker: str, incarnation: str, host: str, device: str) -> None:
         self._worker, self._incarnation = worker, incarnation
         self._host, self._device = host, device
         self._children = 0
-        self._place: Assigned | None = None
+        self._place: RankAssigned | None = None
         self._record: ShardRecord | None = None
         self._engine: _Child | None = None
         self._limits: EngineReady | None = None
@@ -78,7 +78,7 @@ class Supervisor:
 
     @property
     def leader_address(self) -> str:
-        """host:port of the worker that leads this one's replica, empty where it has none."""
+        """host:port of the leader of this worker's replica, empty where this worker has no rank."""
         return self._place.addresses[0] if self._place and self._place.addresses else ""
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -86,9 +86,9 @@ class Supervisor:
         if self._stopped:
             return []
         match event:
-            case Assigned():
+            case RankAssigned():
                 return self._assigned(event)
-            case Unassigned():
+            case RankUnassigned():
                 return self._unassigned()
             case RendezvousSeen():
                 return self._rendezvous_seen(event)
@@ -96,10 +96,10 @@ class Supervisor:
                 if self._place is None or self._place.era != (epoch, life):
                     return []
                 return self._fail(f"shard {rank} failed: {reason}", permanent)
-            case Abandoned(epoch, life):
-                return self._abandoned(epoch, life)
-            case Formed():
-                return self._formed(event)
+            case ControllerTimedOut(epoch, life):
+                return self._controller_timed_out(epoch, life)
+            case LeaderStartedLife():
+                return self._leader_started_life(event)
             case Spawned(child, pid):
                 return self._spawned(child, pid)
             case Received(child, message):
@@ -108,8 +108,8 @@ class Supervisor:
                 return self._exited(child, status)
             case Hung(child, status):
                 return self._hung(child, status)
-            case StoodStill(seconds):
-                # Others have gone on without this rank. What it would still say is of the past.
+            case WorkerPaused(seconds):
+                # Others have gone on without this rank, and may not take its output for current.
                 return self._fail(f"the worker stood still for {seconds:.1f} s", permanent=False)
             case Stop():
                 return self._stop()
@@ -118,13 +118,13 @@ class Supervisor:
         """Assert what must hold between any two events."""
         failed = self._record is not None and self._record.state is ShardState.FAILED
         ready = self._record is not None and self._record.state is ShardState.READY
-        assert (self._place is None) == (self._record is None), "a status exactly where there is a place"
+        assert (self._place is None) == (self._record is None), "a rank has a status"
         assert not (self._engine and failed), "a failed shard has no engine"
         assert not (ready and not (self._engine and self._engine.ready)), "ready with a dead engine"
         assert not (self._serving and not (ready and self._text and self._text.ready)), "serving unready"
-        assert not (self._engine or self._text) or self._place, "children without a place"
+        assert not (self._engine or self._text) or self._place, "children without a rank"
 
-    def _assigned(self, place: Assigned) -> list[Instruction]:
+    def _assigned(self, place: RankAssigned) -> list[Instruction]:
         past = self._place
         if past is not None and place.replica == past.replica and place.era <= past.era:
             return []
@@ -150,10 +150,10 @@ class Supervisor:
             load_format=place.load_format or "auto",
             quantization=place.quantization,
         )
-        todo.append(SpawnEngine(self._engine.id, start))
         if place.rank == 0 and self._text is None:
             self._text, self._text_start = _Child(self._number()), text
             todo.append(SpawnText(self._text.id, text))
+        todo.append(SpawnEngine(self._engine.id, start, self._text.id if self._text else None))
         self._record = ShardRecord(
             replica=place.replica,
             rank=place.rank,
@@ -166,8 +166,8 @@ class Supervisor:
         )
         return [*todo, Publish(self._record)]
 
-    def _abandoned(self, epoch: int, life: int) -> list[Instruction]:
-        """Form the replica anew, as it was: the others are asked once its engine says where to meet."""
+    def _controller_timed_out(self, epoch: int, life: int) -> list[Instruction]:
+        """Start the replica's next life. The other ranks are asked once this engine says where to meet."""
         place, record = self._place, self._record
         if place is None or record is None or place.era != (epoch, life) or place.rank != 0:
             return []
@@ -175,7 +175,7 @@ class Supervisor:
             return []
         return self._assigned(replace(place, life=life + 1))
 
-    def _formed(self, event: Formed) -> list[Instruction]:
+    def _leader_started_life(self, event: LeaderStartedLife) -> list[Instruction]:
         place = self._place
         if place is None or (place.replica, place.epoch) != (event.replica, event.epoch) or place.rank == 0:
             return []
@@ -230,12 +230,12 @@ class Supervisor:
         return []
 
     def _ask_others(self, rendezvous: str) -> list[Instruction]:
-        """Of a life that no assignment has begun, only the leader can tell the other ranks."""
+        """Ask the other ranks to start, unless an assignment did: it began life 0."""
         place = self._place
         if place is None or place.life == 0:
             return []
         return [
-            Form(address, rank, place.replica, place.epoch, place.life, rendezvous)
+            AskPeerToStart(address, rank, place.replica, place.epoch, place.life, rendezvous)
             for rank, address in enumerate(place.addresses[1:], start=1)
         ]
 
@@ -245,7 +245,7 @@ class Supervisor:
             return self._fail(f"the engine {status}", permanent=False)
         if self._text and self._text.id == child:
             self._text = None
-            # Without its text process the leader is of no use, whatever its engine does.
+            # A leader without its text process cannot serve, whatever its engine does.
             todo = self._fail(f"the text process {status}", permanent=False)
             return todo or self._publish(text_pid=0)
         return []
@@ -260,7 +260,7 @@ class Supervisor:
         return []
 
     def _begin(self) -> list[Instruction]:
-        """Serve and say so, once all that this rank needs is ready."""
+        """Serve and publish it, once every child that this rank needs is ready."""
         place, engine, text, limits = self._place, self._engine, self._text, self._limits
         if place is None or engine is None or limits is None or self._record is None:
             return []
@@ -271,7 +271,7 @@ class Supervisor:
         if text is None or not text.ready:
             return []
         self._serving = True
-        # Serving begins first: a gateway may come as soon as the status is out.
+        # Serving begins first: a gateway may come as soon as the status is published.
         return [
             BeginServing(place.replica, place.epoch, engine.id, text.id, limits, text.longest_token_bytes),
             *self._publish(
@@ -280,7 +280,7 @@ class Supervisor:
         ]
 
     def _fail(self, reason: str, permanent: bool) -> list[Instruction]:
-        """End the epoch on this shard; its first failure is the one that is kept."""
+        """End the epoch on this shard. The first failure's reason is kept."""
         if self._record is None or self._record.state is ShardState.FAILED:
             return []
         reason = _printable(reason)
@@ -294,7 +294,7 @@ class Supervisor:
         )
 
     def _publish(self, **changes: object) -> list[Instruction]:
-        assert self._record is not None, "only a worker with a place has children"
+        assert self._record is not None, "only a worker with a rank has children"
         record = replace(self._record, **changes)  # type: ignore[arg-type]  # field names are literal above
         if record == self._record:
             return []
@@ -321,5 +321,5 @@ class Supervisor:
 
 
 def _printable(reason: str) -> str:
-    """A child's words as the store takes them: short, and without halves of characters of file names."""
+    """A child's reason, short and in valid UTF-8: file names may bring lone surrogates."""
     return reason[:MAX_REASON].encode("utf-8", "replace").decode()

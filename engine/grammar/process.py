@@ -119,7 +119,7 @@ def _tokenizer_info(model: str, vocabulary: int, eos: Sequence[int]) -> Any:
     """The vocabulary as bytes. Special tokens stand for no text: what they look like must never match."""
     import xgrammar
 
-    from engine.text.process import load_tokenizer
+    from engine.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     found = xgrammar.TokenizerInfo.from_huggingface(

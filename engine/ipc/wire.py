@@ -116,26 +116,44 @@ class EngineFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Began:
+    """A step of so many tokens begins. `StepEnded` follows when it has ended; steps end in their order."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnded:
+    """The oldest step in flight has ended on every rank. Its `Step` goes to the text process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The answer to `Probe`."""
+
+
+# Engine to text process to worker
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """What one step did: requests queued, tokens generated, requests refused."""
+    """What one step did: requests queued, tokens generated, requests refused.
+
+    The leader's engine sends it to the text process over a socket of their own. The text process fills
+    `pieces` and `engine` and sends it to the worker, in the same order. A delta that completes a stop text is
+    cut after the token that completes it and gets the finish "stop". Later deltas of that choice have no
+    tokens; the worker drops them.
+
+    `engine`: the number that the worker gave to the engine's socket. A worker drops the steps of every engine
+    but the one that serves.
+    """
 
     step: int
     load: Load
     accepted: tuple[str, ...] = ()
     deltas: tuple[Delta, ...] = ()
     failed: tuple[Refusal, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Began:
-    """A step of so many tokens begins. A `Step` with its number follows when it has ended."""
-
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Alive:
-    """The answer to `Probe`."""
+    engine: int = 0
 
 
 # Any child to its worker, but not to an offline engine
@@ -159,10 +177,19 @@ class StartText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a text, or a conversation of (role, content) pairs by the model's chat template, or neither.
+    """Tokenise a request's prompt, and detokenise its output from now on.
 
-    `max_model_len` tokens or more are refused as PROMPT_TOO_LONG; 0 is no limit. Beside it, tokenise words
-    as an output may spell them: at its beginning and after a space.
+    The prompt is a text, or a conversation of (role, content) pairs for the model's chat template, or neither
+    where the worker has its token ids. A prompt of `max_model_len` tokens or more is refused as
+    PROMPT_TOO_LONG; 0 is no limit. `bad_words` are tokenised as an output may spell them: at its beginning
+    and after a space.
+
+    `n`: number of choices. `prior`: the token ids that earlier attempts generated, per choice. Their text has
+    been delivered; the detokeniser's state is rebuilt from them. A stop text counts if it ends in the text of
+    a token after the first `min_tokens`.
+
+    Answered by `Encoded` or `NotEncoded`. The engine gets the request after that, so its first delta never
+    overtakes this message.
     """
 
     id: str
@@ -170,19 +197,7 @@ class Encode:
     messages: tuple[tuple[str, str], ...] = ()
     max_model_len: int = 0
     bad_words: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Track:
-    """Follow a request's choices: deltas of untracked ids pass through without text.
-
-    `prior` is what earlier attempts generated per choice; its text has been delivered and only
-    the decoder's state is rebuilt from it. A stop text counts if it ends in the text of a token after
-    the first `min_tokens`.
-    """
-
-    id: str
-    n: int
+    n: int = 1
     prior: tuple[tuple[int, ...], ...] = ()
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
@@ -190,7 +205,7 @@ class Track:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Drop a request's state. Unknown ids are ignored."""
+    """Drop a request's detokeniser, and its prompt if that still waits. Unknown ids are ignored."""
 
     id: str
 
@@ -225,14 +240,10 @@ class NotEncoded:
     refusal: Refusal
 
 
-# A `Step` sent down to the text process comes back in order with `pieces` filled. A delta that
-# completes a stop text comes back cut after the token that completed it, with finish "stop"; later
-# deltas of that choice come back with no tokens and must be dropped.
-
 Message = Union[  # noqa: UP007 - a union of this length reads better so
-    StartEngine, Rendezvous, SubmitRequest, CancelRequest, Probe, Loading, EngineReady, EngineFailed, Step,
-    Began, Alive, Beat,
-    StartText, Encode, Track, Forget, TextReady, Encoded, NotEncoded,
+    StartEngine, Rendezvous, SubmitRequest, CancelRequest, Probe, Loading, EngineReady, EngineFailed, Began,
+    StepEnded, Step, Alive, Beat,
+    StartText, Encode, Forget, TextReady, Encoded, NotEncoded,
 ]  # fmt: skip
 _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in typing.get_args(Message)}
 

@@ -1,9 +1,10 @@
 """Forks engines: `python -m engine.processes.forkserver --fd N`, N an inherited SOCK_SEQPACKET socket.
 
 Importing torch takes seconds of a core; forking a process that has done so takes milliseconds. First of all
-the other end of the socket hears `ready`. It sends `fork` with the descriptor of an engine's link, hears
-`forked PID` with a pidfd, which names that process for ever, and at its end `ended PID CODE`, as of
-`subprocess`. A closed socket ends this process, and with it every engine.
+the other end of the socket hears `ready`. It sends `fork` with the descriptors of an engine's link and, for
+rank 0, of its socket to the text process. It hears `forked PID` with a pidfd, which names that process for
+ever, and at its end `ended PID CODE`, as of `subprocess`. A closed socket ends this process, and with it
+every engine.
 
 No thread may run beside `serve`: a fork takes only the one that forks.
 """
@@ -59,30 +60,30 @@ def serve(connection: socket.socket) -> None:
                 os.close(fd)
                 connection.send(b"ended %d %d" % (engines.pop(fd), os.waitstatus_to_exitcode(status)))
                 continue
-            request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST, 1)
+            request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST, 2)
             if not request:
                 return
-            (link,) = descriptors
             pid = os.fork()
             if pid == 0:
                 connection.close()
                 for other in engines:
                     os.close(other)
-                _become_engine(link)
-            os.close(link)
+                _become_engine(*descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
             pidfd = os.pidfd_open(pid)
             engines[pidfd] = pid
             poll.register(pidfd, select.POLLIN)
             socket.send_fds(connection, [b"forked %d" % pid], [pidfd])
 
 
-def _become_engine(link: int) -> None:
+def _become_engine(link: int, text: int | None = None) -> None:
     """Never returns."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     random.seed()
     try:
-        process.run(link, survive_thread=False)
+        process.run(link, text, survive_thread=False)
     finally:
         os._exit(1)
 

@@ -1,6 +1,7 @@
-"""Entry point of one rank: `python -m engine.processes.rank --fd N`, N an inherited `engine.ipc.wire` socket.
+"""Entry point of one rank: `python -m engine.processes.rank --fd N [--text-fd M]`, N and M inherited sockets.
 
-Rank 0 serves requests; every other rank executes plans. A closed socket ends the process at once.
+Rank 0 serves requests; every other rank executes plans. N carries `engine.ipc.wire` messages; when it closes,
+the process ends at once. Rank 0 writes its steps to the text process over M, or over N where there is no M.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import gc
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -22,6 +24,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError, as_engine_error
 from engine.grammar.gate import Gate
 from engine.ipc.link import Link, LinkClosedError, die_with_parent
+from engine.ipc.sender import BufferedSender
 from engine.ipc.wire import (
     Alive,
     Began,
@@ -34,6 +37,7 @@ from engine.ipc.wire import (
     Rendezvous,
     StartEngine,
     Step,
+    StepEnded,
     SubmitRequest,
 )
 from engine.processes.startup import Member, join
@@ -48,26 +52,28 @@ def main() -> None:
     """Run a rank until its socket closes."""
     parser = argparse.ArgumentParser(description="One rank of an engine.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket")
+    parser.add_argument("--text-fd", type=int, help="inherited socket to the text process")
     parser.add_argument(
         "--survive-thread",
         action="store_true",
         help="outlive the thread that started this process: only the closed socket ends it",
     )
     arguments = parser.parse_args()
-    run(arguments.fd, survive_thread=arguments.survive_thread)
+    run(arguments.fd, arguments.text_fd, survive_thread=arguments.survive_thread)
 
 
-def run(fd: int, *, survive_thread: bool) -> None:
+def run(fd: int, text_fd: int | None, *, survive_thread: bool) -> None:
     """Run a rank until the socket `fd` closes; never returns."""
     logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
     link = Link.inherited(fd)
+    steps = link if text_fd is None else BufferedSender(socket.socket(fileno=text_fd))
     if not survive_thread:
         die_with_parent()
         link.beat()  # a worker listens; an offline engine does not read any more once its ranks are ready
     code = 0
     with ExitStack() as at_end:
         try:
-            _run(link, at_end)
+            _run(link, steps, at_end)
         except LinkClosedError:
             pass  # nobody is left to tell
         except Exception as error:
@@ -82,7 +88,7 @@ def run(fd: int, *, survive_thread: bool) -> None:
     os._exit(code)
 
 
-def _run(link: Link, at_end: ExitStack) -> None:
+def _run(link: Link, steps: Link | BufferedSender, at_end: ExitStack) -> None:
     start, *early = link.receive()
     if not isinstance(start, StartEngine):
         raise EngineError("INTERNAL", f"expected StartEngine, got {type(start).__name__}")
@@ -99,7 +105,7 @@ def _run(link: Link, at_end: ExitStack) -> None:
     step_s = 0.0 if member.core is None else _timed_canary(member.core)
     link.send(EngineReady(identity, member.max_model_len, config.vocab_size, config.eos_token_ids, step_s))
     if member.core is not None:
-        _lead(member.core, link, early)
+        _lead(member.core, link, steps, early)
     else:
         _follow(member, link)
 
@@ -124,7 +130,7 @@ def _messages(link: Link) -> Iterable[Message]:
         yield from link.receive()
 
 
-def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
+def _lead(core: EngineCore, link: Link, steps: Link | BufferedSender, early: list[Message]) -> None:
     """Serve: one `Step` for what has arrived, one for each step that has run."""
     step, told = 0, core.load
     gate = Gate(core.grammars, link)
@@ -133,7 +139,7 @@ def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
         accepted, failed, finished, probed = _take(core, gate.passing(messages))
         if accepted or failed or finished or core.load != told:
             told = core.load
-            link.send(Step(step, told, accepted, finished, failed))
+            steps.send(Step(step, told, accepted, finished, failed))
         if probed:
             if not core.busy:
                 core.canary(time.time())
@@ -142,7 +148,8 @@ def _lead(core: EngineCore, link: Link, early: list[Message]) -> None:
             core.launch(time.time(), lambda tokens: link.send(Began(tokens)))
             step, deltas = core.collect(time.time())
             told = core.load
-            link.send(Step(step, told, deltas=deltas))
+            link.send(StepEnded())  # for the watchdog, whatever the text process does
+            steps.send(Step(step, told, deltas=deltas))
         if not core.busy:
             core.wait(gate)
         messages = link.receive(0)

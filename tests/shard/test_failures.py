@@ -12,8 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dataplane.shard import outbox
+from dataplane.shard.children import Commands
 from dataplane.shard.server import SERVICE
-from dataplane.shard.worker import Commands
 from phalanx.runtime import rpc
 from phalanx.store.records import ShardState
 from phalanx.v1 import types_pb2

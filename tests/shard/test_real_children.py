@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.shard.worker import Commands
+from dataplane.shard.children import Commands
 from phalanx.internal.v1 import shard_pb2
 from phalanx.store.records import ShardState
 from phalanx.v1 import types_pb2
