@@ -32,7 +32,7 @@ class RankAssigned:
     life: int = 0
 
     @property
-    def era(self) -> tuple[int, int]:
+    def epoch_and_life(self) -> tuple[int, int]:
         """Epoch and life. The pair only grows."""
         return self.epoch, self.life
 

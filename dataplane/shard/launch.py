@@ -11,7 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-_READY_WITHIN_S = 120.0  # the imports, on a machine that does much else
+_READY_WITHIN_S = 120.0  # the imports take so long on a busy machine
 _PAUSE_S = 1.0
 _ANSWER = 64
 
@@ -23,7 +23,7 @@ class Running(Protocol):
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The process id."""
 
     @property
     def returncode(self) -> int | None:
@@ -65,7 +65,7 @@ async def spawn(command: Sequence[str], descriptors: Mapping[str, int]) -> Runni
 
 
 class _Forked:
-    """A child of the fork server. Its pidfd cannot come to mean another process."""
+    """An engine that the fork server has forked. A pidfd, unlike a pid, never names another process later."""
 
     def __init__(self, pid: int, pidfd: int) -> None:
         self.pid, self._pidfd = pid, pidfd

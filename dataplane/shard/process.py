@@ -69,7 +69,7 @@ class Child:
             self._process.kill()
 
     async def run(self) -> str:
-        """Start the process, pass its messages on, and wait for its end: how it ended.
+        """Start the process, pass its messages on, wait for its end, and return how it ended.
 
         Every message that the process wrote has been passed on when this returns.
         """
@@ -94,7 +94,7 @@ class Child:
         return self._broken or describe(returncode)
 
     async def _attend(self, ours: socket.socket) -> None:
-        """Carry messages both ways until the process has ended."""
+        """Send and receive until the process has ended."""
         assert self._process is not None
         protocol = _Link(self._receive, self.kill)
         ours.setblocking(False)
@@ -152,10 +152,8 @@ class TextChild(Child):
         Works before the process has started: it finds the other end when it looks.
         """
         for_engine, for_text = socket.socketpair()
-        with (
-            for_text,
-            contextlib.suppress(OSError),
-        ):  # a text process that is gone or hangs ends the epoch anyway
+        # The supervisor ends the epoch of a text process that is gone or hangs: no need to fail here.
+        with for_text, contextlib.suppress(OSError):
             socket.send_fds(self._engines, [b"%d" % engine], [for_text.fileno()])
         return for_engine
 

@@ -1,12 +1,12 @@
 """Messages between a worker and its children: the engine process and the text process.
 
-They travel over a Unix socket pair as length-prefixed JSON, because the engine must run where
-nothing but torch, numpy, safetensors and transformers is installed. One frame carries one message
-as `{"type": name, ...fields}`. Any process may import this module: it needs the standard library only.
+They travel over Unix socket pairs as length-prefixed JSON, because the engine must run where nothing but
+torch, numpy, safetensors and transformers is installed. One frame carries one message as `{"type": name,
+...fields}`. This module needs the standard library only.
 
-A worker spawns `python -m engine.processes.rank --fd N` (every rank) and, beside the leader,
-`python -m engine.text.process --fd N`, where N is the inherited end of the pair. The first message down is
-`StartEngine` or `StartText`. A closed socket means that the other side is gone.
+A worker starts `engine.processes.rank` for every rank and, on the leader, `engine.text.process`. Each gets
+one end of a pair; the first message to it is `StartEngine` or `StartText`. The leader's engine and the text
+process have a further pair of their own, for `Step`. A closed socket means that the other side is gone.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class Rendezvous:
 
 @dataclass(frozen=True, slots=True)
 class SubmitRequest:
-    """Queue a request (leader only). Answered in `Step.accepted` or `Step.failed`."""
+    """Queue a request (rank 0 only). Answered in `Step.accepted` or `Step.failed`."""
 
     request: Request
 
 
 @dataclass(frozen=True, slots=True)
 class CancelRequest:
-    """Forget a request, all of it or one choice (leader only). Unknown ids are ignored."""
+    """End a request, all of it or one choice (rank 0 only). Unknown ids are ignored."""
 
     id: str
     choice: int | None = None
@@ -79,7 +79,7 @@ class CancelRequest:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Show that every rank computes (leader only). `Alive` answers, after a canary if there is no work."""
+    """Show that every rank computes (rank 0 only). `Alive` answers, after a canary if there is no work."""
 
 
 # Engine to worker
@@ -96,7 +96,7 @@ class Loading:
 class EngineReady:
     """The whole group has run a step together (rank 0), or this rank has joined it (the others).
 
-    `step_s`: how long a small step of the whole group took; of rank 0.
+    `step_s`: how long a small step of the whole group took; sent by rank 0.
     """
 
     model_hash: str
@@ -108,7 +108,7 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineFailed:
-    """The last word of a process that cannot go on. `permanent`: trying again will not help."""
+    """The last message of a child that fails. `permanent`: the same model and layout will fail again."""
 
     reason: str
     message: str
@@ -161,7 +161,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Said every BEAT_S by a thread that does nothing else: the process runs, whatever it is busy with."""
+    """Sent every BEAT_S by a thread that does nothing else: the process runs, whatever it is busy with."""
 
 
 # Worker to text process
@@ -169,7 +169,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class StartText:
-    """Load the tokeniser of this model directory; with `ids_only` it may have none."""
+    """Load the tokeniser of this model directory. With `ids_only` the directory may have none."""
 
     model: str
     ids_only: bool = False
@@ -273,7 +273,7 @@ def decode(body: bytes | bytearray | memoryview) -> Message:
 
 
 def _build(annotation: Any, value: Any) -> Any:
-    """`value`, as JSON has it, in the shape of a type annotation made of dataclasses and tuples."""
+    """A JSON value as the dataclasses and tuples of a type annotation."""
     build = _builder(annotation)
     return value if build is None else build(value)
 
