@@ -53,7 +53,7 @@ def admit(submit: shard_pb2.Submit, model: ServedModel) -> None:
 
 
 def check_length(tokens: int, model: ServedModel) -> None:
-    """Check that a prompt of so many tokens leaves room for one more. Raises PhalanxError: PROMPT_TOO_LONG."""
+    """Check that a prompt of so many tokens leaves room for one. Raises PhalanxError: PROMPT_TOO_LONG."""
     if tokens >= model.max_model_len:
         raise PhalanxError("PROMPT_TOO_LONG", too_many_tokens(tokens, model.max_model_len))
 

@@ -87,7 +87,7 @@ class ShardSupervisor:
             return []
         match event:
             case RankAssigned():
-                return self._assigned(event)
+                return self._start(event)
             case RankUnassigned():
                 return self._unassigned()
             case RendezvousSeen():
@@ -124,7 +124,8 @@ class ShardSupervisor:
         assert not (self._serving and not (ready and self._text and self._text.ready)), "serving unready"
         assert not (self._engine or self._text) or self._assignment, "children without a rank"
 
-    def _assigned(self, assignment: RankAssigned) -> list[Instruction]:
+    def _start(self, assignment: RankAssigned) -> list[Instruction]:
+        """Start this rank in a new epoch or life, in place of whatever ran before."""
         past = self._assignment
         if (
             past is not None
@@ -182,7 +183,7 @@ class ShardSupervisor:
             return []
         if record.state is not ShardState.FAILED or record.permanent:
             return []
-        return self._assigned(replace(assignment, life=life + 1))
+        return self._start(replace(assignment, life=life + 1))
 
     def _leader_started_life(self, event: LeaderStartedLife) -> list[Instruction]:
         assignment = self._assignment
@@ -192,7 +193,7 @@ class ShardSupervisor:
             or assignment.rank == 0
         ):
             return []
-        todo = self._assigned(replace(assignment, life=event.life))
+        todo = self._start(replace(assignment, life=event.life))
         return todo + self._rendezvous_seen(RendezvousSeen(event.epoch, event.rendezvous, event.life))
 
     def _unassigned(self) -> list[Instruction]:
@@ -231,7 +232,7 @@ class ShardSupervisor:
         text = self._text if self._text and self._text.id == child else None
         match message:
             case Rendezvous(address) if engine:
-                return self._publish(rendezvous=address) + self._ask_others(address)
+                return self._publish(rendezvous=address) + self._ask_peers(address)
             case EngineReady() if engine:
                 engine.ready, self._limits = True, message
                 return self._begin()
@@ -242,7 +243,7 @@ class ShardSupervisor:
                 return self._fail(f"{reason}: {explanation}", permanent)
         return []
 
-    def _ask_others(self, rendezvous: str) -> list[Instruction]:
+    def _ask_peers(self, rendezvous: str) -> list[Instruction]:
         """Ask the workers of the other ranks to start theirs. Of life 0 they know from the assignment."""
         assignment = self._assignment
         if assignment is None or assignment.life == 0:
