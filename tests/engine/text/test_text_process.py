@@ -357,6 +357,18 @@ def test_what_a_killed_engine_has_half_written_does_not_reach_the_next() -> None
             assert worker.expect(Step).engine == 4
 
 
+def test_a_killed_engine_is_waited_for_no_more() -> None:
+    with pairs() as (_, _, engines, their_engines):
+        streams = EngineStreams(their_engines)
+        with contextlib.closing(streams):
+            with Worker(None, engines).connect(3):  # type: ignore[arg-type]  # it has no link
+                streams.receive([their_engines])
+                waited = streams.sockets()
+                assert len(waited) == 2
+            assert streams.receive(waited[1:]) == []
+            assert streams.sockets() == [their_engines], "a closed socket is always readable"
+
+
 def test_steps_of_an_engine_before_the_newest_are_dropped() -> None:
     with served(IdsOnly()) as worker, worker.connect(3) as old, worker.connect(4) as new:
         worker.send(Encode("r"))
