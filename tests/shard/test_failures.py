@@ -107,7 +107,11 @@ async def test_a_child_that_hangs_is_named_by_the_failure(
 ) -> None:
     monkeypatch.setattr(watchdog, "NO_BEAT_S", 60.0 if victim == "engine" else 1.5)
     async with cluster.worker():
-        _, shard = await cluster.form()
+        epoch, shard = await cluster.form()
+        async with cluster.gateway(epoch) as gateway:
+            await gateway.hello()
+            await gateway.submit(text="a")
+            await gateway.until_finished()  # the watchdog knows how long a step takes
         os.kill(shard.engine_pid if victim == "engine" else shard.text_pid, signal.SIGSTOP)
         failed = await cluster.until_state(ShardState.FAILED)
         how = "hangs: a canary" if victim == "engine" else "is stopped"
