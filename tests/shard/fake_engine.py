@@ -57,6 +57,7 @@ class FakeEngine:
     def step(self, **news: object) -> None:
         self._step += 1
         load = Load(running=len(self._held), kv_blocks_free=90, kv_blocks_total=100)
+        self.send(wire.Began(1))
         self.send(wire.StepEnded())
         assert self._text is not None, "only rank 0 has requests"
         self._text.send(wire.Step(self._step, load, **news))  # type: ignore[arg-type]
