@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import render, results
 from engine import Engine
 from engine.request import SamplingParams
-from engine.text.process import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from phalanx.cli.demo_model import CHARS_PER_S, corpus, make
 
 WINDOW = 512

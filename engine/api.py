@@ -24,7 +24,7 @@ from engine.processes.startup import start_rank
 from engine.progress import loading_bar, progress_bar
 from engine.request import Delta, FinishReason, Load, PositionLogprobs, Request, SamplingParams
 from engine.text.detokenizer import ChoiceText, Detokenizer
-from engine.text.process import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from engine.weights.model_config import ModelConfig, check_layout
 
 Prompt = str | Sequence[int]

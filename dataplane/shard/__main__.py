@@ -1,4 +1,4 @@
-"""`python -m dataplane.shard`: the shard server, whose imports stand back for those that serve already."""
+"""`python -m dataplane.shard`: the shard server, imported at low priority."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a Submit must be like before anything is spent on it: pure checks, cheap whatever its size.
+"""Checks of a Submit before any work is done for it: pure, and cheap whatever its size.
 
-The engine checks the values again and more (`engine.scheduling.validation`); here is what would cost the
-children time or memory, or break a frame to them, before the engine sees it.
+The engine checks the values again, and more of them (`engine.scheduling.validation`). Here are the limits
+whose violation would cost the children time or memory, or make a frame to them too large.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engine.text.prompt_length import too_many_bytes, too_many_tokens
 from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 
-MAX_SUBMIT_BYTES = MAX_FRAME // 8  # a byte of protobuf becomes at most 6 of JSON; the rest is for names
+MAX_SUBMIT_BYTES = MAX_FRAME // 8  # a byte of protobuf becomes at most 6 of JSON; 2 are left for field names
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class ServedModel:
 
 
 def admit(submit: shard_pb2.Submit, model: ServedModel) -> None:
-    """See that an attempt can be one.
+    """Check that an attempt may start.
 
     Raises:
         PhalanxError: INVALID_ARGUMENT, MODEL_CHANGED or PROMPT_TOO_LONG.
@@ -43,7 +43,7 @@ def admit(submit: shard_pb2.Submit, model: ServedModel) -> None:
         size = _text_bytes(submit)
         if size > model.max_model_len * model.longest_token_bytes:
             raise PhalanxError("PROMPT_TOO_LONG", too_many_bytes(size, model.max_model_len))
-    # Of prior output only the ids go to the children.
+    # Only the ids of prior output go to the children, at most 5 bytes each.
     delivered = sum(prior.ByteSize() - 5 * len(prior.token_ids) for prior in submit.prior)
     if submit.ByteSize() - max(0, delivered) > MAX_SUBMIT_BYTES:
         raise PhalanxError(
@@ -53,13 +53,13 @@ def admit(submit: shard_pb2.Submit, model: ServedModel) -> None:
 
 
 def check_length(tokens: int, model: ServedModel) -> None:
-    """See that a prompt of this many tokens leaves room for one more. Raises PROMPT_TOO_LONG."""
+    """Check that a prompt of so many tokens leaves room for one. Raises PhalanxError: PROMPT_TOO_LONG."""
     if tokens >= model.max_model_len:
         raise PhalanxError("PROMPT_TOO_LONG", too_many_tokens(tokens, model.max_model_len))
 
 
 def _problem(submit: shard_pb2.Submit) -> str | None:
-    """Why an attempt cannot be one, whatever the engine thinks of its values."""
+    """Why a Submit is malformed, None if it is not."""
     if submit.WhichOneof("prompt") is None:
         return "the prompt is missing"
     if not 1 <= submit.n <= MAX_CHOICES:
@@ -72,7 +72,7 @@ def _problem(submit: shard_pb2.Submit) -> str | None:
 
 
 def _text_bytes(submit: shard_pb2.Submit) -> int:
-    """Bytes of a text, or of what was said in a conversation: roles may come to no text."""
+    """UTF-8 bytes of a text, or of the contents of a conversation: a template may leave out the roles."""
     if submit.WhichOneof("prompt") == "chat":
         return sum(len(message.content.encode()) for message in submit.chat.messages)
     return len(submit.text.encode())

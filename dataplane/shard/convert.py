@@ -19,8 +19,8 @@ _FINISH = {
 }
 
 
-# Fields of Sampling that the engine has otherwise than by the same name and value.
-_OTHERWISE = ("logit_bias", "bad_words", "grammar")
+# Fields of Sampling whose name or type differs in the engine.
+_CONVERTED = ("logit_bias", "bad_words", "grammar")
 
 
 def to_request(
@@ -29,12 +29,12 @@ def to_request(
     prompt_ids: tuple[int, ...],
     bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> engine.Request:
-    """What the engine is asked for. Fields that the gateway left unset keep their defaults.
+    """The request as the engine takes it. Fields that the gateway left unset keep their defaults.
 
     `bad_words` are the submit's, tokenised.
     """
     sampling, stopping = submit.sampling, submit.stopping
-    given = {field.name: value for field, value in sampling.ListFields() if field.name not in _OTHERWISE}
+    given = {field.name: value for field, value in sampling.ListFields() if field.name not in _CONVERTED}
     limit = {"max_tokens": stopping.max_tokens} if stopping.HasField("max_tokens") else {}
     return engine.Request(
         id=id,
@@ -59,7 +59,7 @@ def to_request(
 
 
 def prior_ids(submit: shard_pb2.Submit) -> tuple[tuple[int, ...], ...]:
-    """What earlier attempts generated, per choice; empty at the first attempt."""
+    """Token ids that earlier attempts generated, per choice; empty at the first attempt."""
     return tuple(tuple(prior.token_ids) for prior in submit.prior)
 
 
@@ -76,7 +76,7 @@ def _to_grammar(grammar: types_pb2.Grammar) -> engine.Grammar:
 
 
 def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.Delta:
-    """New tokens as a gateway hears of them."""
+    """New tokens as they go to a gateway."""
     return shard_pb2.Delta(
         request_id=request_id,
         attempt=attempt,
@@ -92,24 +92,24 @@ def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.De
 
 
 def extend(output: shard_pb2.Delta, news: shard_pb2.Delta) -> None:
-    """Add a choice's next tokens to all that it has generated, which `to_prior` makes presentable."""
+    """Append a choice's next tokens to all that it has generated. `to_prior` cleans the result."""
     cached_tokens = output.cached_tokens
-    output.MergeFrom(news)  # every token passes here, and field by field takes five times as long
+    output.MergeFrom(news)  # runs for every token; appending field by field takes five times as long
     if cached_tokens:
         output.cached_tokens = cached_tokens
 
 
 def to_prior(output: shard_pb2.Delta) -> shard_pb2.Delta:
-    """What a choice has generated, from its first token on, for an attempt that is yet to come."""
+    """A choice's output from its first token on, as the `prior` of a later attempt."""
     prior = shard_pb2.Delta()
     prior.CopyFrom(output)
-    for of_its_last_news in ("request_id", "attempt", "index"):
-        prior.ClearField(of_its_last_news)
+    for field_of_last_delta in ("request_id", "attempt", "index"):
+        prior.ClearField(field_of_last_delta)
     return prior
 
 
 def to_load(load: engine.Load) -> shard_pb2.Load:
-    """A replica's load as a gateway hears of it."""
+    """A replica's load as it goes to a gateway."""
     return shard_pb2.Load(
         running=load.running,
         waiting=load.waiting,
@@ -121,7 +121,7 @@ def to_load(load: engine.Load) -> shard_pb2.Load:
 
 
 def to_failed(request_id: str, attempt: int, reason: str, message: str) -> shard_pb2.Failed:
-    """An attempt's end by an error; `reason` says by the common table whether to retry."""
+    """An attempt's end by an error. The table of reasons decides whether it is retryable."""
     error = rpc.to_message(PhalanxError(reason, message))
     return shard_pb2.Failed(request_id=request_id, attempt=attempt, error=error)
 

@@ -1,4 +1,4 @@
-"""What a worker knows of its device before an engine runs on it."""
+"""Facts about a worker's device that need no engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def memory_bytes(device: str, cgroup_limit: Path = _CGROUP_LIMIT) -> int:
-    """Memory of "cpu", which is the host's or what a container may have of it, or of "cuda:N"; 0: unknown."""
+    """Bytes of memory of "cpu" (the host's or its container's limit) or of "cuda:N"; 0 if unknown."""
     if device != "cpu":
         return _gpu_memory(index_of(device))
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -39,6 +39,6 @@ def _gpu_memory(index: int) -> int:
             return int(pynvml.nvmlDeviceGetMemoryInfo(handle_of(pynvml, index)).total)
         finally:
             pynvml.nvmlShutdown()
-    except Exception as error:  # of the driver or its library: the engine will say more
+    except Exception as error:  # of the driver or its library; an engine that fails will explain more
         log.warning("the device's memory is not known", extra={"reason": repr(error)})
         return 0

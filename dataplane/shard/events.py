@@ -1,4 +1,4 @@
-"""What a worker's supervisor hears and what it answers: plain values."""
+"""Events that a worker's supervisor hears and instructions that it answers with: plain values."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from phalanx.store.records import ShardRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Assigned:
+class RankAssigned:
     """This boot of the worker holds `rank` of a replica in `epoch`.
 
-    `life` counts how often the leader has formed the replica anew since; `addresses` are those of the ranks.
+    `life` counts how often the leader has started the replica again within the epoch. `addresses` are those
+    of the ranks' workers, host:port.
     """
 
     replica: str
@@ -31,19 +32,19 @@ class Assigned:
     life: int = 0
 
     @property
-    def era(self) -> tuple[int, int]:
-        """Epoch and life: it only grows."""
+    def epoch_and_life(self) -> tuple[int, int]:
+        """Epoch and life. The pair only grows."""
         return self.epoch, self.life
 
 
 @dataclass(frozen=True, slots=True)
-class Unassigned:
-    """This boot of the worker holds nothing."""
+class RankUnassigned:
+    """This boot of the worker holds no rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class RendezvousSeen:
-    """Rank 0 of this replica, epoch and life says where the group meets."""
+    """Rank 0 of this replica, epoch and life has published where the group meets."""
 
     epoch: int
     address: str
@@ -52,7 +53,7 @@ class RendezvousSeen:
 
 @dataclass(frozen=True, slots=True)
 class PeerFailed:
-    """Another shard of this replica, epoch and life has failed: the whole group has."""
+    """Another shard of this replica, epoch and life has failed, and so has the whole group."""
 
     epoch: int
     rank: int
@@ -62,16 +63,16 @@ class PeerFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Abandoned:
-    """The replica that this worker leads has failed in this life, and nobody else forms it anew."""
+class ControllerTimedOut:
+    """The replica that this worker leads has failed in this life, and no controller has acted in time."""
 
     epoch: int
     life: int
 
 
 @dataclass(frozen=True, slots=True)
-class Formed:
-    """The leader of this worker's replica forms it anew and says where the group meets."""
+class LeaderStartedLife:
+    """The leader of this worker's replica has started the next life and asks for this rank."""
 
     replica: str
     epoch: int
@@ -89,7 +90,7 @@ class Spawned:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A child said something."""
+    """A child has sent a message."""
 
     child: int
     message: Message
@@ -97,7 +98,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """A child is gone. `status` completes a sentence: "was killed by SIGKILL"."""
+    """A child has ended. `status` completes a sentence: "was killed by SIGKILL"."""
 
     child: int
     status: str
@@ -105,15 +106,15 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Hung:
-    """A child that lives does nothing any more. `status` completes a sentence, as that of `Exited`."""
+    """A child runs but makes no progress. `status` completes a sentence, as that of `Exited`."""
 
     child: int
     status: str
 
 
 @dataclass(frozen=True, slots=True)
-class StoodStill:
-    """This process has not run for so long that its place may be another's by now."""
+class WorkerPaused:
+    """This process has not run for longer than its lease lives: another worker may hold its rank by now."""
 
     seconds: float
 
@@ -124,17 +125,17 @@ class Stop:
 
 
 Event = (
-    Assigned
-    | Unassigned
+    RankAssigned
+    | RankUnassigned
     | RendezvousSeen
     | PeerFailed
-    | Abandoned
-    | Formed
+    | ControllerTimedOut
+    | LeaderStartedLife
     | Spawned
     | Received
     | Exited
     | Hung
-    | StoodStill
+    | WorkerPaused
     | Stop
 )
 
@@ -143,10 +144,11 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class SpawnEngine:
-    """Start an engine process as `child`."""
+    """Start an engine process as `child`. `text` is the child that rank 0 sends its steps to, else None."""
 
     child: int
     start: StartEngine
+    text: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ class SpawnText:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """End a child by SIGKILL: after a fault an engine hangs in a collective and hears nothing else."""
+    """End a child by SIGKILL: an engine that hangs in a collective does not react to anything else."""
 
     child: int
 
@@ -173,8 +175,8 @@ class SendRendezvous:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """Ask the worker at an address for its engine, which is `rank` of a life of the replica."""
+class AskPeerToStart:
+    """Ask the worker at `address` to start its engine, which is `rank` of the replica, in this life."""
 
     address: str
     rank: int
@@ -186,7 +188,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Make this the shard's status in the store; replaces what is not yet written."""
+    """Write this status of the shard to the store, in place of any that is not yet written."""
 
     record: ShardRecord
 
@@ -198,7 +200,10 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class BeginServing:
-    """Serve gateways as the leader of this epoch. `longest_token_bytes` is that of `TextReady`."""
+    """Serve gateways as the leader of this epoch, with these two children.
+
+    `longest_token_bytes` is that of `TextReady`.
+    """
 
     replica: str
     epoch: int
@@ -217,5 +222,13 @@ class EndServing:
 
 
 Instruction = (
-    SpawnEngine | SpawnText | Kill | SendRendezvous | Form | Publish | Withdraw | BeginServing | EndServing
+    SpawnEngine
+    | SpawnText
+    | Kill
+    | SendRendezvous
+    | AskPeerToStart
+    | Publish
+    | Withdraw
+    | BeginServing
+    | EndServing
 )

@@ -1,7 +1,7 @@
-"""What a GPU says of itself, and what follows: a device that is failing is named before it fails.
+"""The health of a GPU by its own counters: a failing device is found before an engine on it fails.
 
-`judge` decides; `Nvml` reads, through NVIDIA's management library. What an application does wrong (XID 13,
-31, 43, 45) says nothing about the device.
+`judge` decides; `Nvml` reads, through NVIDIA's management library. XIDs 13, 31, 43 and 45 are ignored: they
+report errors of an application, not of the device.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ _FATAL_XIDS = {
     119: "a system processor that does not answer",
     120: "an error of its system processor",
 }
-"""By NVIDIA's "XID Errors" (docs.nvidia.com/deploy/xid-errors), those that are the hardware's."""
-_NEAR_C = 3
+"""Hardware errors in NVIDIA's list "XID Errors" (docs.nvidia.com/deploy/xid-errors)."""
+_SHUTDOWN_MARGIN_C = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A GPU at one time. Counters are of the time since the driver was loaded."""
+    """The state of a GPU at one time. Counters start when the driver is loaded."""
 
-    lost: bool = False  # it does not answer the driver any more
-    uncorrected: int = 0  # errors of its memory
+    lost: bool = False  # the device does not answer the driver
+    uncorrected: int = 0  # memory errors
     remap_failed: bool = False
     remap_pending: bool = False
     temperature_c: int = 0
-    shutdown_c: int = 0  # the temperature at which it turns itself off; 0: unknown
-    slowed: tuple[str, ...] = ()  # why the hardware holds its clocks down
-    xids: tuple[int, ...] = ()  # reported since the reading before
+    shutdown_c: int = 0  # the temperature at which the device turns itself off; 0: unknown
+    slowed: tuple[str, ...] = ()  # reasons for which the hardware reduces its clocks
+    xids: tuple[int, ...] = ()  # reported since the previous reading
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`ailment`: why the device should get no work, empty for a healthy one. `remarks` are for people."""
+    """`ailment`: why the device should get no work, empty if it is healthy. `remarks` are for people."""
 
     ailment: str = ""
     remarks: tuple[str, ...] = ()
 
 
 def judge(reading: Reading, first: Reading) -> Verdict:
-    """What a reading says, beside the worker's first: errors of before are not held against a device."""
+    """Judge a reading. Errors that the worker's `first` reading counts already are ignored."""
     if reading.lost:
         return Verdict("the device does not answer its driver")
     for xid in reading.xids:
@@ -58,7 +58,7 @@ def judge(reading: Reading, first: Reading) -> Verdict:
         return Verdict("rows of its memory are broken and there is no other place for them")
     if reading.uncorrected > first.uncorrected:
         return Verdict(f"{reading.uncorrected - first.uncorrected} errors of its memory were not corrected")
-    if reading.shutdown_c and reading.temperature_c >= reading.shutdown_c - _NEAR_C:
+    if reading.shutdown_c and reading.temperature_c >= reading.shutdown_c - _SHUTDOWN_MARGIN_C:
         return Verdict(f"{reading.temperature_c} °C: it turns itself off at {reading.shutdown_c} °C")
     remarks = [f"XID {xid}" for xid in reading.xids]
     remarks += [f"slowed down: {why}" for why in reading.slowed]
@@ -91,10 +91,10 @@ class Nvml:
             self._events = None  # not on every GPU, nor in every container
 
     def read(self) -> Reading:
-        """The device now. What it cannot tell is left at what a healthy one says."""
+        """Read the device now. Values that it does not report are those of a healthy device."""
         nvml, handle = self._nvml, self._handle
         try:
-            nvml.nvmlDeviceGetMemoryInfo(handle)  # which every device can tell that is there
+            nvml.nvmlDeviceGetMemoryInfo(handle)  # every device that is there answers this
         except nvml.NVMLError as error:
             gone = (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED)
             return Reading(lost=getattr(error, "value", None) in gone)
@@ -132,7 +132,7 @@ class Nvml:
         return tuple(why for bit, why in reasons.items() if bits & bit)
 
     def _xids(self) -> tuple[int, ...]:
-        """What the driver has reported since the last time."""
+        """XIDs that the driver has reported since the previous call."""
         found: list[int] = []
         while self._events is not None:
             try:
@@ -143,7 +143,7 @@ class Nvml:
 
 
 def handle_of(pynvml: Any, index: int) -> Any:
-    """NVML's handle of the device that CUDA knows by an index: CUDA counts those it may see, NVML all."""
+    """NVML's handle of a device by its CUDA index: CUDA counts visible devices only, NVML counts all."""
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     name = visible[index] if visible else str(index)
     by_index: bool = name.isdecimal()

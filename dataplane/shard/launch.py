@@ -1,4 +1,4 @@
-"""How a worker's children come to be: as fresh processes, or forked by a server with all imports done."""
+"""How a worker's children are started: as fresh processes, or forked by a server with all imports done."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-_READY_WITHIN_S = 120.0  # the imports, on a machine that does much else
+_READY_WITHIN_S = 120.0  # the imports take so long on a busy machine
 _PAUSE_S = 1.0
 _ANSWER = 64
 
@@ -23,7 +23,7 @@ class Running(Protocol):
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The process id."""
 
     @property
     def returncode(self) -> int | None:
@@ -36,8 +36,8 @@ class Running(Protocol):
         """SIGKILL, unless it has ended."""
 
 
-Launch = Callable[[Sequence[str], int], Awaitable[Running]]
-"""Starts a command that gets a descriptor of ours, named by `--fd N`. Raises OSError."""
+Launch = Callable[[Sequence[str], Mapping[str, int]], Awaitable[Running]]
+"""Starts a command that inherits descriptors, each named by an option: {"--fd": 7}. Raises OSError."""
 
 
 class _Spawned:
@@ -55,16 +55,17 @@ class _Spawned:
             os.kill(self.pid, signal.SIGKILL)
 
 
-async def spawn(command: Sequence[str], fd: int) -> Running:
+async def spawn(command: Sequence[str], descriptors: Mapping[str, int]) -> Running:
     """Start a command as a fresh process."""
+    options = [word for option, fd in descriptors.items() for word in (option, str(fd))]
     process = await asyncio.create_subprocess_exec(
-        *command, "--fd", str(fd), pass_fds=(fd,), stdin=asyncio.subprocess.DEVNULL
+        *command, *options, pass_fds=tuple(descriptors.values()), stdin=asyncio.subprocess.DEVNULL
     )
     return _Spawned(process)
 
 
 class _Forked:
-    """A child of the fork server. Its pidfd cannot come to mean another process."""
+    """An engine that the fork server has forked. A pidfd, unlike a pid, never names another process later."""
 
     def __init__(self, pid: int, pidfd: int) -> None:
         self.pid, self._pidfd = pid, pidfd
@@ -82,7 +83,7 @@ class _Forked:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def ended(self, code: int) -> None:
-        """Its parent says so."""
+        """The fork server, its parent, has reported its exit code."""
         if self.returncode is None:
             self.returncode = code
             os.close(self._pidfd)
@@ -90,7 +91,11 @@ class _Forked:
 
 
 class ForkServer:
-    """Keeps `engine.processes.forkserver` running. Without it, commands are started as fresh processes."""
+    """Keeps `engine.processes.forkserver` running. While it is down, commands are started as fresh processes.
+
+    Owns: the fork server, the exit codes of the engines that it forked.
+    Does not own: what engines say (`process`), when they should live (`supervisor`).
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
@@ -102,22 +107,25 @@ class ForkServer:
         self._engines: dict[int, _Forked] = {}
         self._gone = asyncio.Event()
 
-    async def launch(self, command: Sequence[str], fd: int) -> Running:
-        """Fork what `command` would start; see `Launch`."""
+    async def launch(self, command: Sequence[str], descriptors: Mapping[str, int]) -> Running:
+        """Fork the engine that `command` would start; see `Launch`.
+
+        `descriptors` are `--fd` and, for rank 0, `--text-fd`, in this order.
+        """
         async with self._turn:
             try:
                 async with asyncio.timeout(_READY_WITHIN_S):
                     await self._ready.wait()
                     if self._connection is not None:
-                        socket.send_fds(self._connection, [b"fork"], [fd])
+                        socket.send_fds(self._connection, [b"fork"], list(descriptors.values()))
                         return await self._answer()
             except TimeoutError:
                 log.warning("the fork server does not answer")
                 if self._server is not None:
-                    self._server.kill()  # what it would still say would be taken for another answer
+                    self._server.kill()  # a late answer would be taken for the answer to another request
             except OSError as error:
                 log.warning("not forked", extra={"reason": str(error)})
-        return await spawn(command, fd)
+        return await spawn(command, descriptors)
 
     async def _answer(self) -> _Forked:
         """The next engine. Raises OSError when the server has gone instead."""
@@ -132,11 +140,11 @@ class ForkServer:
             gone.cancel()
 
     async def run(self) -> None:
-        """Start the server, and again whenever it ends, until cancelled."""
+        """Start the server, and start it again whenever it ends, until cancelled."""
         while True:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ours.setblocking(False)
-            self._server = server = await spawn(self._command, theirs.fileno())
+            self._server = server = await spawn(self._command, {"--fd": theirs.fileno()})
             theirs.close()
             loop = asyncio.get_running_loop()
             self._gone.clear()
@@ -155,7 +163,7 @@ class ForkServer:
             await asyncio.sleep(_PAUSE_S)
 
     def _hear(self, connection: socket.socket) -> None:
-        """Take in what the server has said."""
+        """Read every message of the server."""
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while True:
                 said, descriptors, _, _ = socket.recv_fds(connection, _ANSWER, 1)
@@ -171,7 +179,7 @@ class ForkServer:
                         return
 
     def _lost(self) -> None:
-        """The server has gone, and the kernel kills its children with it."""
+        """Take the server's engines for dead: the kernel kills them when their parent ends."""
         self._connection = None
         self._ready.clear()
         self._gone.set()

@@ -1,4 +1,4 @@
-"""One epoch of a replica's leader: requests between gateways, the engine and the text process.
+"""One epoch on a replica's leader: carries requests between gateways, the engine and the text process.
 
 Owns: the epoch's request book, its gateways' outboxes, the book's nearest timer.
 Does not own: the children (`worker`), the gRPC streams (`server`).
@@ -10,19 +10,20 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from dataplane.shard.admission import ServedModel
+from dataplane.shard.attempts import Ended
 from dataplane.shard.events import BeginServing
 from dataplane.shard.outbox import Outbox
-from dataplane.shard.requests import Ended, Instruction, RequestBook, ToEngine, ToGateway, ToText
+from dataplane.shard.requests import Instruction, RequestBook, ToEngine, ToGateway, ToText
 from engine.ipc.wire import Encoded, Message, NotEncoded, Step
 from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 
 BEAT_S = 0.25
-"""Between the frames that tell gateways that this process lives."""
+"""Between two frames that only tell gateways that this process runs."""
 
 
 class Leader:
-    """Does what the request book says, until the epoch ends."""
+    """Does what the request book answers, until the epoch ends."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Leader:
         self._do(self._book.leave(stream, self._loop.time()))
 
     def command(self, stream: int, request: shard_pb2.ServeRequest) -> None:
-        """A gateway asks for something. Raises PhalanxError when it is nothing that it may ask."""
+        """Take a command of a gateway. Raises PhalanxError on a frame that is no command."""
         if stream not in self._outboxes:
             return
         match request.WhichOneof("frame"):
@@ -87,19 +88,16 @@ class Leader:
             case other:
                 raise PhalanxError("INVALID_ARGUMENT", f"unexpected frame on an open stream: {other}")
 
-    def from_engine(self, step: Step) -> None:
-        """The engine has done a step; its text is made next."""
-        self._do(self._book.generated(step))
+    def stepped(self, step: Step) -> None:
+        """A step of this epoch's engine has got its text."""
+        self._do(self._book.stepped(step, self._loop.time()))
 
-    def from_text(self, message: Step | Encoded | NotEncoded) -> None:
-        """The text process has answered."""
-        if isinstance(message, Step):
-            self._do(self._book.stepped(message, self._loop.time()))
-        else:
-            self._do(self._book.encoded(message))
+    def encoded(self, answer: Encoded | NotEncoded) -> None:
+        """The text process has tokenised a prompt, or could not."""
+        self._do(self._book.encoded(answer))
 
     def end(self, reason: str) -> None:
-        """The epoch is over: end every stream at once, so that gateways go elsewhere."""
+        """End every stream at once, so that gateways replay their requests elsewhere."""
         self._beat.cancel()
         self._do(self._book.end())
         for stream, outbox in list(self._outboxes.items()):

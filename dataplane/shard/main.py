@@ -10,7 +10,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from dataplane.shard.worker import Commands, Identity, Worker
+from dataplane.shard.children import Commands
+from dataplane.shard.worker import Identity, Worker
 from phalanx.runtime import logs, ready, telemetry
 from phalanx.store.etcd import EtcdStore
 
@@ -42,7 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 async def serve(options: argparse.Namespace) -> None:
-    """Run one worker until SIGTERM or SIGINT; it leaves when nobody needs it any more, or in time."""
+    """Run one worker until SIGTERM or SIGINT and, within its time, until its replica has no requests."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,16 +1,16 @@
-"""What the cluster's state says to one boot of a worker."""
+"""The cluster's state as events for one boot of a worker."""
 
 from __future__ import annotations
 
-from dataplane.shard.events import Assigned, Event, PeerFailed, RendezvousSeen, Unassigned
+from dataplane.shard.events import Event, PeerFailed, RankAssigned, RankUnassigned, RendezvousSeen
 from phalanx.store.records import ShardState
 from phalanx.store.snapshot import Snapshot
 
 
 def observe(snapshot: Snapshot, worker: str, incarnation: str) -> list[Event]:
-    """The events that the supervisor should hear; it passes over those that it knows.
+    """The events for the supervisor, which ignores those that it knows.
 
-    A worker in two assignments, as it may be for a moment while it moves, holds the newer.
+    A worker that moves is in two assignments for a moment; it holds the rank of the newer one.
     """
     places = [
         (assigned, rank)
@@ -19,11 +19,11 @@ def observe(snapshot: Snapshot, worker: str, incarnation: str) -> list[Event]:
         if (member.worker, member.incarnation) == (worker, incarnation)
     ]
     if not places:
-        return [Unassigned()]
+        return [RankUnassigned()]
     assigned, rank = max(places, key=lambda place: place[0].epoch)
     replica, deployment = assigned.assignment.replica, assigned.assignment.deployment
     events: list[Event] = [
-        Assigned(
+        RankAssigned(
             replica=replica,
             rank=rank,
             epoch=assigned.epoch,

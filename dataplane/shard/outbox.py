@@ -1,4 +1,4 @@
-"""What a leader has yet to write to one gateway."""
+"""Frames that a leader has not yet written to one gateway."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ MAX_FRAMES = 1024
 
 
 class Outbox:
-    """A bounded queue with one writer behind it. A gateway that reads too slowly loses its stream.
+    """A bounded queue of frames, emptied by one writer. A gateway that reads too slowly loses its stream.
 
-    Owns: frames not yet written, why the stream ends.
-    Does not own: the stream (`server`), whose requests these are (`requests`).
+    Owns: frames not yet written; the error with which the stream ends.
+    Does not own: the stream (`server`), requests (`requests`).
     """
 
     def __init__(self) -> None:
         self._frames: deque[shard_pb2.StepFrame] = deque()
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._closed = False
         self.error: PhalanxError | None = None
 
     def put(self, frame: shard_pb2.StepFrame) -> bool:
-        """Queue a frame; False when there is no room: the outbox is then closed and empty."""
+        """Queue a frame. Returns False when there is no room; the outbox is then closed and empty."""
         if self._closed:
             return True
         if len(self._frames) >= MAX_FRAMES:
@@ -33,20 +33,20 @@ class Outbox:
             self.close(PhalanxError("OVERLOADED", f"the gateway left {MAX_FRAMES} frames unread"))
             return False
         self._frames.append(frame)
-        self._news.set()
+        self._changed.set()
         return True
 
     def close(self, error: PhalanxError | None = None) -> None:
-        """Write what is queued, then end the stream. The first reason stays."""
+        """Let the writer write the queued frames, then end the stream. The first call's error is kept."""
         if not self._closed:
             self._closed, self.error = True, error
-            self._news.set()
+            self._changed.set()
 
     async def get(self) -> shard_pb2.StepFrame | None:
-        """The next frame, or None when the stream is to end."""
+        """The next frame; None at the end of the stream."""
         while not self._frames:
             if self._closed:
                 return None
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()
         return self._frames.popleft()

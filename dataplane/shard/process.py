@@ -1,7 +1,7 @@
-"""A child process of a worker: started clean, spoken to over a socket pair, ended by SIGKILL, reaped.
+"""A child process of a worker: it is started, spoken to over a socket pair, ended by SIGKILL, and reaped.
 
-Owns: one process and its end of the pair.
-Does not own: how it is made (`launch`), what the messages mean, when it should live (`supervisor`).
+Owns: one process and the worker's end of the pair.
+Does not own: how the process is started (`launch`), what messages mean, when it should live (`supervisor`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from dataplane.shard.launch import Launch, Running, spawn
 from engine.ipc import wire
@@ -32,21 +33,30 @@ class Child:
         on_spawned: Callable[[int], None],
         on_message: Callable[[wire.Message], None],
         launch: Launch = spawn,
+        sockets: Mapping[str, socket.socket] | None = None,
     ) -> None:
-        """Prepare `command`, which gets `--fd N` appended, and the first message for it.
+        """Prepare a process without starting it.
 
-        `launch` makes the process. `on_spawned` hears the process id, `on_message` every message in order.
+        Args:
+            command: what to run; `--fd N` is appended, N the process's end of the pair.
+            start: the first message to the process.
+            on_spawned: is called with the process id.
+            on_message: is called with every message of the process, in order.
+            launch: starts the process.
+            sockets: further sockets that the process inherits, by the option that names each. They are closed
+                here once it has started.
         """
         self._command, self._launch = command, launch
         self._on_spawned, self._on_message = on_spawned, on_message
         self._pending: list[wire.Message] | None = [start]
         self._transport: asyncio.Transport | None = None
         self._process: Running | None = None
+        self._sockets = dict(sockets or {})
         self._killed = False
         self._broken = ""
 
     def send(self, message: wire.Message) -> None:
-        """Send after everything sent before. What is sent to a dead child is lost."""
+        """Send after every earlier message. Messages to a dead child are lost."""
         if self._pending is not None:
             self._pending.append(message)
         elif self._transport is not None and not self._transport.is_closing():
@@ -59,19 +69,23 @@ class Child:
             self._process.kill()
 
     async def run(self) -> str:
-        """Start the process, pass its messages on, and wait for its end: how it ended.
+        """Start the process, pass its messages on, wait for its end, and return how it ended.
 
         Every message that the process wrote has been passed on when this returns.
         """
-        if self._killed:
-            return "was never started"
         ours, theirs = socket.socketpair()
         with ours:
-            with theirs:
-                try:
-                    self._process = await self._launch(self._command, theirs.fileno())
-                except OSError as error:
-                    return f"could not be started: {error}"
+            inherited = {"--fd": theirs, **self._sockets}
+            try:
+                if self._killed:
+                    return "was never started"
+                descriptors = {option: each.fileno() for option, each in inherited.items()}
+                self._process = await self._launch(self._command, descriptors)
+            except OSError as error:
+                return f"could not be started: {error}"
+            finally:
+                for each in inherited.values():
+                    each.close()
             try:
                 await self._attend(ours)
             finally:
@@ -80,7 +94,7 @@ class Child:
         return self._broken or describe(returncode)
 
     async def _attend(self, ours: socket.socket) -> None:
-        """Carry messages both ways until the process has ended."""
+        """Send and receive until the process has ended."""
         assert self._process is not None
         protocol = _Link(self._receive, self.kill)
         ours.setblocking(False)
@@ -94,8 +108,8 @@ class Child:
             for message in pending or ():
                 self.send(message)
             await self._process.wait()
-            # Its last words may still lie in the socket. Descendants may hold the other end open, so
-            # the end of the process counts, not the end of the stream.
+            # The last messages may still lie in the socket. Descendants of the process may hold the other end
+            # open, so the end of the process ends the reading, not the end of the stream.
             if not transport.is_closing():
                 transport.pause_reading()
                 with contextlib.suppress(BlockingIOError, ConnectionError):
@@ -117,14 +131,40 @@ class Child:
             for message in messages:
                 self._on_message(message)
         except Exception as error:
-            # The epoch goes, as after any fault of a child; the worker stays and forms the next.
+            # This child and its epoch end, as after any fault of a child; the worker serves the next epoch.
             log.exception("a child's message could not be handled", extra={"command": self._command[-1]})
             self._broken = f"sent what could not be handled: {error!r}"
             self.kill()
 
 
+class TextChild(Child):
+    """A text process. It also reads the steps of an engine, over a socket that the two have to themselves."""
+
+    def __init__(self, command: Sequence[str], start: wire.Message, **options: Any) -> None:
+        """Prepare a text process; see `Child`."""
+        self._engines, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._engines.setblocking(False)
+        super().__init__(command, start, **options, sockets={"--engines-fd": theirs})
+
+    def connect(self, engine: int) -> socket.socket:
+        """A socket for the engine of this number. From now on the text process reads steps from it alone.
+
+        Works before the process has started: it finds the other end when it looks.
+        """
+        for_engine, for_text = socket.socketpair()
+        # The supervisor ends the epoch of a text process that is gone or hangs: no need to fail here.
+        with for_text, contextlib.suppress(OSError):
+            socket.send_fds(self._engines, [b"%d" % engine], [for_text.fileno()])
+        return for_engine
+
+    async def run(self) -> str:
+        """See `Child`."""
+        with self._engines:
+            return await super().run()
+
+
 class _Link(asyncio.Protocol):
-    """Our end of the pair."""
+    """The worker's end of the pair."""
 
     def __init__(
         self, receive: Callable[[bytes, wire.FrameBuffer], None], closed: Callable[[], None]
@@ -136,7 +176,7 @@ class _Link(asyncio.Protocol):
         self._receive(data, self.frames)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        # A process that closed its end can do nothing for us any more, even if it lingers.
+        # A process that has closed its end can do nothing for the worker any more, even if it still runs.
         self._closed()
 
 

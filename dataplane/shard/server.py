@@ -1,4 +1,4 @@
-"""ShardService: the streams of gateways.
+"""ShardService: the streams of gateways, and the calls of other workers.
 
 Owns: the gRPC side of each stream.
 Does not own: what the frames mean (`leader`, `requests`).
@@ -30,7 +30,7 @@ Context = grpc.aio.ServicerContext[shard_pb2.ServeRequest, shard_pb2.ServeRespon
 
 
 class ShardServer(shard_pb2_grpc.ShardServiceServicer):
-    """Admits gateways to the leader of the day. `form` hears what leaders of other ranks ask for."""
+    """Connects gateways to the current leader, if any. `form` answers the leaders of other ranks."""
 
     def __init__(self, worker: str, form: Callable[[shard_pb2.FormRequest], shard_pb2.FormResponse]) -> None:
         self._worker, self._form = worker, form
@@ -57,13 +57,13 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
                 await rpc.abort(context, outbox.error)
         finally:
             leader.leave(stream)
-            # Cancelling a read leaks it in gRPC; it ends by itself with the call.
+            # Do not cancel the reader: gRPC leaks a cancelled read. The read ends with the call.
             await asyncio.wait([reader])
 
     async def Form(
         self, request: shard_pb2.FormRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> shard_pb2.FormResponse:
-        """A leader forms its replica anew."""
+        """Start this worker's rank of a replica's next life; its leader asks."""
         try:
             return self._form(request)
         except PhalanxError as error:
@@ -72,14 +72,14 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
     async def Pending(
         self, request: shard_pb2.PendingRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> shard_pb2.PendingResponse:
-        """How many requests the replica has that is led here."""
+        """How many requests the replica has that this worker leads."""
         try:
             return self.pending(request)
         except PhalanxError as error:
             await rpc.abort(context, error)
 
     def pending(self, request: shard_pb2.PendingRequest) -> shard_pb2.PendingResponse:
-        """The answer. Raises PhalanxError where the replica is not led here in that epoch."""
+        """The answer to `Pending`. Raises PhalanxError: NOT_LEADER, for another replica or epoch."""
         leader = self.leader
         if leader is None or (leader.replica, leader.epoch) != (request.replica, request.epoch):
             message = f"{self._worker} does not lead {request.replica} in epoch {request.epoch}"
@@ -99,7 +99,7 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
         return leader
 
     async def _listen(self, context: Context, leader: Leader, stream: int, outbox: Outbox) -> None:
-        """The stream's one reader."""
+        """Read a stream's commands until either side ends it."""
         try:
             while True:
                 request: Any = await context.read()
@@ -110,8 +110,8 @@ class ShardServer(shard_pb2_grpc.ShardServiceServicer):
         except PhalanxError as error:
             outbox.close(error)
         except grpc.aio.AbortError:
-            return  # how a read ends when our side has ended the call
+            return  # this side has ended the call
         except Exception:
-            # Else the gateway would go on sending to a stream that nobody reads.
+            # End the stream, or the gateway goes on sending to a stream without a reader.
             log.exception("a stream's reader failed", extra={"replica": leader.replica})
             outbox.close(PhalanxError("INTERNAL", "the leader failed on a command"))

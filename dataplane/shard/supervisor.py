@@ -4,10 +4,10 @@ Events in, instructions out: no sockets, no processes, no clock. `dataplane.shar
 instructions say, in order.
 
 Owns: which children should live, what this shard's status is, when the leader serves.
-Does not own: processes (`process`), the store (`registration`), requests (`requests`).
+Does not own: processes (`children`), the store (`phalanx.store.registration`), requests (`requests`).
 
-Children are named by a number that is never reused, so that the messages and the death of a child of a
-past epoch cannot be mistaken for those of the current one.
+A child's number is never used again, so the messages, steps and death of a child of an earlier epoch cannot
+be mistaken for those of the current one.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dataplane.shard.events import (
-    Abandoned,
-    Assigned,
+    AskPeerToStart,
     BeginServing,
+    ControllerTimedOut,
     EndServing,
     Event,
     Exited,
-    Form,
-    Formed,
     Hung,
     Instruction,
     Kill,
+    LeaderStartedLife,
     PeerFailed,
     Publish,
+    RankAssigned,
+    RankUnassigned,
     Received,
     RendezvousSeen,
     SendRendezvous,
     Spawned,
     SpawnEngine,
     SpawnText,
-    StoodStill,
     Stop,
-    Unassigned,
     Withdraw,
+    WorkerPaused,
 )
 from engine.config import EngineConfig
 from engine.ipc.wire import EngineFailed, EngineReady, Message, Rendezvous, StartEngine, StartText, TextReady
 from phalanx.store.records import ShardRecord, ShardState
 
-LIFE_BITS = 16  # of the number that an engine knows its epoch and life by
-MAX_REASON = 1000  # characters: it travels in the store and in gRPC trailers
+LIFE_BITS = 16  # the low bits of the number by which an engine knows its epoch and life
+MAX_REASON = 1000  # characters: a reason travels in the store and in gRPC trailers
 
 
 @dataclass(slots=True)
@@ -55,14 +55,14 @@ class _Child:
     longest_token_bytes: int = 0  # of a text process
 
 
-class Supervisor:
-    """The state machine of one boot of a worker."""
+class ShardSupervisor:
+    """The state machine of one boot of a worker, and of its shard: one rank of one replica at a time."""
 
     def __init__(self, worker: str, incarnation: str, host: str, device: str) -> None:
         self._worker, self._incarnation = worker, incarnation
         self._host, self._device = host, device
         self._children = 0
-        self._place: Assigned | None = None
+        self._assignment: RankAssigned | None = None
         self._record: ShardRecord | None = None
         self._engine: _Child | None = None
         self._limits: EngineReady | None = None
@@ -74,33 +74,33 @@ class Supervisor:
 
     @property
     def record(self) -> ShardRecord | None:
-        """The status last published, None when the worker holds nothing."""
+        """The status last published; None when the worker has no rank."""
         return self._record
 
     @property
     def leader_address(self) -> str:
-        """host:port of the worker that leads this one's replica, empty where it has none."""
-        return self._place.addresses[0] if self._place and self._place.addresses else ""
+        """host:port of the leader of this worker's replica, empty where this worker has no rank."""
+        return self._assignment.addresses[0] if self._assignment and self._assignment.addresses else ""
 
     def handle(self, event: Event) -> list[Instruction]:
         """Everything to do about one event, in order."""
         if self._stopped:
             return []
         match event:
-            case Assigned():
-                return self._assigned(event)
-            case Unassigned():
+            case RankAssigned():
+                return self._start(event)
+            case RankUnassigned():
                 return self._unassigned()
             case RendezvousSeen():
                 return self._rendezvous_seen(event)
             case PeerFailed(epoch, rank, reason, permanent, life):
-                if self._place is None or self._place.era != (epoch, life):
+                if self._assignment is None or self._assignment.epoch_and_life != (epoch, life):
                     return []
                 return self._fail(f"shard {rank} failed: {reason}", permanent)
-            case Abandoned(epoch, life):
-                return self._abandoned(epoch, life)
-            case Formed():
-                return self._formed(event)
+            case ControllerTimedOut(epoch, life):
+                return self._controller_timed_out(epoch, life)
+            case LeaderStartedLife():
+                return self._leader_started_life(event)
             case Spawned(child, pid):
                 return self._spawned(child, pid)
             case Received(child, message):
@@ -109,8 +109,8 @@ class Supervisor:
                 return self._exited(child, status)
             case Hung(child, status):
                 return self._hung(child, status)
-            case StoodStill(seconds):
-                # Others have gone on without this rank. What it would still say is of the past.
+            case WorkerPaused(seconds):
+                # The replica may be elsewhere by now: nothing that this rank still sends may look current.
                 return self._fail(f"the worker stood still for {seconds:.1f} s", permanent=False)
             case Stop():
                 return self._stop()
@@ -119,88 +119,102 @@ class Supervisor:
         """Assert what must hold between any two events."""
         failed = self._record is not None and self._record.state is ShardState.FAILED
         ready = self._record is not None and self._record.state is ShardState.READY
-        assert (self._place is None) == (self._record is None), "a status exactly where there is a place"
+        assert (self._assignment is None) == (self._record is None), "a rank has a status"
         assert not (self._engine and failed), "a failed shard has no engine"
         assert not (ready and not (self._engine and self._engine.ready)), "ready with a dead engine"
         assert not (self._serving and not (ready and self._text and self._text.ready)), "serving unready"
-        assert not (self._engine or self._text) or self._place, "children without a place"
+        assert not (self._engine or self._text) or self._assignment, "children without a rank"
 
-    def _assigned(self, place: Assigned) -> list[Instruction]:
-        past = self._place
-        if past is not None and place.replica == past.replica and place.era <= past.era:
+    def _start(self, assignment: RankAssigned) -> list[Instruction]:
+        """Start this rank in a new epoch or life, in place of whatever ran before."""
+        past = self._assignment
+        if (
+            past is not None
+            and assignment.replica == past.replica
+            and assignment.epoch_and_life <= past.epoch_and_life
+        ):
             return []
         todo = self._end("the replica is formed anew") + self._kill_engine()
-        if past is not None and (past.replica, past.rank) != (place.replica, place.rank):
+        if past is not None and (past.replica, past.rank) != (assignment.replica, assignment.rank):
             todo.append(Withdraw())
-        text = StartText(place.model, ids_only=place.load_format == "dummy")
-        if place.rank != 0 or text != self._text_start:
+        text = StartText(assignment.model, ids_only=assignment.load_format == "dummy")
+        if assignment.rank != 0 or text != self._text_start:
             todo += self._kill_text()
-        self._place = place
+        self._assignment = assignment
         self._limits, self._rendezvous_sent = None, False
         self._engine = _Child(self._number())
         config = EngineConfig(
-            model=place.model,
-            tp=place.tp,
-            pp=place.pp,
-            rank=place.rank,
-            epoch=place.epoch << LIFE_BITS | place.life,
+            model=assignment.model,
+            tp=assignment.tp,
+            pp=assignment.pp,
+            rank=assignment.rank,
+            epoch=assignment.epoch << LIFE_BITS | assignment.life,
             host=self._host,
             device=self._device,
-            dtype=place.dtype,
-            max_model_len=place.max_model_len,
-            load_format=place.load_format or "auto",
-            quantization=place.quantization,
+            dtype=assignment.dtype,
+            max_model_len=assignment.max_model_len,
+            load_format=assignment.load_format or "auto",
+            quantization=assignment.quantization,
         )
-        todo.append(SpawnEngine(self._engine.id, StartEngine(config)))
-        if place.rank == 0 and self._text is None:
+        if assignment.rank == 0 and self._text is None:
             self._text, self._text_start = _Child(self._number()), text
             todo.append(SpawnText(self._text.id, text))
+        todo.append(SpawnEngine(self._engine.id, StartEngine(config), self._text.id if self._text else None))
         self._record = ShardRecord(
-            replica=place.replica,
-            rank=place.rank,
-            epoch=place.epoch,
+            replica=assignment.replica,
+            rank=assignment.rank,
+            epoch=assignment.epoch,
             worker=self._worker,
             incarnation=self._incarnation,
             state=ShardState.STARTING,
             text_pid=self._text.pid if self._text else 0,
-            life=place.life,
+            life=assignment.life,
         )
         return [*todo, Publish(self._record)]
 
-    def _abandoned(self, epoch: int, life: int) -> list[Instruction]:
-        """Form the replica anew, as it was: the others are asked once its engine says where to meet."""
-        place, record = self._place, self._record
-        if place is None or record is None or place.era != (epoch, life) or place.rank != 0:
+    def _controller_timed_out(self, epoch: int, life: int) -> list[Instruction]:
+        """Start the replica's next life. The other ranks are asked once this engine says where to meet."""
+        assignment, record = self._assignment, self._record
+        if (
+            assignment is None
+            or record is None
+            or assignment.epoch_and_life != (epoch, life)
+            or assignment.rank != 0
+        ):
             return []
         if record.state is not ShardState.FAILED or record.permanent:
             return []
-        return self._assigned(replace(place, life=life + 1))
+        return self._start(replace(assignment, life=life + 1))
 
-    def _formed(self, event: Formed) -> list[Instruction]:
-        place = self._place
-        if place is None or (place.replica, place.epoch) != (event.replica, event.epoch) or place.rank == 0:
+    def _leader_started_life(self, event: LeaderStartedLife) -> list[Instruction]:
+        assignment = self._assignment
+        if (
+            assignment is None
+            or (assignment.replica, assignment.epoch) != (event.replica, event.epoch)
+            or assignment.rank == 0
+        ):
             return []
-        todo = self._assigned(replace(place, life=event.life))
+        todo = self._start(replace(assignment, life=event.life))
         return todo + self._rendezvous_seen(RendezvousSeen(event.epoch, event.rendezvous, event.life))
 
     def _unassigned(self) -> list[Instruction]:
-        if self._place is None:
+        if self._assignment is None:
             return []
         todo = self._end("the replica is gone") + self._kill_engine() + self._kill_text()
-        self._place = self._record = None
+        self._assignment = self._record = None
         return [*todo, Withdraw()]
 
     def _stop(self) -> list[Instruction]:
         todo = self._end("the worker is shutting down") + self._kill_engine() + self._kill_text()
-        self._place = self._record = None
+        self._assignment = self._record = None
         self._stopped = True
         return todo
 
     def _rendezvous_seen(self, event: RendezvousSeen) -> list[Instruction]:
-        place, engine = self._place, self._engine
-        if place is None or engine is None or self._rendezvous_sent:
+        assignment, engine = self._assignment, self._engine
+        if assignment is None or engine is None or self._rendezvous_sent:
             return []
-        if place.era != (event.epoch, event.life) or place.rank == 0:
+        if assignment.epoch_and_life != (event.epoch, event.life) or assignment.rank == 0:
             return []
         self._rendezvous_sent = True
         return [SendRendezvous(engine.id, event.address)]
@@ -219,7 +233,7 @@ class Supervisor:
         text = self._text if self._text and self._text.id == child else None
         match message:
             case Rendezvous(address) if engine:
-                return self._publish(rendezvous=address) + self._ask_others(address)
+                return self._publish(rendezvous=address) + self._ask_peers(address)
             case EngineReady() if engine:
                 engine.ready, self._limits = True, message
                 return self._begin()
@@ -230,14 +244,14 @@ class Supervisor:
                 return self._fail(f"{reason}: {explanation}", permanent)
         return []
 
-    def _ask_others(self, rendezvous: str) -> list[Instruction]:
-        """Of a life that no assignment has begun, only the leader can tell the other ranks."""
-        place = self._place
-        if place is None or place.life == 0:
+    def _ask_peers(self, rendezvous: str) -> list[Instruction]:
+        """Ask the workers of the other ranks to start theirs. Of life 0 they know from the assignment."""
+        assignment = self._assignment
+        if assignment is None or assignment.life == 0:
             return []
         return [
-            Form(address, rank, place.replica, place.epoch, place.life, rendezvous)
-            for rank, address in enumerate(place.addresses[1:], start=1)
+            AskPeerToStart(address, rank, assignment.replica, assignment.epoch, assignment.life, rendezvous)
+            for rank, address in enumerate(assignment.addresses[1:], start=1)
         ]
 
     def _exited(self, child: int, status: str) -> list[Instruction]:
@@ -246,7 +260,7 @@ class Supervisor:
             return self._fail(f"the engine {status}", permanent=False)
         if self._text and self._text.id == child:
             self._text = None
-            # Without its text process the leader is of no use, whatever its engine does.
+            # A leader without its text process cannot serve, whatever its engine does.
             todo = self._fail(f"the text process {status}", permanent=False)
             return todo or self._publish(text_pid=0)
         return []
@@ -261,27 +275,29 @@ class Supervisor:
         return []
 
     def _begin(self) -> list[Instruction]:
-        """Serve and say so, once all that this rank needs is ready."""
-        place, engine, text, limits = self._place, self._engine, self._text, self._limits
-        if place is None or engine is None or limits is None or self._record is None:
+        """Serve and publish it, once every child that this rank needs is ready."""
+        assignment, engine, text, limits = self._assignment, self._engine, self._text, self._limits
+        if assignment is None or engine is None or limits is None or self._record is None:
             return []
         if self._record.state is not ShardState.STARTING:
             return []
-        if place.rank != 0:
+        if assignment.rank != 0:
             return self._publish(state=ShardState.READY)
         if text is None or not text.ready:
             return []
         self._serving = True
-        # Serving begins first: a gateway may come as soon as the status is out.
+        # Serving begins first: a gateway may come as soon as the status is published.
         return [
-            BeginServing(place.replica, place.epoch, engine.id, text.id, limits, text.longest_token_bytes),
+            BeginServing(
+                assignment.replica, assignment.epoch, engine.id, text.id, limits, text.longest_token_bytes
+            ),
             *self._publish(
                 state=ShardState.READY, model_hash=limits.model_hash, max_model_len=limits.max_model_len
             ),
         ]
 
     def _fail(self, reason: str, permanent: bool) -> list[Instruction]:
-        """End the epoch on this shard; its first failure is the one that is kept."""
+        """End the epoch on this shard. The first failure's reason is kept."""
         if self._record is None or self._record.state is ShardState.FAILED:
             return []
         reason = _printable(reason)
@@ -295,7 +311,7 @@ class Supervisor:
         )
 
     def _publish(self, **changes: object) -> list[Instruction]:
-        assert self._record is not None, "only a worker with a place has children"
+        assert self._record is not None, "only a worker with a rank has children"
         record = replace(self._record, **changes)  # type: ignore[arg-type]  # field names are literal above
         if record == self._record:
             return []
@@ -303,10 +319,10 @@ class Supervisor:
         return [Publish(record)]
 
     def _end(self, reason: str) -> list[Instruction]:
-        if not self._serving or self._place is None:
+        if not self._serving or self._assignment is None:
             return []
         self._serving = False
-        return [EndServing(self._place.epoch, reason)]
+        return [EndServing(self._assignment.epoch, reason)]
 
     def _kill_engine(self) -> list[Instruction]:
         engine, self._engine = self._engine, None
@@ -322,5 +338,5 @@ class Supervisor:
 
 
 def _printable(reason: str) -> str:
-    """A child's words as the store takes them: short, and without halves of characters of file names."""
+    """A child's reason, short and in valid UTF-8: file names may bring lone surrogates."""
     return reason[:MAX_REASON].encode("utf-8", "replace").decode()

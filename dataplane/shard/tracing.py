@@ -1,15 +1,16 @@
-"""The spans of an attempt on its worker, made when it has ended."""
+"""The spans of an attempt on its worker. They are made when the attempt has ended."""
 
 from __future__ import annotations
 
-from dataplane.shard.requests import Ended
+from dataplane.shard.attempts import Ended
 from phalanx.runtime import telemetry
 
 
 def record(ended: Ended, replica: str, epoch: int) -> None:
-    """A span below the gateway's, with queue, prefill and decode inside. Nothing without tracing.
+    """Record a span below the gateway's, with queue, prefill and decode inside. Does nothing without tracing.
 
-    An attempt that the engine did not finish has no times to tell; the gateway's span says why.
+    An attempt that the engine did not finish has no timings and gets no span; the gateway's span has its
+    error.
     """
     if not telemetry.enabled() or not ended.traceparent or not ended.timings:
         return

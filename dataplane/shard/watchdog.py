@@ -1,13 +1,16 @@
-"""Whether an engine still computes, from what the leader's engine says: a hung rank must not look healthy.
-And whether a child runs at all, whatever it does: from its beats.
+"""Whether an engine still computes: a hung rank must not look healthy. And whether a child runs at all.
 
-A step of any rank that hangs keeps the leader's from ending, and an idle engine is asked to run a canary
-through all ranks. Silence past a deadline is a hang. The deadline follows the steps of late: a step of a
-70B model on a CPU takes a thousand times as long as one of a small model on a GPU.
+`Watchdog` watches the leader's engine. A step of any rank that hangs keeps the leader's step from ending, and
+an idle engine is asked to run a canary through all ranks. Silence past a deadline is a hang. The deadline
+follows recent steps: a step of a 70B model on a CPU takes a thousand times as long as one of a small model on
+a GPU.
 
-Pure: time comes in as an argument, in seconds of a monotonic clock.
+`Pulse` watches any child by its beats, whatever the child is busy with.
 
-Owns: what is expected, and by when. Does not own: the clock, the engine, what follows (`supervisor`).
+Pure: time is an argument, in seconds on the monotonic clock.
+
+Owns: what is expected, and by when. Does not own: the clock (`monitor`), the engine, what follows
+(`supervisor`).
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ from collections import deque
 from dataclasses import dataclass
 
 CHECK_S = 0.1  # between two checks
-PAUSE_S = 0.5  # no check for so long: this process itself stood still, and has not read what has come
-LEAST_S = 1.2  # silence that is never a hang
+PAUSE_S = 0.5  # no check for so long: this process itself was paused and has not read what has come
+MIN_HANG_S = 1.2  # a shorter silence is never a hang
 PATIENCE = 8  # times the longest of the recent steps of this size
 UNKNOWN_S = 60.0  # for a step when there has been none yet
-PROBE_S = 0.4  # idle for so long: time for a canary, but
-PROBE_SHARE = 20  # canaries take no more than one part in so many of the engine's time
-NO_BEAT_S = 5.0  # a child that is ready and silent for so long is stopped
-LOADING_S = 30.0  # before it is ready: imports and drivers hold the interpreter, and a thread that would beat
+PROBE_S = 0.4  # an engine that is idle for so long is asked for a canary, but
+PROBE_SHARE = 20  # canaries take at most one part in so many of the engine's time
+NO_BEAT_S = 5.0  # a ready child that sends nothing for so long is stopped
+LOADING_S = (
+    30.0  # the same before it is ready: imports and drivers hold the interpreter lock that a beat needs
+)
 _RECENT = 16  # steps of a size
 
 
@@ -34,7 +39,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """The child does nothing any more. `status` completes a sentence that begins with it."""
+    """The child makes no progress. `status` completes a sentence that begins with the child."""
 
     status: str
 
@@ -48,7 +53,7 @@ class Pulse:
         self._due = now + LOADING_S
 
     def heard(self, now: float) -> None:
-        """The child has said something."""
+        """The child has sent a message."""
         self._due = now + self._patience
 
     def ready(self) -> None:
@@ -57,26 +62,27 @@ class Pulse:
 
     def check(self, now: float) -> Silent | None:
         """The verdict at `now`; to be asked every CHECK_S."""
-        stood_still, self._checked = now - self._checked, now
-        if stood_still > PAUSE_S:
-            self._due += stood_still
+        since_last, self._checked = now - self._checked, now
+        if since_last > PAUSE_S:
+            self._due += since_last
         return Silent("is stopped: it says nothing, not even that it runs") if now > self._due else None
 
 
 class Watchdog:
     """Watches one engine of a leader from the moment when it is ready.
 
-    `step_s` is how long a small step took before that; 0 where it is not known.
+    Args:
+        now: the current time.
+        step_s: how long a small step took before that; 0 where that is not known.
     """
 
     def __init__(self, now: float, step_s: float = 0.0) -> None:
         self._checked = now
-        self._heard = now  # of the engine, whatever it said
+        self._heard = now  # the engine's last message
         self._in_flight: deque[tuple[float, int]] = deque()  # when steps began, and their tokens
-        self._step = 0  # the last step that has ended
-        self._ended = now  # when
+        self._last_ended = now
         self._probed: float | None = None
-        # By the bit length of a step's tokens: how long steps of late took.
+        # How long recent steps took, by the bit length of their number of tokens.
         self._took: dict[int, deque[float]] = {}
         if step_s:
             self._learn(1, step_s)
@@ -86,14 +92,12 @@ class Watchdog:
         self._in_flight.append((now, tokens))
         self._heard = now
 
-    def reported(self, step: int, now: float) -> None:
-        """The engine has said what there is to say after step number `step`, which may have ended before."""
-        if step > self._step:
-            if self._in_flight:
-                began, tokens = self._in_flight.popleft()
-                self._learn(tokens, now - max(began, self._ended))
-            self._step, self._ended = step, now
-        self._heard = now
+    def ended(self, now: float) -> None:
+        """The oldest step in flight has ended."""
+        if self._in_flight:
+            began, tokens = self._in_flight.popleft()
+            self._learn(tokens, now - max(began, self._last_ended))
+        self._last_ended = self._heard = now
 
     def answered(self, now: float) -> None:
         """The engine has run a canary, or has work."""
@@ -102,37 +106,36 @@ class Watchdog:
         self._heard, self._probed = now, None
 
     def check(self, now: float) -> Probe | Silent | None:
-        """What is to be done at `now`; to be asked every CHECK_S."""
-        stood_still = now - self._checked
-        self._checked = now
-        if stood_still > PAUSE_S:
-            # The engine may have spoken all the while: what was due is due as much later.
-            self._in_flight = deque((began + stood_still, tokens) for began, tokens in self._in_flight)
-            self._probed = None if self._probed is None else self._probed + stood_still
-            self._heard, self._ended = self._heard + stood_still, self._ended + stood_still
+        """What to do at `now`; to be asked every CHECK_S."""
+        since_last, self._checked = now - self._checked, now
+        if since_last > PAUSE_S:
+            # The engine may have sent messages all the while: every deadline moves by the pause.
+            self._in_flight = deque((began + since_last, tokens) for began, tokens in self._in_flight)
+            self._probed = None if self._probed is None else self._probed + since_last
+            self._heard, self._last_ended = self._heard + since_last, self._last_ended + since_last
         if self._in_flight:
             began, tokens = self._in_flight[0]
-            return self._overdue(max(began, self._ended), tokens, f"a step of {tokens} tokens", now)
+            return self._overdue(max(began, self._last_ended), tokens, f"a step of {tokens} tokens", now)
         if self._probed is not None:
             return self._overdue(self._probed, 1, "a canary", now)
-        if now - self._heard < max(PROBE_S, PROBE_SHARE * (self._usual(1) or 0)):
+        if now - self._heard < max(PROBE_S, PROBE_SHARE * (self._expected_s(1) or 0)):
             return None
         self._probed = now
         return Probe()
 
     def _overdue(self, since: float, tokens: int, what: str, now: float) -> Silent | None:
-        usual = self._usual(tokens)
-        allowed = UNKNOWN_S if usual is None else max(LEAST_S, PATIENCE * usual)
+        expected = self._expected_s(tokens)
+        allowed = UNKNOWN_S if expected is None else max(MIN_HANG_S, PATIENCE * expected)
         if now - since <= allowed:
             return None
-        known = "" if usual is None else f"; {usual:.3f} s is the most that was to be expected"
+        known = "" if expected is None else f"; {expected:.3f} s is the most that was to be expected"
         return Silent(f"hangs: {what} has not ended for {now - since:.1f} s{known}")
 
     def _learn(self, tokens: int, seconds: float) -> None:
         self._took.setdefault(tokens.bit_length(), deque(maxlen=_RECENT)).append(seconds)
 
-    def _usual(self, tokens: int) -> float | None:
-        """The longest time that steps of this size took of late, or what others let expect at most."""
+    def _expected_s(self, tokens: int) -> float | None:
+        """The longest time of recent steps of this size, or an upper bound from steps of other sizes."""
         size = tokens.bit_length()
         if not self._took:
             return None

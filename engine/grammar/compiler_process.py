@@ -96,7 +96,7 @@ def _tokenizer_info(model: str, vocabulary: int, eos: Sequence[int]) -> Any:
     """The vocabulary as bytes. Special tokens become empty: a grammar must never match their names."""
     import xgrammar
 
-    from engine.text.process import load_tokenizer
+    from engine.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     found = xgrammar.TokenizerInfo.from_huggingface(

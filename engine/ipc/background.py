@@ -1,4 +1,4 @@
-"""Imports that let whoever serves on this machine go first."""
+"""Imports at low priority, so that processes that serve on this machine go first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _NICENESS = 10
 
 
 def import_in_background(*modules: str) -> None:
-    """Import modules at low priority, and return when they are there. Raises what importing them raises.
+    """Import modules at low priority and wait for them. Raises whatever an import raises.
 
-    What is started anew after a failure spends seconds of a core on imports just when the streams that it
-    served are replayed elsewhere, perhaps on the same cores. The priority is that of a thread and ends with
-    it: without privileges a process cannot raise its own again.
+    A process that starts again after a failure spends seconds of a core on imports. At that time its streams
+    are replayed elsewhere, perhaps on the same cores. A thread has the low priority, and it ends with the
+    thread: a process without privileges could not raise its own priority again.
     """
     failures: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""A process's end of the socket that carries `engine.ipc.wire` messages, and its tie to its parent's life."""
+"""A child's end of the socket that carries `engine.ipc.wire` messages, and its tie to its parent's life."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Link:
             raise LinkClosedError from error
 
     def beat(self) -> None:
-        """Let the other side hear, from now on, that this process runs."""
+        """Send a `Beat` every BEAT_S from now on, from a thread."""
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     def _beat(self) -> None:
@@ -56,7 +56,7 @@ class Link:
                 self.send(Beat())
                 time.sleep(BEAT_S)
         except (LinkClosedError, OSError):
-            pass  # whoever reads the link sees its end as well
+            pass  # the reader of the link meets the same end
 
     def receive(self, timeout_s: float | None = None) -> tuple[Message, ...]:
         """Messages that have arrived; waits for some, at most `timeout_s`. Raises LinkClosedError."""
@@ -74,15 +74,15 @@ class Link:
         return messages
 
     def close(self) -> None:
-        """Let the other side see the end."""
+        """Close the socket; the other side meets the end of the stream."""
         self._socket.close()
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
+    """Make the kernel kill this process when the thread that started it ends."""
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it ended before the kernel knew
+    if os.getppid() != parent:  # the parent ended before the call above
         os._exit(1)

@@ -1,12 +1,12 @@
 """Messages between a worker and its children: the engine process and the text process.
 
-They travel over a Unix socket pair as length-prefixed JSON, because the engine must run where
-nothing but torch, numpy, safetensors and transformers is installed. One frame carries one message
-as `{"type": name, ...fields}`. Any process may import this module: it needs the standard library only.
+They travel over Unix socket pairs as length-prefixed JSON, because the engine must run where nothing but
+torch, numpy, safetensors and transformers is installed. One frame carries one message as `{"type": name,
+...fields}`. This module needs the standard library only.
 
-A worker spawns `python -m engine.processes.rank --fd N` (every rank) and, beside the leader,
-`python -m engine.text.process --fd N`, where N is the inherited end of the pair. The first message down is
-`StartEngine` or `StartText`. A closed socket means that the other side is gone.
+A worker starts `engine.processes.rank` for every rank and, on the leader, `engine.text.process`. Each gets
+one end of a pair; the first message to it is `StartEngine` or `StartText`. The leader's engine and the text
+process have a further pair of their own, for `Step`. A closed socket means that the other side is gone.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Rendezvous:
 
 @dataclass(frozen=True, slots=True)
 class SubmitRequest:
-    """Queue a request (leader only). Answered in `Step.accepted` or `Step.failed`."""
+    """Queue a request (rank 0 only). Answered in `Step.accepted` or `Step.failed`."""
 
     request: Request
 
 
 @dataclass(frozen=True, slots=True)
 class CancelRequest:
-    """Forget a request, all of it or one choice (leader only). Unknown ids are ignored."""
+    """End a request, all of it or one choice (rank 0 only). Unknown ids are ignored."""
 
     id: str
     choice: int | None = None
@@ -63,7 +63,7 @@ class CancelRequest:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Show that every rank computes (leader only). `Alive` answers, after a canary if there is no work."""
+    """Show that every rank computes (rank 0 only). `Alive` answers, after a canary if there is no work."""
 
 
 # Engine to worker
@@ -80,7 +80,7 @@ class Loading:
 class EngineReady:
     """The whole group has run a step together (rank 0), or this rank has joined it (the others).
 
-    `step_s`: how long a small step of the whole group took; of rank 0.
+    `step_s`: how long a small step of the whole group took; sent by rank 0.
     """
 
     model_hash: str
@@ -92,7 +92,7 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineFailed:
-    """The last word of a process that cannot go on. `permanent`: trying again will not help."""
+    """The last message of a child that fails. `permanent`: the same model and layout will fail again."""
 
     reason: str
     message: str
@@ -100,21 +100,15 @@ class EngineFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What one step did: requests queued, tokens generated, requests refused."""
+class Began:
+    """A step of so many tokens begins. `StepEnded` follows when it has ended; steps end in their order."""
 
-    step: int
-    load: Load
-    accepted: tuple[str, ...] = ()
-    deltas: tuple[Delta, ...] = ()
-    failed: tuple[Refusal, ...] = ()
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Began:
-    """A step of so many tokens begins. A `Step` with its number follows when it has ended."""
-
-    tokens: int
+class StepEnded:
+    """The oldest step in flight has ended on every rank. Its `Step` goes to the text process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +116,36 @@ class Alive:
     """The answer to `Probe`."""
 
 
+# Engine to text process to worker
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did: requests queued, tokens generated, requests refused.
+
+    The leader's engine sends it to the text process over a socket of their own. The text process fills
+    `pieces` and `engine` and sends it to the worker, in the same order. A delta that completes a stop text is
+    cut after the token that completes it and gets the finish "stop". Later deltas of that choice have no
+    tokens; the worker drops them.
+
+    `engine`: the number that the worker gave to the engine's socket. A worker drops the steps of every engine
+    but the one that serves.
+    """
+
+    step: int
+    load: Load
+    accepted: tuple[str, ...] = ()
+    deltas: tuple[Delta, ...] = ()
+    failed: tuple[Refusal, ...] = ()
+    engine: int = 0
+
+
 # Any child to its worker, but not to an offline engine
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Said every BEAT_S by a thread that does nothing else: the process runs, whatever it is busy with."""
+    """Sent every BEAT_S by a thread that does nothing else: the process runs, whatever it is busy with."""
 
 
 # Worker to text process
@@ -135,7 +153,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class StartText:
-    """Load the tokeniser of this model directory; with `ids_only` it may have none."""
+    """Load the tokeniser of this model directory. With `ids_only` the directory may have none."""
 
     model: str
     ids_only: bool = False
@@ -143,10 +161,19 @@ class StartText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a text, or a conversation of (role, content) pairs by the model's chat template, or neither.
+    """Tokenise a request's prompt, and detokenise its output from now on.
 
-    `max_model_len` tokens or more are refused as PROMPT_TOO_LONG; 0 is no limit. Beside it, tokenise words
-    as an output may spell them: at its beginning and after a space.
+    The prompt is a text, or a conversation of (role, content) pairs for the model's chat template, or neither
+    where the worker has its token ids. A prompt of `max_model_len` tokens or more is refused as
+    PROMPT_TOO_LONG; 0 is no limit. `bad_words` are tokenised as an output may spell them: at its beginning
+    and after a space.
+
+    `n`: number of choices. `prior`: the token ids that earlier attempts generated, per choice. Their text has
+    been delivered; the detokeniser's state is rebuilt from them. A stop text counts if it ends in the text of
+    a token after the first `min_tokens`.
+
+    Answered by `Encoded` or `NotEncoded`. The engine gets the request after that, so its first delta never
+    overtakes this message.
     """
 
     id: str
@@ -154,19 +181,7 @@ class Encode:
     messages: tuple[tuple[str, str], ...] = ()
     max_model_len: int = 0
     bad_words: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Track:
-    """Follow a request's choices: deltas of untracked ids pass through without text.
-
-    `prior` is what earlier attempts generated per choice; its text has been delivered and only
-    the decoder's state is rebuilt from it. A stop text counts if it ends in the text of a token after
-    the first `min_tokens`.
-    """
-
-    id: str
-    n: int
+    n: int = 1
     prior: tuple[tuple[int, ...], ...] = ()
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
@@ -174,7 +189,7 @@ class Track:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Drop a request's state. Unknown ids are ignored."""
+    """Drop a request's detokeniser, and its prompt if that still waits. Unknown ids are ignored."""
 
     id: str
 
@@ -209,14 +224,10 @@ class NotEncoded:
     refusal: Refusal
 
 
-# A `Step` sent down to the text process comes back in order with `pieces` filled. A delta that
-# completes a stop text comes back cut after the token that completed it, with finish "stop"; later
-# deltas of that choice come back with no tokens and must be dropped.
-
 Message = Union[  # noqa: UP007 - a union of this length reads better so
-    StartEngine, Rendezvous, SubmitRequest, CancelRequest, Probe, Loading, EngineReady, EngineFailed, Step,
-    Began, Alive, Beat,
-    StartText, Encode, Track, Forget, TextReady, Encoded, NotEncoded,
+    StartEngine, Rendezvous, SubmitRequest, CancelRequest, Probe, Loading, EngineReady, EngineFailed, Began,
+    StepEnded, Step, Alive, Beat,
+    StartText, Encode, Forget, TextReady, Encoded, NotEncoded,
 ]  # fmt: skip
 _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in typing.get_args(Message)}
 
@@ -246,7 +257,7 @@ def decode(body: bytes | bytearray | memoryview) -> Message:
 
 
 def _build(annotation: Any, value: Any) -> Any:
-    """`value`, as JSON has it, in the shape of a type annotation made of dataclasses and tuples."""
+    """A JSON value as the dataclasses and tuples of a type annotation."""
     build = _builder(annotation)
     return value if build is None else build(value)
 

@@ -4,7 +4,8 @@ Importing torch takes seconds of a core; forking a process that has imported it 
 messages on the socket, where the client is a worker:
 
     server -> client  ready             once, after the imports
-    client -> server  fork              with the descriptor of an engine's link
+    client -> server  fork              with the descriptors of an engine's link and, for rank 0, of its
+                                        socket to the text process
     server -> client  forked PID        with a pidfd, which stays valid when the PID is reused
     server -> client  ended PID CODE    when it ends; CODE is negative for a signal, as in `subprocess`
 
@@ -64,30 +65,30 @@ def serve(connection: socket.socket) -> None:
                 os.close(fd)
                 connection.send(b"ended %d %d" % (engines.pop(fd), os.waitstatus_to_exitcode(status)))
                 continue
-            request, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, 1)
+            request, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, 2)
             if not request:
                 return
-            (link,) = descriptors
             pid = os.fork()
             if pid == 0:
                 connection.close()
                 for other in engines:
                     os.close(other)
-                _become_engine(link)
-            os.close(link)
+                _become_engine(*descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
             pidfd = os.pidfd_open(pid)
             engines[pidfd] = pid
             poll.register(pidfd, select.POLLIN)
             socket.send_fds(connection, [b"forked %d" % pid], [pidfd])
 
 
-def _become_engine(link: int) -> None:
+def _become_engine(link: int, text: int | None = None) -> None:
     """Run an engine in this forked process; never returns."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     random.seed()
     try:
-        rank.run(link, survive_thread=False)
+        rank.run(link, text, survive_thread=False)
     finally:
         os._exit(1)
 

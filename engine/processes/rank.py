@@ -1,7 +1,8 @@
-"""Entry point of one rank: `python -m engine.processes.rank --fd N`, N an inherited `engine.ipc.wire` socket.
+"""Entry point of one rank: `python -m engine.processes.rank --fd N [--text-fd M]`, N and M inherited sockets.
 
-Rank 0, the leader, serves requests (`engine.processes.serve`); every other rank runs the leader's plans. The
-process ends as soon as its socket is closed.
+Rank 0, the leader, serves requests (`engine.processes.serve`); every other rank runs the leader's plans. N
+carries `engine.ipc.wire` messages; the process ends as soon as it is closed. Rank 0 writes its steps to the
+text process over M, or over N where there is no M.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import gc
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineError, ModelError, as_engine_error
 from engine.ipc.link import Link, LinkClosedError, die_with_parent
+from engine.ipc.sender import BufferedSender
 from engine.ipc.wire import EngineFailed, EngineReady, Loading, Message, Rendezvous, StartEngine
 from engine.processes.serve import serve
 from engine.processes.startup import StartedRank, start_rank
@@ -33,26 +36,28 @@ def main() -> None:
     """Run a rank until its socket closes."""
     parser = argparse.ArgumentParser(description="One rank of an engine.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket")
+    parser.add_argument("--text-fd", type=int, help="inherited socket to the text process")
     parser.add_argument(
         "--survive-thread",
         action="store_true",
         help="outlive the thread that started this process; only the closed socket ends it",
     )
     arguments = parser.parse_args()
-    run(arguments.fd, survive_thread=arguments.survive_thread)
+    run(arguments.fd, arguments.text_fd, survive_thread=arguments.survive_thread)
 
 
-def run(fd: int, *, survive_thread: bool) -> None:
+def run(fd: int, text_fd: int | None, *, survive_thread: bool) -> None:
     """Run a rank until the socket `fd` closes; never returns."""
     logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
     link = Link.inherited(fd)
+    steps = link if text_fd is None else BufferedSender(socket.socket(fileno=text_fd))
     if not survive_thread:
         die_with_parent()
         link.beat()  # for a worker; an offline engine stops reading once its ranks are ready
     code = 0
     with ExitStack() as at_end:
         try:
-            _run(link, at_end)
+            _run(link, steps, at_end)
         except LinkClosedError:
             pass  # the parent has gone: nobody to report to
         except Exception as error:
@@ -68,7 +73,7 @@ def run(fd: int, *, survive_thread: bool) -> None:
     os._exit(code)
 
 
-def _run(link: Link, at_end: ExitStack) -> None:
+def _run(link: Link, steps: Link | BufferedSender, at_end: ExitStack) -> None:
     start, *early = link.receive()
     if not isinstance(start, StartEngine):
         raise EngineError("INTERNAL", f"expected StartEngine, got {type(start).__name__}")
@@ -84,7 +89,7 @@ def _run(link: Link, at_end: ExitStack) -> None:
     step_s = 0.0 if rank.core is None else _timed_canary(rank.core)
     link.send(EngineReady(identity, rank.max_model_len, config.vocab_size, config.eos_token_ids, step_s))
     if rank.core is not None:
-        serve(rank.core, link, early)
+        serve(rank.core, link, steps, early)
     else:
         _run_plans(rank, link)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from engine.errors import EngineError, RequestError
 from engine.grammar.grammar_queue import GrammarQueue
 from engine.ipc.link import Link
-from engine.ipc.wire import Alive, Began, CancelRequest, Message, Probe, Step, SubmitRequest
+from engine.ipc.sender import BufferedSender
+from engine.ipc.wire import Alive, Began, CancelRequest, Message, Probe, Step, StepEnded, SubmitRequest
 from engine.request import Delta, Refusal
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ class _Outcome:
     probed: bool = False
 
 
-def serve(core: EngineCore, link: Link, early: list[Message]) -> None:
+def serve(core: EngineCore, link: Link, steps: Link | BufferedSender, early: list[Message]) -> None:
     """Serve until the worker closes its link, which raises LinkClosedError.
 
-    The worker gets one `Step` per step, and one for the commands between two steps if they changed anything.
-    `early` are the messages that came together with `StartEngine`.
+    One `Step` goes to the text process, over `steps`, per step, and one for the commands between two steps if
+    they changed anything. `early` are the messages that came together with `StartEngine`.
     """
     step, sent_load = 0, core.load
     gate = GrammarQueue(core.grammars, link)
@@ -40,7 +41,7 @@ def serve(core: EngineCore, link: Link, early: list[Message]) -> None:
         outcome = _handle_commands(core, gate.admit(messages))
         if outcome.accepted or outcome.failed or outcome.finished or core.load != sent_load:
             sent_load = core.load
-            link.send(
+            steps.send(
                 Step(
                     step,
                     sent_load,
@@ -57,7 +58,8 @@ def serve(core: EngineCore, link: Link, early: list[Message]) -> None:
             core.launch(time.time(), lambda tokens: link.send(Began(tokens)))
             step, deltas = core.collect(time.time())
             sent_load = core.load
-            link.send(Step(step, sent_load, deltas=deltas))
+            link.send(StepEnded())  # straight to the worker's watchdog: the text process may hang
+            steps.send(Step(step, sent_load, deltas=deltas))
         if not core.busy:
             core.wait(gate)
         messages = link.receive(0)

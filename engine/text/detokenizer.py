@@ -1,7 +1,7 @@
 """Text of a growing sequence of tokens: pieces that only ever append, cut at stop texts.
 
-Pure: a tokeniser's `decode` comes in as a function. What a token's piece is depends on the tokens and
-stop texts of the choice alone, so a replay cuts the text at the same places.
+Pure: a tokeniser's `decode` is an argument. A token's piece depends on the tokens and stop texts of its
+choice alone, so a replay cuts the text at the same places.
 """
 
 from __future__ import annotations
@@ -11,49 +11,49 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[list[int]], str]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MOST_HELD_TOKENS = 16  # a character takes 4 bytes and so 4 tokens at most; more are no character
+_MAX_HELD_TOKENS = 16  # a character has at most 4 bytes, so 4 tokens; bytes held for longer are none
 
 
 class Detokenizer:
     """Tokens to text, holding back bytes that are not a whole character yet.
 
-    Decodes a short window: the tokens since the piece before last, so that a tokeniser sees the context
-    that decides about spaces, and the cost per token does not grow.
+    Decodes a short window that begins with the tokens of the previous piece. These are the context that
+    decides about spaces. The cost per token does not grow with the output.
 
     Args:
         decode: token ids to text, special tokens left out.
-        context: a token before the first, in the light of which a leading space is kept.
+        context: tokens before the first; after a token, tokenisers do not strip a leading space.
     """
 
     def __init__(self, decode: Decode, context: Sequence[int] = ()) -> None:
         self._decode = decode
         self._window = list(context)
-        self._said = len(self._window)  # tokens of the window whose text is out
+        self._emitted = len(self._window)  # tokens of the window whose text has been returned
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes, perhaps none."""
+        """The text that this token completes; may be empty."""
         self._window.append(token_id)
         whole = self._decode(self._window)
-        held = len(self._window) - self._said
-        if whole.endswith(_REPLACEMENT) and held <= _MOST_HELD_TOKENS:
+        held = len(self._window) - self._emitted
+        if whole.endswith(_REPLACEMENT) and held <= _MAX_HELD_TOKENS:
             return ""
         return self._advance(whole)
 
     def flush(self) -> str:
-        """What is held back, broken characters as replacement characters."""
+        """The text held back; an incomplete character becomes a replacement character."""
         return self._advance(self._decode(self._window))
 
     def _advance(self, whole: str) -> str:
-        said = self._decode(self._window[: self._said])
-        if len(whole) <= len(said) and len(self._window) - self._said <= _MOST_HELD_TOKENS:
-            return ""  # a special token, or one that only changes what comes after it
-        self._window = self._window[self._said :]
-        self._said = len(self._window)
-        return whole[len(said) :]
+        emitted = self._decode(self._window[: self._emitted])
+        if len(whole) <= len(emitted) and len(self._window) - self._emitted <= _MAX_HELD_TOKENS:
+            return ""  # a special token, or a token that only changes the text after it
+        self._window = self._window[self._emitted :]
+        self._emitted = len(self._window)
+        return whole[len(emitted) :]
 
 
 class StopCutter:
-    """Holds back text that may be the beginning of a stop text, and cuts at the first that is whole."""
+    """Cuts text at the first complete stop text, and holds back text that may be the beginning of one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(text for text in stop if text)
@@ -62,7 +62,7 @@ class StopCutter:
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """Text that is safe to show, and whether a stop text was completed.
 
-        Unless `may_stop`, stop texts that `text` completes count for nothing.
+        Without `may_stop`, stop texts that `text` completes are ignored.
         """
         text = self._held + text
         first = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
@@ -74,7 +74,7 @@ class StopCutter:
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """What is held back."""
+        """The text held back."""
         held, self._held = self._held, ""
         return held
 
@@ -85,23 +85,23 @@ class ChoiceText:
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
         self._cutter = StopCutter(stop)
-        self._too_early = min_tokens  # tokens to come that complete no stop text
+        self._min_tokens_left = min_tokens  # tokens to come that cannot complete a stop text
         self._may_stop = True
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that this token makes visible."""
-        self._may_stop = self._too_early == 0
-        self._too_early -= not self._may_stop
+        self._may_stop = self._min_tokens_left == 0
+        self._min_tokens_left -= not self._may_stop
         text, self.stopped = self._cutter.push(self._detokenizer.push(token_id), may_stop=self._may_stop)
         return text
 
     def flush(self) -> str:
-        """The rest, when the choice ends without a stop text; the rest may still complete one."""
+        """The rest of the text, when the engine ends the choice. The rest may complete a stop text."""
         text, self.stopped = self._cutter.push(self._detokenizer.flush(), may_stop=self._may_stop)
         return text if self.stopped else text + self._cutter.flush()
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` that is a proper beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

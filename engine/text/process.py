@@ -1,268 +1,110 @@
-"""Entry point of the text process: `python -m engine.text.process --fd N`, N a socket of `engine.ipc.wire`.
+"""Entry point of the text process: `python -m engine.text.process --fd N --engines-fd M`.
 
-Owns: the tokeniser, the chat template, and per live request the text of its choices.
-Does not own: tokens; deltas pass through in order. Answers in the order of questions.
+N is a socket to the worker. M is a SOCK_SEQPACKET socket over which the worker passes a socket to each new
+engine, with the engine's number. The engine writes its steps there; the text process adds text and sends them
+to the worker with the engine's number (`engine.ipc.wire.Step`).
+
+Owns: the sockets. Does not own: the text of requests (`service`), which outlives engines.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import select
+import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
-from engine.config import TOKENIZER_FILES
-from engine.errors import EngineError, ModelError, RequestError
+from engine.errors import EngineError, ModelError
 from engine.ipc.background import import_in_background
 from engine.ipc.link import Link, LinkClosedError, die_with_parent
-from engine.ipc.wire import (
-    Encode,
-    Encoded,
-    EngineFailed,
-    Forget,
-    Message,
-    NotEncoded,
-    StartText,
-    Step,
-    TextReady,
-    Track,
-)
-from engine.request import Delta, PositionLogprobs, Refusal
-from engine.text.detokenizer import ChoiceText, Decode, Detokenizer
-from engine.text.prompt_length import longest_token_bytes, too_many_tokens
+from engine.ipc.wire import EngineFailed, StartText, Step, TextReady
+from engine.text.service import TextService
+from engine.text.tokenizer import forgo_torch, tokenizer_of
 
-_MOST_OF_ERROR = 200  # characters; a longer one is likely to quote the prompt
+_NUMBER_BYTES = 32
+_SWITCH_S = 0.0005  # a chat template that renders in the encoder's thread gives way to a step so often
 
 
-class Tokenizer:
-    """A model's tokeniser, by the few calls that serving needs."""
+class EngineStreams:
+    """The steps of the newest engine.
 
-    def __init__(self, model_dir: str) -> None:
-        self._tokenizer = load_tokenizer(model_dir)
-        self._decode = _decoder(self._tokenizer)
-        self._decode_one = lru_cache(maxsize=1 << 16)(lambda token_id: self._decode([token_id]))
-        self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
-        # A token before the first keeps the leading space of tokenisers that strip it.
-        self.context = self._tokenizer.encode("a", add_special_tokens=False)[-1:]
+    A worker passes a new engine's socket after it has killed the engine before. What that one has still
+    written, half a message perhaps, is dropped with its socket and its buffer.
+    """
 
-    def longest_token_bytes(self) -> int:
-        """An upper bound of the bytes that one token stands for, 0 where none is known."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        return 0 if backend is None else longest_token_bytes(json.loads(backend.to_str()))
+    def __init__(self, engines: socket.socket) -> None:
+        self._engines = engines
+        self._number, self._link = 0, None  # type: tuple[int, Link | None]
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, with the special tokens that the model expects around it."""
-        return tuple(self._tokenizer.encode(text))
+    def sockets(self) -> list[socket.socket | Link]:
+        """What to wait for."""
+        return [self._engines] if self._link is None else [self._engines, self._link]
 
-    def encode_chat(self, messages: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
-        """Token ids of a conversation by the chat template, up to where the assistant answers.
+    def receive(self, readable: Sequence[object]) -> list[Step]:
+        """Steps that have arrived.
 
         Raises:
-            RequestError: NO_CHAT_TEMPLATE, or INVALID_ARGUMENT when the template refuses it.
+            LinkClosedError: the worker is gone.
+            ValueError: the engine has sent what is no message.
         """
-        from jinja2 import TemplateError
+        if self._engines in readable:
+            self._accept()
+        elif self._link is not None and self._link in readable:
+            try:
+                messages = self._link.receive(0)
+            except LinkClosedError:
+                self.close()
+                return []
+            except ValueError:
+                self.close()
+                raise
+            return [replace(step, engine=self._number) for step in messages if isinstance(step, Step)]
+        return []
 
-        if not self._tokenizer.chat_template:
-            raise RequestError("NO_CHAT_TEMPLATE", "the model has no chat template; send a text prompt")
-        turns = [{"role": role, "content": content} for role, content in messages]
+    def _accept(self) -> None:
+        number, descriptors, _, _ = socket.recv_fds(self._engines, _NUMBER_BYTES, 1)
+        if not number:
+            raise LinkClosedError
+        self.close()
+        self._number, self._link = int(number), Link.inherited(*descriptors)
+
+    def close(self) -> None:
+        """Read no more steps of this engine."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+
+def serve(link: Link, streams: EngineStreams, service: TextService) -> None:
+    """Answer the worker and pass steps on, until the worker's socket closes: raises LinkClosedError."""
+    while True:
+        readable, _, _ = select.select([link, *streams.sockets()], [], [])
+        if link in readable:
+            for message in link.receive(0):
+                service.handle(message)
         try:
-            ids = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise RequestError("INVALID_ARGUMENT", f"the chat template refuses this: {error}") from error
-        return tuple(ids)
-
-    def encode_word(self, word: str) -> list[tuple[int, ...]]:
-        """Token ids of a word as it is, and after a space where that is spelled with another first token."""
-        bare = word.lstrip()
-        spellings = [self._tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}")]
-        alone, spaced = map(tuple, spellings)
-        if len(spaced) == len(alone) and spaced[:1] != alone[:1]:
-            return [alone, spaced]
-        return [alone]
-
-    def decode(self, token_ids: list[int]) -> str:
-        """Text of tokens without special ones."""
-        return self._decode_one(*token_ids) if len(token_ids) == 1 else self._decode(token_ids)
-
-    def _token_text(self, token_id: int) -> str:
-        return str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-
-
-class IdsOnly(Tokenizer):
-    """Stands in for a tokeniser that a model without trained weights need not have: no text, either way."""
-
-    def __init__(self) -> None:
-        self.token_text = lru_cache(maxsize=1)(lambda token_id: "")
-        self.context = []
-
-    def longest_token_bytes(self) -> int:
-        """Unknown."""
-        return 0
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Raise RequestError: NO_TOKENIZER."""
-        raise RequestError("NO_TOKENIZER", "the model has no tokeniser; send token ids")
-
-    def encode_chat(self, messages: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
-        """Raise RequestError: NO_TOKENIZER."""
-        return self.encode("")
-
-    def encode_word(self, word: str) -> list[tuple[int, ...]]:
-        """Raise RequestError: NO_TOKENIZER."""
-        return [self.encode(word)]
-
-    def decode(self, token_ids: list[int]) -> str:
-        """Nothing."""
-        return ""
-
-
-def tokenizer_of(start: StartText) -> Tokenizer:
-    """The model's tokeniser, or what stands in for it where the model may do without and does.
-
-    Raises:
-        ModelError: INVALID_MODEL.
-    """
-    has_one = any((Path(start.model) / name).is_file() for name in TOKENIZER_FILES)
-    return Tokenizer(start.model) if has_one or not start.ids_only else IdsOnly()
-
-
-class TextService:
-    """Answers messages; see `engine.ipc.wire` for what each means."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._choices: dict[str, list[ChoiceText]] = {}
-
-    def handle(self, message: Message) -> Message | None:
-        """The answer to a message, if it has one."""
-        match message:
-            case Encode():
-                return self._encode(message)
-            case Track():
-                self._choices[message.id] = [self._track(message, choice) for choice in range(message.n)]
-                return None
-            case Forget(request_id):
-                self._choices.pop(request_id, None)
-                return None
-            case Step():
-                return replace(message, deltas=tuple(map(self._fill, message.deltas)))
-            case _:
-                raise EngineError("INTERNAL", f"unexpected {type(message).__name__}")
-
-    def _encode(self, message: Encode) -> Encoded | NotEncoded:
-        try:
-            ids: tuple[int, ...] = ()
-            if message.text is not None:
-                ids = self._tokenizer.encode(message.text)
-            elif message.messages:
-                ids = self._tokenizer.encode_chat(message.messages)
-            words = [ids for word in message.bad_words for ids in self._tokenizer.encode_word(word)]
-        except RequestError as error:
-            return NotEncoded(Refusal(message.id, error.reason, error.message))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic in the tokeniser's Rust is no Exception
-            explanation = f"{type(error).__name__}: {error}"[:_MOST_OF_ERROR]
-            return NotEncoded(
-                Refusal(message.id, "INVALID_ARGUMENT", f"the prompt cannot be tokenised: {explanation}")
-            )
-        if 0 < message.max_model_len <= len(ids):
-            explanation = too_many_tokens(len(ids), message.max_model_len)
-            return NotEncoded(Refusal(message.id, "PROMPT_TOO_LONG", explanation))
-        return Encoded(message.id, ids, tuple(words))
-
-    def _track(self, message: Track, choice: int) -> ChoiceText:
-        detokenizer = Detokenizer(self._tokenizer.decode, self._tokenizer.context)
-        text = ChoiceText(detokenizer, message.stop, message.min_tokens)
-        for token_id in message.prior[choice] if message.prior else ():
-            text.push(token_id)
-        return text
-
-    def _fill(self, delta: Delta) -> Delta:
-        if delta.id not in self._choices:
-            return delta
-        text = self._choices[delta.id][delta.choice]
-        if text.stopped:
-            return replace(delta, token_ids=(), logprobs=(), finish=None, timing=None)
-        pieces: list[str] = []
-        for token_id in delta.token_ids:
-            pieces.append(text.push(token_id))
-            if text.stopped:
-                break
-        if delta.finish and not text.stopped and pieces:
-            pieces[-1] += text.flush()
-        count = len(pieces)
-        return replace(
-            delta,
-            token_ids=delta.token_ids[:count],
-            pieces=tuple(pieces),
-            logprobs=tuple(map(self._with_texts, delta.logprobs[:count])),
-            prompt_logprobs=tuple(map(self._with_texts, delta.prompt_logprobs)),
-            finish="stop" if text.stopped else delta.finish,
-        )
-
-    def _with_texts(self, logprobs: PositionLogprobs) -> PositionLogprobs:
-        chosen, *top = (
-            replace(token, text=self._tokenizer.token_text(token.token_id))
-            for token in (logprobs.chosen, *logprobs.top)
-        )
-        return PositionLogprobs(chosen, tuple(top))
-
-
-def _decoder(tokenizer: Any) -> Decode:
-    """A tokeniser's `decode` without special tokens, as directly as it can be had.
-
-    A replay pushes thousands of tokens through it while every stream of the replica waits.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    if getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode:
-        decode = tokenizer.backend_tokenizer.decode  # what theirs comes to, at a quarter of the time
-        return lambda ids: str(decode(ids, skip_special_tokens=True))
-    return lambda ids: str(
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
-
-
-def load_tokenizer(model_dir: str) -> Any:
-    """The model's own tokeniser, never its code.
-
-    Raises:
-        ModelError: INVALID_MODEL, when the directory has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            "INVALID_MODEL", f"{model_dir} has no tokeniser that can be loaded: {error}"
-        ) from error
-
-
-def forgo_torch() -> None:
-    """Keep transformers from importing torch, which tokenisers do not need: half of the start-up time."""
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            for step in streams.receive(readable):
+                link.send(service.fill(step))
+        except ValueError as error:
+            link.send(EngineFailed("INTERNAL", f"the engine broke the protocol: {error}", permanent=False))
 
 
 def main() -> None:
-    """Answer until the socket closes."""
+    """Serve until the worker's socket closes."""
     parser = argparse.ArgumentParser(description="The text process beside an engine.")
-    parser.add_argument("--fd", type=int, required=True, help="inherited socket")
-    link = Link.inherited(parser.parse_args().fd)
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the worker")
+    parser.add_argument("--engines-fd", type=int, required=True, help="inherited socket for engines' sockets")
+    options = parser.parse_args()
+    link, engines = Link.inherited(options.fd), socket.socket(fileno=options.engines_fd)
     die_with_parent()
     link.beat()
     forgo_torch()
+    sys.setswitchinterval(_SWITCH_S)
     try:
-        _run(link)
+        _run(link, engines)
     except LinkClosedError:
         return
     except Exception as error:
@@ -272,20 +114,17 @@ def main() -> None:
         raise SystemExit(1) from error
 
 
-def _run(link: Link) -> None:
-    start, *messages = link.receive()
+def _run(link: Link, engines: socket.socket) -> None:
+    start, *early = link.receive()
     if not isinstance(start, StartText):
         raise EngineError("INTERNAL", f"expected StartText, got {type(start).__name__}")
     import_in_background("transformers")
     tokenizer = tokenizer_of(start)
-    service = TextService(tokenizer)
+    service = TextService(tokenizer, link.send)
     link.send(TextReady(tokenizer.longest_token_bytes()))
-    while True:
-        for message in messages:
-            answer = service.handle(message)
-            if answer is not None:
-                link.send(answer)
-        messages = list(link.receive())
+    for message in early:
+        service.handle(message)
+    serve(link, EngineStreams(engines), service)
 
 
 if __name__ == "__main__":

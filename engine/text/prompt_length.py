@@ -1,6 +1,6 @@
-"""How long a prompt may be, in tokens and, before it is tokenised, in bytes.
+"""Limits of a prompt's length: in tokens and, before it is tokenised, in bytes.
 
-Pure, standard library only: the text process computes the bound, its worker applies it.
+Pure, standard library only: the text process computes the bound of bytes, its worker applies it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _NORMAL_FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
-_FACTOR = 4  # no spelling of a character is longer, in UTF-8, than 4 times a normal form of it
-_PARTS = frozenset({"ByteLevel", "Metaspace", "Digits", "Split"})  # pre-tokenisers that leave nothing out
+_FACTOR = 4  # a character has at most 4 times as many UTF-8 bytes as its normal form
+_PARTS = frozenset({"ByteLevel", "Metaspace", "Digits", "Split"})  # pre-tokenisers that keep every character
 
 
 def too_many_tokens(tokens: int, max_model_len: int) -> str:
@@ -30,11 +30,11 @@ def longest_token_bytes(tokenizer: Mapping[str, Any]) -> int:
     """An upper bound of the bytes of text, in UTF-8, that one token stands for.
 
     Args:
-        tokenizer: what a `tokenizer.json` holds.
+        tokenizer: the content of a `tokenizer.json`.
 
     Returns:
-        The bound, or 0 where there is none or none is known: where text is left out, where unknown
-        characters of any number become one token, or where a special token takes the spaces around it.
+        The bound, or 0 where none is known: some tokenisers leave text out, make one token of any number of
+        unknown characters, or give the spaces around a special token to it.
     """
     model, added = tokenizer["model"], tokenizer.get("added_tokens") or ()
     vocabulary = _vocabulary(model)
@@ -51,7 +51,8 @@ def longest_token_bytes(tokenizer: Mapping[str, Any]) -> int:
         return 0
     tokens = vocabulary | {token["content"] for token in added}
     factor = _FACTOR if any(normalizer["type"] in _NORMAL_FORMS for normalizer in normalizers) else 1
-    # Byte-level vocabularies spell a byte as a character of one byte or two, others a space as three.
+    # A vocabulary's spelling is never shorter than its text: byte-level ones use 1 or 2 bytes for a byte,
+    # others 3 for a space.
     return factor * max(len(token.encode()) for token in tokens)
 
 
@@ -61,7 +62,7 @@ def _vocabulary(model: Mapping[str, Any]) -> set[str]:
 
 
 def _flat(part: Mapping[str, Any] | None, name: str) -> Iterator[Mapping[str, Any]]:
-    """A normaliser or pre-tokeniser, sequences taken apart."""
+    """The parts of a normaliser or pre-tokeniser, nested sequences flattened."""
     if part is None:
         return
     if part["type"] != "Sequence":
@@ -72,7 +73,7 @@ def _flat(part: Mapping[str, Any] | None, name: str) -> Iterator[Mapping[str, An
 
 
 def _holds_every_byte(model: Mapping[str, Any], vocabulary: set[str], parts: list[Mapping[str, Any]]) -> bool:
-    """Whether no text is unknown to the vocabulary."""
+    """Whether the vocabulary can spell every text."""
     if any(part["type"] == "ByteLevel" for part in parts):
         return _byte_characters() <= vocabulary
     return bool(model.get("byte_fallback")) and {f"<0x{byte:02X}>" for byte in range(256)} <= vocabulary
@@ -85,7 +86,7 @@ def _byte_characters() -> set[str]:
 
 
 def _keeps(normalizer: Mapping[str, Any]) -> bool:
-    """Whether what is normalised shrinks by no more than `_FACTOR`."""
+    """Whether normalised text has at least 1/`_FACTOR` of the bytes."""
     match normalizer:
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
             return len(new.encode()) >= len(old.encode())

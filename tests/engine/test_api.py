@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError
 from engine.ipc.wire import EngineReady, Rendezvous, StartEngine, Step, SubmitRequest
 from engine.request import Request, SamplingParams
-from engine.text.process import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from tests.engine.child import child
 
 GREEDY = SamplingParams(temperature=0)

@@ -41,7 +41,8 @@ def test_a_rank_loads_neither_transformers_nor_network_code() -> None:
 
 def test_the_text_process_does_without_torch() -> None:
     modules = loaded(
-        "engine.text.process as text; text.forgo_torch(); import transformers.models.auto.tokenization_auto"
+        "engine.text.process; engine.text.tokenizer.forgo_torch(); "
+        "import transformers.models.auto.tokenization_auto"
     )
     assert "tokenizers" in modules
     assert not modules & {"torch", "grpc", "aetcd"}

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataplane.shard.events import Abandoned, Assigned, Event, Exited, Kill, Publish, Received, SpawnEngine
-from dataplane.shard.supervisor import Supervisor
+from dataplane.shard.events import (
+    ControllerTimedOut,
+    Event,
+    Exited,
+    Kill,
+    Publish,
+    RankAssigned,
+    Received,
+    SpawnEngine,
+)
+from dataplane.shard.supervisor import ShardSupervisor
 from engine.ipc.wire import Message, StartEngine
 from phalanx.store.records import ShardRecord, ShardState
 
@@ -14,12 +23,12 @@ class Shard:
     """A worker's decisions about its engine, which is a real process."""
 
     def __init__(self, directory: Path, device: str) -> None:
-        self._core = Supervisor("worker-0", "boot", "127.0.0.1", device)
+        self._core = ShardSupervisor("worker-0", "boot", "127.0.0.1", device)
         self.starts: list[StartEngine] = []
         self.killed: list[int] = []
         self._record: ShardRecord | None = None
         self._child = 0
-        self._told(Assigned("d-0", 0, 1, str(directory), tp=1, pp=1))
+        self._told(RankAssigned("d-0", 0, 1, str(directory), tp=1, pp=1))
 
     def _told(self, event: Event) -> None:
         for instruction in self._core.handle(event):
@@ -40,7 +49,7 @@ class Shard:
         self._told(Exited(self._child, "has ended"))
 
     def abandoned(self, life: int) -> None:
-        self._told(Abandoned(1, life))
+        self._told(ControllerTimedOut(1, life))
 
     @property
     def failure(self) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dataplane.shard.worker import Commands, Identity, Worker
+from dataplane.shard.children import Commands
+from dataplane.shard.worker import Identity, Worker
 from phalanx.internal.v1 import shard_pb2, shard_pb2_grpc
 from phalanx.runtime import rpc
 from phalanx.store.interface import Delete, Put

@@ -1,4 +1,4 @@
-"""An engine process for tests: speaks engine.wire over --fd, needs the standard library only.
+"""An engine process for tests: speaks engine.ipc.wire, needs the standard library only.
 
 Each choice generates prompt[0] + choice + position. A prompt that begins with HOLD gets three tokens per
 choice and then waits to be cancelled; one that begins with REFUSE is refused. The load counts requests.
@@ -24,7 +24,8 @@ HOLD, REFUSE = 7000, 9000
 
 
 class FakeEngine:
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, text: socket.socket | None) -> None:
+        self._text = None if text is None else Link(text)
         self._sock, self._link, self._step = sock, Link(sock), 0
         self._link.beat()
         self._held: dict[str, set[int]] = {}
@@ -57,7 +58,10 @@ class FakeEngine:
     def step(self, **news: object) -> None:
         self._step += 1
         load = Load(running=len(self._held), kv_blocks_free=90, kv_blocks_total=100)
-        self.send(wire.Step(self._step, load, **news))  # type: ignore[arg-type]
+        self.send(wire.Began(1))
+        self.send(wire.StepEnded())
+        assert self._text is not None, "only rank 0 has requests"
+        self._text.send(wire.Step(self._step, load, **news))  # type: ignore[arg-type]
 
     def submit(self, request: wire.Request) -> None:
         first = request.prompt_ids[0]
@@ -120,4 +124,9 @@ class FakeEngine:
 
 if __name__ == "__main__":
     print("the fake engine runs as", os.getpid(), file=sys.stderr)
-    FakeEngine(socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))).run()
+    inherited = {
+        option: socket.socket(fileno=int(sys.argv[sys.argv.index(option) + 1]))
+        for option in ("--fd", "--text-fd")
+        if option in sys.argv
+    }
+    FakeEngine(inherited["--fd"], inherited.get("--text-fd")).run()

@@ -11,9 +11,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dataplane.shard import outbox
+from dataplane.shard import outbox, watchdog
+from dataplane.shard.children import Commands
 from dataplane.shard.server import SERVICE
-from dataplane.shard.worker import Commands
+from engine.ipc.wire import Step
+from engine.request import Load
 from phalanx.runtime import rpc
 from phalanx.store.records import ShardState
 from phalanx.v1 import types_pb2
@@ -81,6 +83,39 @@ async def test_a_new_epoch_serves_again_with_another_engine_and_the_same_text_pr
             await gateway.hello()
             await gateway.submit(text="a")
             assert len(await gateway.until_finished()) == 4
+
+
+async def test_a_step_of_an_earlier_engine_reaches_no_gateway(cluster: Cluster) -> None:
+    async with cluster.worker() as worker:
+        _, first = await cluster.form()
+        assert worker._serving is not None
+        old, text = worker._serving.engine, worker._serving.text
+        os.kill(first.engine_pid, signal.SIGKILL)
+        await cluster.until_state(ShardState.FAILED)
+        epoch, _ = await cluster.form()
+        async with cluster.gateway(epoch) as gateway:
+            await gateway.hello()
+            worker._received(text, Step(999, Load(running=77), engine=old))
+            await gateway.submit(text="a")
+            await gateway.until_finished()
+        assert all(frame.load.running != 77 and frame.step < 999 for frame in gateway.seen)
+
+
+@pytest.mark.parametrize("victim", ["engine", "text process"])
+async def test_a_child_that_hangs_is_named_by_the_failure(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    monkeypatch.setattr(watchdog, "NO_BEAT_S", 60.0 if victim == "engine" else 1.5)
+    async with cluster.worker():
+        epoch, shard = await cluster.form()
+        async with cluster.gateway(epoch) as gateway:
+            await gateway.hello()
+            await gateway.submit(text="a")
+            await gateway.until_finished()  # the watchdog knows how long a step takes
+        os.kill(shard.engine_pid if victim == "engine" else shard.text_pid, signal.SIGSTOP)
+        failed = await cluster.until_state(ShardState.FAILED)
+        how = "hangs: a canary" if victim == "engine" else "is stopped"
+        assert failed.reason.startswith(f"the {victim} {how}")
 
 
 async def test_a_new_epoch_ends_the_streams_and_the_engine_of_the_old_one(cluster: Cluster) -> None:

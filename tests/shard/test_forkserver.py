@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,11 +34,16 @@ def lives(pid: int) -> bool:
 class Engine:
     """An engine that waits for its first message."""
 
-    def __init__(self, server: ForkServer) -> None:
+    def __init__(self, server: ForkServer, **sockets: socket.socket) -> None:
         self.pids: list[int] = []
         self.said: list[Message] = []
         self.child = Child(
-            ENGINE, NOWHERE, on_spawned=self.pids.append, on_message=self.said.append, launch=server.launch
+            ENGINE,
+            NOWHERE,
+            on_spawned=self.pids.append,
+            on_message=self.said.append,
+            launch=server.launch,
+            sockets={f"--{name}-fd": each for name, each in sockets.items()},
         )
         self.child._pending = []
         self.task = asyncio.create_task(self.child.run())
@@ -70,6 +76,22 @@ async def test_engines_are_forked_and_end_as_processes_do(server: ForkServer) ->
     third.child.kill()
     assert await third.task == "was killed by SIGKILL"
     assert not lives(last)
+
+
+async def test_a_forked_engine_has_its_socket_to_the_text_process_alone(server: ForkServer) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        engine, other = Engine(server, text=theirs), Engine(server)
+        pid, _ = await engine.started(), await other.started()
+        assert theirs.fileno() == -1, "the worker has closed its copy"
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+        os.kill(pid, signal.SIGKILL)
+        await engine.task
+        assert ours.recv(1) == b"", "nobody else holds the other end"
+        other.child.kill()
+        await other.task
 
 
 async def test_a_fork_server_that_dies_takes_its_engines_along_and_comes_back(server: ForkServer) -> None:

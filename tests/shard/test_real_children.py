@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from dataplane.shard.worker import Commands
+from dataplane.shard.children import Commands
 from phalanx.internal.v1 import shard_pb2
 from phalanx.store.records import ShardState
 from phalanx.v1 import types_pb2
@@ -19,6 +20,7 @@ PROMPT = "def __init__(self"
 TOKENS = 24
 GREEDY = {"sampling": {"temperature": 0.0}, "stopping": {"max_tokens": TOKENS, "ignore_eos": True}}
 REAL = Commands()
+FORKED = Commands(forkserver=(sys.executable, "-m", "engine.processes.forkserver"))
 START_S = 100.0  # importing torch in three processes on a busy machine
 
 pytestmark = pytest.mark.timeout(300)
@@ -81,7 +83,7 @@ async def test_an_attempt_goes_on_in_the_next_epoch_with_the_same_tokens_and_tex
 async def test_a_stop_text_cuts_the_completion_and_frees_the_engine(
     cluster: Cluster, demo_model: Path
 ) -> None:
-    async with cluster.worker(commands=REAL):
+    async with cluster.worker(commands=FORKED):
         epoch = await cluster.assign("worker-0", model=str(demo_model))
         await cluster.until_state(ShardState.READY, deadline_s=START_S)
         async with cluster.gateway(epoch) as gateway:

@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import pytest
 
-from dataplane.shard import worker
+from dataplane.shard import drain
 from dataplane.shard.server import ShardServer
 from phalanx.internal.v1 import shard_pb2
 from phalanx.store.records import ShardState
@@ -200,7 +200,7 @@ async def test_a_gateway_that_closes_its_side_ends_the_stream_in_order(cluster: 
 async def test_workers_that_are_told_to_leave_wait_for_the_requests_of_their_replica(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "_UNROUTABLE_S", 0.0)
+    monkeypatch.setattr(drain, "_UNROUTABLE_S", 0.0)
     names = ("worker-0", "worker-1")
     answers: list[int] = []
     pending = ShardServer.pending

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
@@ -23,6 +24,7 @@ from engine.ipc.wire import (
     StartEngine,
     StartText,
     Step,
+    StepEnded,
     SubmitRequest,
     TextReady,
 )
@@ -41,7 +43,7 @@ STEP_S = (0.01, 0.03)
 
 
 class SimChild:
-    """Replaces `dataplane.shard.process.Child`. A child is a process of its own, and dies with its worker."""
+    """See `dataplane.shard.process.Child` and `TextChild`: a process of its own that dies with its worker."""
 
     world: World  # a class attribute, set before a run: the worker that creates a child knows no world
     numbers = itertools.count(1)
@@ -54,8 +56,10 @@ class SimChild:
         on_spawned: Callable[[int], None],
         on_message: Callable[[Message], None],
         launch: object = None,
+        sockets: Mapping[str, Callable[[Message], None]] | None = None,
     ) -> None:
         self._worker, self._start = current(), start
+        self._tell_text = (sockets or {}).get("--text-fd")
         self._on_spawned, self._on_message = on_spawned, on_message
         self.pid = next(self.numbers)
         kind = "engine" if isinstance(start, StartEngine) else "text"
@@ -63,12 +67,19 @@ class SimChild:
         self._worker.on_death.append(self.process.die)
         self._ended = asyncio.Event()
         self._arrives = {"up": 0.0, "down": 0.0}
+        self._engine = 0  # the engine whose steps a text process reads
         self._program: SimEngine | SimText | None = None
         self._killed = False
 
     def send(self, message: Message) -> None:
         """Send to the child; messages arrive in order."""
         self._pass("down", self.process, self._take, message)
+
+    def connect(self, engine: int) -> Callable[[Message], None]:
+        """What an engine of this number writes its steps to."""
+        self._engine, way = engine, f"engine {engine}"
+        self._arrives[way] = 0.0
+        return lambda step: self._pass(way, self.process, self._take_step, engine, step)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -81,8 +92,10 @@ class SimChild:
             return "was never started"
         self.process.on_death.append(self._dead)
         self.world.children[self.pid] = self.process
-        kind = SimEngine if isinstance(self._start, StartEngine) else SimText
-        self._program = kind(self.world, self.process, self._say)
+        if isinstance(self._start, StartEngine):
+            self._program = SimEngine(self.world, self.process, self._say, self._tell_text)
+        else:
+            self._program = SimText(self._say)
         self._on_spawned(self.pid)
         self.process.start(self._beat())
         self.send(self._start)
@@ -98,6 +111,11 @@ class SimChild:
     def _take(self, message: Message) -> None:
         assert self._program is not None
         self._program.take(message)
+
+    def _take_step(self, engine: int, step: Step) -> None:
+        assert isinstance(self._program, SimText)
+        if engine == self._engine:
+            self._program.take_step(engine, step)
 
     def _say(self, message: Message) -> None:
         """Send from the child to the worker; messages arrive in order."""
@@ -115,23 +133,32 @@ class SimChild:
 class SimText:
     """A text process. Token ids of a prompt are its code points; the text of token t is "<t>"."""
 
-    def __init__(self, world: World, process: Process, say: Callable[[Message], None]) -> None:
-        self._say, self._fake = say, FakeText.__new__(FakeText)
-        self._fake._stops, self._fake._ended = {}, set()
+    def __init__(self, say: Callable[[Message], None]) -> None:
+        self._say, self._fake = say, FakeText(say)
 
     def take(self, message: Message) -> None:
         """A message of the worker."""
         if isinstance(message, StartText):
             self._say(TextReady(5))
-        elif (answer := self._fake.answer(message)) is not None:
-            self._say(answer)
+        else:
+            self._fake.handle(message)
+
+    def take_step(self, engine: int, step: Step) -> None:
+        """A step of an engine."""
+        self._say(replace(self._fake.fill(step), engine=engine))
 
 
 class SimEngine:
     """One rank. Rank 0 runs the real scheduler. A step ends only when every rank has answered."""
 
-    def __init__(self, world: World, process: Process, say: Callable[[Message], None]) -> None:
-        self._world, self._process, self._say = world, process, say
+    def __init__(
+        self,
+        world: World,
+        process: Process,
+        say: Callable[[Message], None],
+        tell_text: Callable[[Message], None] | None,
+    ) -> None:
+        self._world, self._process, self._say, self._tell_text = world, process, say, tell_text
         self._group: list[SimEngine] = []
         self._scheduler: Scheduler | None = None
         self._inbox: list[Message] = []
@@ -234,10 +261,12 @@ class SimEngine:
                 await self._all_ranks()
                 sampled = self._rank.run(plan)
                 deltas += scheduler.apply(sampled, self._process.loop.time())
+                self._say(StepEnded())
             elif probed:
                 await self._all_ranks()
             if plan is not None or accepted or failed or deltas:
                 step += 1
-                self._say(Step(step, scheduler.load, tuple(accepted), tuple(deltas), tuple(failed)))
+                assert self._tell_text is not None, "only rank 0 serves"
+                self._tell_text(Step(step, scheduler.load, tuple(accepted), tuple(deltas), tuple(failed)))
             if probed:
                 self._say(Alive())

@@ -147,8 +147,8 @@ def _judge(world: World, outcome: Outcome, clients: list[SimClient]) -> None:
         if worker._service.leader is not None:
             book = worker._service.leader._book
             book.check_integrity()
-            if len(book) or book._held:
-                world.violations.append(f"{name} still holds {len(book)} requests, {len(book._held)} outputs")
+            if book.retained:
+                world.violations.append(f"{name} still holds {len(book)} requests, {book.retained} outputs")
     for process, scheduler in world.schedulers:
         if process.alive:
             scheduler.check_integrity()

@@ -17,8 +17,11 @@ import grpc
 
 import dataplane.gateway.checkpoints
 import dataplane.gateway.gateway
-import dataplane.shard.requests
-import dataplane.shard.worker
+import dataplane.shard.children
+import dataplane.shard.forming
+import dataplane.shard.monitor
+import dataplane.shard.peers
+import dataplane.shard.retention
 import phalanx.store.backoff
 from controlplane import active_controller
 from controlplane.view import View
@@ -68,15 +71,18 @@ class _Clock:
 def simulated(world: World) -> Iterator[None]:
     """Replace clocks, sockets and child processes of the shells by those of the world."""
     clock = _Clock(world.loop)
-    gateway, worker = dataplane.gateway.gateway, dataplane.shard.worker
+    gateway, shard = dataplane.gateway.gateway, dataplane.shard
     replaced: list[tuple[Any, str, Any]] = [
         (gateway, "time", clock),
         (gateway, "ReplicaStream", SimReplicaStream),
         (gateway, "random", world.chance),
         (dataplane.gateway.checkpoints, "time", clock),
-        (worker, "time", clock),
-        (worker, "Child", SimChild),
-        (dataplane.shard.requests, "RETENTION_S", RETENTION_S),
+        (shard.monitor, "time", clock),
+        (shard.forming, "time", clock),
+        (shard.peers, "_call", call_peer),
+        (shard.children, "Child", SimChild),
+        (shard.children, "TextChild", SimChild),
+        (shard.retention, "RETENTION_S", RETENTION_S),
         (phalanx.store.backoff, "random", world.chance),
         (phalanx.store.registration, "random", world.chance),
         (SimChild, "world", world),
@@ -228,20 +234,22 @@ class SimReplicaStream:
             self.world.net.close(end)
 
 
+async def call_peer(address: str, method: str, request: object) -> Any:
+    """See `dataplane.shard.peers`."""
+    world = SimChild.world
+    try:
+        end = await world.net.connect(current(), address)
+        world.net.send(end, request)
+        answer = await end.get()
+    except ConnectionError as error:
+        raise PhalanxError("UNREACHABLE", str(error)) from error
+    if isinstance(answer, PhalanxError):
+        raise answer
+    return answer
+
+
 class SimWorker(Worker):
     """A worker without its gRPC server: gateways connect over the simulated network."""
-
-    async def _call(self, address: str, request: shard_pb2.FormRequest | shard_pb2.PendingRequest) -> Any:
-        world = SimChild.world
-        try:
-            end = await world.net.connect(world.processes[self._identity.name], address)
-            world.net.send(end, request)
-            answer = await end.get()
-        except ConnectionError as error:
-            raise PhalanxError("UNREACHABLE", str(error)) from error
-        if isinstance(answer, PhalanxError):
-            raise answer
-        return answer
 
     async def live(self, world: World, process: Process, address: str) -> None:
         """Do what `Worker.run` does."""
@@ -255,7 +263,8 @@ class SimWorker(Worker):
             if isinstance(first, shard_pb2.FormRequest | shard_pb2.PendingRequest):
                 is_form = isinstance(first, shard_pb2.FormRequest)
                 try:
-                    world.net.send(end, self._form(first) if is_form else self._service.pending(first))
+                    answer = self._forming.answer(first) if is_form else self._service.pending(first)
+                    world.net.send(end, answer)
                 except PhalanxError as error:
                     world.net.send(end, error)
                 return
@@ -271,7 +280,7 @@ class SimWorker(Worker):
 
         world.net.listen(address, process, serve)
         async with asyncio.TaskGroup() as self._tasks:
-            for work in (self._registration.run(), self._watch(), self._watch_engine()):
+            for work in (self._registration.run(), self._watch_store(), self._monitor.run()):
                 self._tasks.create_task(work)
 
     async def leave(self, process: Process) -> None:

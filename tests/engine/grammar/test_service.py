@@ -14,7 +14,7 @@ from engine.errors import RequestError
 from engine.grammar.service import GrammarService
 from engine.ipc.wire import CancelRequest, Step, SubmitRequest
 from engine.request import Grammar, Request, SamplingParams
-from engine.text.process import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from tests.engine.child import Child, engine
 from tests.engine.conftest import VOCABULARY
 

@@ -13,7 +13,7 @@ DEPLOYMENT = DeploymentRecord(
 MEMBERS = (MemberRecord("w0", "boot-0", "h:1"), MemberRecord("w1", "boot-1", "h:2"))
 FORMED = ReplicaEpoch(10, AssignmentRecord("d-0", DEPLOYMENT, MEMBERS))
 RANK_0 = ShardRecord("d-0", 0, 10, "w0", "boot-0", ShardState.STARTING, rendezvous="h:9")
-PLACE = events.Assigned(
+PLACE = events.RankAssigned(
     "d-0",
     1,
     10,
@@ -33,7 +33,7 @@ def test_a_member_hears_its_place() -> None:
 
 
 def test_another_boot_of_the_same_worker_holds_nothing() -> None:
-    assert observe(Snapshot(replicas={"d-0": FORMED}), "w1", "boot-2") == [events.Unassigned()]
+    assert observe(Snapshot(replicas={"d-0": FORMED}), "w1", "boot-2") == [events.RankUnassigned()]
 
 
 def test_of_two_places_the_newer_counts() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -8,20 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dataplane.shard.admission import MAX_SUBMIT_BYTES, ServedModel
+from dataplane.shard.attempts import Ended
 from dataplane.shard.requests import (
-    ACKED_S,
     LOAD_EVERY_STEPS,
-    RETENTION_S,
-    Ended,
     Instruction,
     RequestBook,
     ToEngine,
     ToGateway,
     ToText,
 )
+from dataplane.shard.retention import ACKED_S, RETENTION_S
 from engine.ipc import wire
-from engine.ipc.wire import CancelRequest, Encode, Encoded, Forget, NotEncoded, Step, SubmitRequest, Track
-from engine.request import Delta, Load, Refusal, Timing
+from engine.ipc.wire import CancelRequest, Encode, Encoded, Forget, NotEncoded, Step, SubmitRequest
+from engine.request import Delta, Load, Refusal, Request, Timing
 from phalanx.internal.v1 import shard_pb2
 from phalanx.v1 import types_pb2
 
@@ -66,42 +66,50 @@ def reasons(todo: list[Instruction]) -> list[str]:
 
 def started(requests: RequestBook, stream: int = 1, **fields: object) -> str:
     """Submit and return the id that the engine knows."""
-    (queued,) = engine(requests.submit(stream, submit(**fields), now=0.0))
-    assert isinstance(queued, SubmitRequest)
-    return queued.request.id
+    return queued(requests, requests.submit(stream, submit(**fields), now=0.0)).id
 
 
-def test_given_ids_go_to_the_engine_at_once_after_they_are_tracked() -> None:
-    todo = book(1).submit(1, submit(stopping=types_pb2.Stopping(max_tokens=9, stop=["x"])), now=0.0)
-    assert [type(item) for item in todo] == [ToText, ToEngine]
-    (queued,) = engine(todo)
-    assert isinstance(queued, SubmitRequest)
-    assert (queued.request.prompt_ids, queued.request.max_tokens) == ((1, 2), 9)
-    assert text(todo) == [Track(queued.request.id, 1, (), ("x",))]
+def asked(todo: list[Instruction]) -> Encode:
+    """What the text process is asked for; nothing goes to the engine before its answer."""
+    (encode,) = text(todo)
+    assert isinstance(encode, Encode)
+    assert not any(isinstance(message, SubmitRequest) for message in engine(todo))
+    return encode
+
+
+def queued(requests: RequestBook, todo: list[Instruction], *ids: int) -> Request:
+    """What the engine is asked for once the text process has answered."""
+    answer = requests.encoded(Encoded(asked(todo).id, ids))
+    assert not text(answer)
+    (message,) = engine(answer)
+    assert isinstance(message, SubmitRequest)
+    return message.request
+
+
+def test_given_ids_go_to_the_engine_once_the_text_process_follows_the_request() -> None:
+    requests = book(1)
+    todo = requests.submit(1, submit(stopping=types_pb2.Stopping(max_tokens=9, stop=["x"])), now=0.0)
+    assert asked(todo) == Encode("1/r/1", max_model_len=8, n=1, stop=("x",))
+    request = queued(requests, todo)
+    assert (request.id, request.prompt_ids, request.max_tokens) == ("1/r/1", (1, 2), 9)
 
 
 def test_bad_words_are_tokenised_before_given_ids_go_to_the_engine() -> None:
     requests = book(1)
     sampling, stopping = types_pb2.Sampling(bad_words=["mud"]), types_pb2.Stopping(min_tokens=2)
-    (asked,) = text(requests.submit(1, submit(sampling=sampling, stopping=stopping), now=0.0))
-    assert isinstance(asked, Encode)
-    assert (asked.text, asked.messages, asked.bad_words) == (None, (), ("mud",))
-    todo = requests.encoded(Encoded(asked.id, (), ((5, 6), (7,))))
-    (queued,) = engine(todo)
-    assert isinstance(queued, SubmitRequest)
-    assert queued.request.prompt_ids == (1, 2)
-    assert queued.request.sampling.bad_words == ((5, 6), (7,))
-    assert text(todo) == [Track(asked.id, 1, min_tokens=2)]
+    encode = asked(requests.submit(1, submit(sampling=sampling, stopping=stopping), now=0.0))
+    assert (encode.text, encode.messages, encode.bad_words, encode.min_tokens) == (None, (), ("mud",), 2)
+    (message,) = engine(requests.encoded(Encoded(encode.id, (), ((5, 6), (7,)))))
+    assert isinstance(message, SubmitRequest)
+    assert message.request.prompt_ids == (1, 2)
+    assert message.request.sampling.bad_words == ((5, 6), (7,))
 
 
 def test_a_text_is_tokenised_first() -> None:
     requests = book(1)
-    (encode,) = text(requests.submit(1, submit(text="hello", token_ids=None), now=0.0))
-    assert isinstance(encode, Encode)
-    assert encode.text == "hello"
-    (queued,) = engine(requests.encoded(Encoded(encode.id, (5,))))
-    assert isinstance(queued, SubmitRequest)
-    assert queued.request.prompt_ids == (5,)
+    todo = requests.submit(1, submit(text="hello", token_ids=None), now=0.0)
+    assert asked(todo).text == "hello"
+    assert queued(requests, todo, 5).prompt_ids == (5,)
 
 
 def test_a_conversation_is_rendered_by_the_text_process() -> None:
@@ -113,11 +121,11 @@ def test_a_conversation_is_rendered_by_the_text_process() -> None:
 
 def test_sampling_keeps_the_defaults_of_what_is_unset_and_the_zeros_that_are_set() -> None:
     sampling = types_pb2.Sampling(temperature=0.0, seed=2**64 - 1)
-    (queued,) = engine(book(1).submit(1, submit(sampling=sampling), now=0.0))
-    assert isinstance(queued, SubmitRequest)
-    asked = queued.request.sampling
-    assert (asked.temperature, asked.top_p, asked.seed) == (0.0, 1.0, 2**64 - 1)
-    assert queued.request.logprobs is None
+    requests = book(1)
+    request = queued(requests, requests.submit(1, submit(sampling=sampling), now=0.0))
+    got = request.sampling
+    assert (got.temperature, got.top_p, got.seed) == (0.0, 1.0, 2**64 - 1)
+    assert request.logprobs is None
 
 
 def test_the_same_request_of_two_gateways_has_two_ids() -> None:
@@ -127,13 +135,11 @@ def test_the_same_request_of_two_gateways_has_two_ids() -> None:
 
 def test_prior_output_goes_to_the_engine_and_to_the_text_process() -> None:
     prior = [shard_pb2.Delta(token_ids=[3, 4]), shard_pb2.Delta(choice=1, token_ids=[5], finish_reason=STOP)]
-    todo = book(1).submit(1, submit(n=2, prior=prior), now=0.0)
-    (queued,) = engine(todo)
-    assert isinstance(queued, SubmitRequest)
-    assert (queued.request.prior, queued.request.finished) == (((3, 4), (5,)), (False, True))
-    (track,) = text(todo)
-    assert isinstance(track, Track)
-    assert track.prior == ((3, 4), (5,))
+    requests = book(1)
+    todo = requests.submit(1, submit(n=2, prior=prior), now=0.0)
+    assert (asked(todo).n, asked(todo).prior) == (2, ((3, 4), (5,)))
+    request = queued(requests, todo)
+    assert (request.prior, request.finished) == (((3, 4), (5,)), (False, True))
 
 
 def test_a_step_makes_one_frame_for_each_gateway_with_news() -> None:
@@ -162,8 +168,6 @@ def test_the_last_choice_to_end_ends_the_attempt() -> None:
     requests = book(1)
     id = started(requests, n=2)
     last = [Delta(id, choice, 0, (9,), ("x",), finish="length", timing=TIMES) for choice in (0, 1)]
-    for delta in last:
-        requests.generated(step(1, deltas=(delta,)))
     assert text(requests.stepped(step(1, deltas=(last[0],)), 0.0)) == []
     todo = requests.stepped(step(2, deltas=(last[1],)), 0.0)
     assert text(todo) == [Forget(id)]
@@ -185,9 +189,8 @@ def test_a_stop_text_ends_its_choice_and_later_deltas_of_it_are_dropped() -> Non
 def test_a_stop_text_in_the_last_token_tells_the_engine_nothing() -> None:
     requests = book(1)
     id = started(requests)
-    requests.generated(step(1, deltas=(Delta(id, 0, 0, (9,), finish="length"),)))
-    todo = requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("",), finish="stop"),)), 0.0)
-    assert not engine(todo)
+    last = Delta(id, 0, 0, (9,), ("",), finish="stop", timing=TIMES)  # both have ended it
+    assert not engine(requests.stepped(step(1, deltas=(last,)), 0.0))
 
 
 def test_a_cancel_ends_the_attempt_everywhere_and_again_does_nothing() -> None:
@@ -206,14 +209,16 @@ def test_a_cancel_before_its_submit_is_remembered_for_that_attempt_only() -> Non
     assert reasons(todo) == ["CANCELLED"]
     assert not engine(todo)
     assert len(requests) == 0
-    assert engine(requests.submit(1, submit(attempt=2), now=0.0))
+    assert text(requests.submit(1, submit(attempt=2), now=0.0))
 
 
 def test_a_cancel_during_tokenisation_keeps_the_engine_out_of_it() -> None:
     requests = book(1)
     (encode,) = text(requests.submit(1, submit(text="hello", token_ids=None), now=0.0))
     assert isinstance(encode, Encode)
-    assert not engine(requests.cancel(1, "r", 1))
+    todo = requests.cancel(1, "r", 1)
+    assert not engine(todo)
+    assert text(todo) == [Forget(encode.id)], "a prompt that waits need not be tokenised"
     assert requests.encoded(Encoded(encode.id, (5,))) == []
 
 
@@ -266,9 +271,7 @@ def test_what_has_no_resume_key_can_be_asked_for_by_nobody() -> None:
 def test_what_has_finished_is_retained_until_its_client_has_it() -> None:
     requests = book(1, 2)
     id = started(requests, resume_key="k")
-    last = step(1, deltas=(Delta(id, 0, 0, (9,), ("x",), finish="length"),))
-    requests.generated(last)
-    requests.stepped(last, 0.0)
+    requests.stepped(step(1, deltas=(Delta(id, 0, 0, (9,), ("x",), finish="length"),)), 0.0)
     assert len(requests) == 0
     (got,) = attached(requests.attach(2, attach(), 1.0))
     assert list(got.request.prior[0].token_ids) == [9]
@@ -334,7 +337,7 @@ def test_what_is_large_for_its_log_probabilities_can_still_be_replayed() -> None
     prior = shard_pb2.Delta(token_ids=[1] * 500, pieces=["x"] * 500, logprobs=[position] * 500)
     large = submit(prior=[prior])
     assert large.ByteSize() > MAX_SUBMIT_BYTES
-    assert engine(book(1, model=ServedModel("hash", 4096)).submit(1, large, now=0.0))
+    assert text(book(1, model=ServedModel("hash", 4096)).submit(1, large, now=0.0))
 
 
 def test_a_replay_of_what_still_runs_here_takes_its_place() -> None:
@@ -342,7 +345,7 @@ def test_a_replay_of_what_still_runs_here_takes_its_place() -> None:
     id = started(requests, resume_key="k")
     todo = requests.submit(2, submit(resume_key="k", attempt=9), now=0.0)
     assert reasons(todo) == ["TAKEN_OVER"]
-    assert engine(todo)[0] == CancelRequest(id)
+    assert engine(todo) == [CancelRequest(id)]
     assert len(requests) == 1
 
 
@@ -374,7 +377,7 @@ def test_what_cannot_be_an_attempt_is_refused_at_once() -> None:
 
 def test_ids_that_leave_no_room_for_one_more_are_refused_at_once() -> None:
     fits, long = (types_pb2.TokenIds(ids=[1] * count) for count in (7, 8))
-    assert engine(book(1).submit(1, submit(token_ids=fits), now=0.0))
+    assert text(book(1).submit(1, submit(token_ids=fits), now=0.0))
     requests = book(1)
     todo = requests.submit(1, submit(token_ids=long), now=0.0)
     assert reasons(todo) == ["PROMPT_TOO_LONG"]
@@ -394,7 +397,7 @@ def test_a_tokenised_prompt_that_is_too_long_goes_nowhere() -> None:
     todo = requests.encoded(Encoded(encode.id, (5,) * 8))
     assert reasons(todo) == ["PROMPT_TOO_LONG"]
     assert not engine(todo)
-    assert not text(todo)
+    assert text(todo) == [Forget(encode.id)]
     assert len(requests) == 0
 
 
@@ -432,9 +435,11 @@ def test_what_would_break_a_frame_to_a_child_is_refused_whichever_field_it_is_in
     ],
 )
 def test_what_is_admitted_makes_no_frame_that_is_too_large(dense: shard_pb2.Submit) -> None:
-    todo = book(1, model=ServedModel("hash", 1 << 30)).submit(1, dense, now=0.0)
+    requests = book(1, model=ServedModel("hash", 1 << 30))
+    todo = requests.submit(1, dense, now=0.0)
+    todo += requests.encoded(Encoded(asked(todo).id, (1,)))
     messages = [item.message for item in todo if isinstance(item, ToText | ToEngine)]
-    assert messages
+    assert [type(message) for message in messages] == [Encode, SubmitRequest]
     for message in messages:
         assert len(wire.encode(message)) < wire.MAX_FRAME * dense.ByteSize() / MAX_SUBMIT_BYTES
 
@@ -443,7 +448,6 @@ def test_a_choice_may_end_without_a_token() -> None:
     requests = book(1)
     id = started(requests, prior=[shard_pb2.Delta(token_ids=[3, 4])])
     last = step(1, deltas=(Delta(id, 0, 2, (), finish="length", timing=TIMES),))
-    requests.generated(last)
     (frame,) = frames(requests.stepped(last, 0.0))
     assert frame.deltas[0].index == 2
     assert not frame.deltas[0].pieces
@@ -484,7 +488,7 @@ class Conversation(RuleBasedStateMachine):
         self.streams: set[int] = set()
         self.opened = self.submitted = self.steps = 0
         self.encoding: list[str] = []
-        self.tracked: set[str] = set()
+        self.followed: set[str] = set()  # by the text process
         self.running: dict[str, dict[int, int]] = {}  # what the engine runs: id, choice -> next position
         self.news: dict[str, list[object]] = {"accepted": [], "deltas": [], "failed": []}
         self.with_text: list[Step] = []
@@ -503,16 +507,13 @@ class Conversation(RuleBasedStateMachine):
         for item in todo:
             match item:
                 case ToText(Encode(id)):
+                    assert id not in self.followed
+                    self.followed.add(id)
                     self.encoding.append(id)
-                case ToText(Track(id)):
-                    assert id not in self.tracked
-                    self.tracked.add(id)
                 case ToText(Forget(id)):
-                    self.tracked.remove(id)
-                case ToText(Step() as passed):
-                    self.with_text.append(passed)
+                    self.followed.remove(id)
                 case ToEngine(SubmitRequest(request)):
-                    assert request.id in self.tracked
+                    assert request.id not in self.encoding, "the engine overtakes the text process"
                     self.running[request.id] = dict.fromkeys(range(request.n), 0)
                     self.news["accepted"].append(request.id)
                 case ToEngine(CancelRequest(id, choice)):
@@ -626,14 +627,14 @@ class Conversation(RuleBasedStateMachine):
         for id, choices in list(self.running.items()):
             for choice, position in list(choices.items()):
                 last = data.draw(st.booleans())
-                deltas.append(Delta(id, choice, position, (1,), finish="length" if last else None))
+                finish, timing = ("length", TIMES) if last else (None, None)
+                deltas.append(Delta(id, choice, position, (1,), finish=finish, timing=timing))  # type: ignore[arg-type]
                 choices[choice] += 1
                 if last:
                     del choices[choice]
         accepted, self.news["accepted"] = tuple(self.news["accepted"]), []
         load = Load(running=len(self.running))
-        done = Step(self.steps, load, accepted, tuple(deltas))  # type: ignore[arg-type]
-        self.do(self.book.generated(done))
+        self.with_text.append(Step(self.steps, load, accepted, tuple(deltas)))  # type: ignore[arg-type]
 
     @precondition(lambda self: self.with_text)
     @rule(data=st.data())
@@ -643,7 +644,7 @@ class Conversation(RuleBasedStateMachine):
         for delta in done.deltas:
             stopped = data.draw(st.integers(0, 3)) == 0
             finish = "stop" if stopped else delta.finish
-            deltas.append(Delta(delta.id, delta.choice, delta.index, delta.token_ids, ("x",), (), finish))
+            deltas.append(replace(delta, pieces=("x",), finish=finish))
             request_id = delta.id.split("/")[1]
             if (request_id, delta.choice) not in self.closed:
                 self.passed[request_id][delta.choice] += 1
@@ -656,13 +657,13 @@ class Conversation(RuleBasedStateMachine):
         self.book.check_integrity()
         live = {key for key in self.expected if key not in self.over}
         assert len(self.book) == len(live) + len(self.orphans)
-        assert len(self.tracked) <= len(self.book), "the text process remembers what is over"
+        assert len(self.followed) == len(self.book), "the text process remembers what is over"
         assert sum(self.ended.values()) == self.submitted - len(self.book)
         assert max(self.ended.values(), default=1) == 1
 
     @invariant()
     def the_engine_runs_nothing_for_nobody(self) -> None:
-        assert {id for id, choices in self.running.items() if choices} <= self.tracked
+        assert {id for id, choices in self.running.items() if choices} <= self.followed
 
 
 TestConversation = Conversation.TestCase

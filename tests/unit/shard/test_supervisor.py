@@ -7,43 +7,43 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dataplane.shard.events import (
-    Abandoned,
-    Assigned,
+    AskPeerToStart,
     BeginServing,
+    ControllerTimedOut,
     EndServing,
     Event,
     Exited,
-    Form,
-    Formed,
     Hung,
     Instruction,
     Kill,
+    LeaderStartedLife,
     PeerFailed,
     Publish,
+    RankAssigned,
+    RankUnassigned,
     Received,
     RendezvousSeen,
     SendRendezvous,
     Spawned,
     SpawnEngine,
     SpawnText,
-    StoodStill,
     Stop,
-    Unassigned,
     Withdraw,
+    WorkerPaused,
 )
-from dataplane.shard.supervisor import LIFE_BITS, MAX_REASON, Supervisor
+from dataplane.shard.supervisor import LIFE_BITS, MAX_REASON, ShardSupervisor
 from engine.ipc.wire import EngineFailed, EngineReady, Rendezvous, StartText, TextReady
 from phalanx.store.records import ShardRecord, ShardState, encode
 
 READY = EngineReady("hash", 128, 1000, (0,))
-LEADER = Assigned("d-0", 0, 10, "/m", tp=2, pp=1)
+LEADER = RankAssigned("d-0", 0, 10, "/m", tp=2, pp=1)
 
 
-def supervisor() -> Supervisor:
-    return Supervisor("worker-0", "boot", "127.0.0.1", "cpu")
+def supervisor() -> ShardSupervisor:
+    return ShardSupervisor("worker-0", "boot", "127.0.0.1", "cpu")
 
 
-def feed(core: Supervisor, *events: Event) -> list[Instruction]:
+def feed(core: ShardSupervisor, *events: Event) -> list[Instruction]:
     todo = [instruction for event in events for instruction in core.handle(event)]
     core.check_integrity()
     return todo
@@ -53,15 +53,16 @@ def published(todo: list[Instruction]) -> list[ShardRecord]:
     return [instruction.record for instruction in todo if isinstance(instruction, Publish)]
 
 
-def serving_leader() -> Supervisor:
+def serving_leader() -> ShardSupervisor:
     core = supervisor()
     feed(core, LEADER, Spawned(1, 101), Spawned(2, 102), Received(1, READY), Received(2, TextReady()))
     return core
 
 
 def test_a_leader_starts_both_children_and_says_so() -> None:
-    engine, text, publish = feed(supervisor(), LEADER)
+    text, engine, publish = feed(supervisor(), LEADER)
     assert isinstance(engine, SpawnEngine)
+    assert (engine.child, engine.text) == (1, 2)
     assert (engine.start.config.rank, engine.start.config.epoch, engine.start.config.host) == (
         0,
         10 << LIFE_BITS,
@@ -73,12 +74,12 @@ def test_a_leader_starts_both_children_and_says_so() -> None:
 
 
 def test_children_hear_how_the_model_is_loaded() -> None:
-    engine, text, _ = feed(supervisor(), replace(LEADER, load_format="dummy", quantization="int8"))
+    text, engine, _ = feed(supervisor(), replace(LEADER, load_format="dummy", quantization="int8"))
     assert isinstance(engine, SpawnEngine)
     assert (engine.start.config.load_format, engine.start.config.quantization) == ("dummy", "int8")
     assert isinstance(text, SpawnText)
     assert text.start == StartText("/m", ids_only=True)
-    engine, text, _ = feed(supervisor(), LEADER)
+    text, engine, _ = feed(supervisor(), LEADER)
     assert isinstance(engine, SpawnEngine)
     assert (engine.start.config.load_format, engine.start.config.quantization) == ("auto", "")
     assert isinstance(text, SpawnText)
@@ -87,7 +88,7 @@ def test_children_hear_how_the_model_is_loaded() -> None:
 
 def test_another_rank_starts_no_text_process_and_is_ready_without_one() -> None:
     core = supervisor()
-    todo = feed(core, Assigned("d-0", 1, 10, "/m", tp=2, pp=1), Spawned(1, 101), Received(1, READY))
+    todo = feed(core, RankAssigned("d-0", 1, 10, "/m", tp=2, pp=1), Spawned(1, 101), Received(1, READY))
     assert not any(isinstance(instruction, SpawnText | BeginServing) for instruction in todo)
     assert published(todo)[-1].state is ShardState.READY
 
@@ -113,41 +114,46 @@ def test_a_leader_forms_anew_what_nobody_else_does() -> None:
     core, members = supervisor(), ("h:1", "h:2", "h:3")
     feed(core, replace(LEADER, addresses=members), Received(1, READY), Received(2, TextReady()))
     feed(core, Exited(1, "was killed by SIGKILL"))
-    spawn, publish = feed(core, Abandoned(10, 0))
+    spawn, publish = feed(core, ControllerTimedOut(10, 0))
     assert isinstance(spawn, SpawnEngine)
     assert spawn.start.config.epoch == (10 << LIFE_BITS) + 1
     assert isinstance(publish, Publish)
     assert (publish.record.state, publish.record.life) == (ShardState.STARTING, 1)
-    asked = [todo for todo in feed(core, Received(spawn.child, Rendezvous("h:9"))) if isinstance(todo, Form)]
-    assert asked == [
-        Form(address, rank, "d-0", 10, 1, "h:9") for rank, address in enumerate(members[1:], start=1)
+    asked = [
+        todo
+        for todo in feed(core, Received(spawn.child, Rendezvous("h:9")))
+        if isinstance(todo, AskPeerToStart)
     ]
-    assert feed(core, Abandoned(10, 0)) == [], "once is enough"
+    assert asked == [
+        AskPeerToStart(address, rank, "d-0", 10, 1, "h:9")
+        for rank, address in enumerate(members[1:], start=1)
+    ]
+    assert feed(core, ControllerTimedOut(10, 0)) == [], "once is enough"
 
 
 def test_what_a_controller_has_formed_meanwhile_stays() -> None:
     core = serving_leader()
     feed(core, Exited(1, "was killed by SIGKILL"), replace(LEADER, epoch=11))
-    assert feed(core, Abandoned(10, 0)) == []
+    assert feed(core, ControllerTimedOut(10, 0)) == []
 
 
 def test_what_would_fail_again_is_left_to_the_controller() -> None:
     core = serving_leader()
     feed(core, Received(1, EngineFailed("INVALID_MODEL", "no weights", permanent=True)))
-    assert feed(core, Abandoned(10, 0)) == []
+    assert feed(core, ControllerTimedOut(10, 0)) == []
 
 
 def test_a_member_follows_its_leader_into_the_next_life() -> None:
     core = supervisor()
-    feed(core, Assigned("d-0", 1, 10, "/m", tp=2, pp=1), Received(1, READY))
-    todo = feed(core, Formed("d-0", 10, 1, "h:9"))
+    feed(core, RankAssigned("d-0", 1, 10, "/m", tp=2, pp=1), Received(1, READY))
+    todo = feed(core, LeaderStartedLife("d-0", 10, 1, "h:9"))
     assert Kill(1) in todo
     (spawn,) = (item for item in todo if isinstance(item, SpawnEngine))
     assert spawn.start.config.epoch == (10 << LIFE_BITS) + 1
     assert SendRendezvous(spawn.child, "h:9") in todo
-    assert feed(core, Formed("d-0", 10, 1, "h:9")) == [], "asked again"
-    assert feed(core, Formed("d-0", 9, 5, "h:9")) == [], "of another epoch"
-    assert feed(core, Formed("e-0", 10, 5, "h:9")) == [], "of another replica"
+    assert feed(core, LeaderStartedLife("d-0", 10, 1, "h:9")) == [], "asked again"
+    assert feed(core, LeaderStartedLife("d-0", 9, 5, "h:9")) == [], "of another epoch"
+    assert feed(core, LeaderStartedLife("e-0", 10, 5, "h:9")) == [], "of another replica"
     assert feed(core, PeerFailed(10, 0, "killed", permanent=False, life=0)) == [], "of the life before"
 
 
@@ -160,7 +166,7 @@ def test_the_rendezvous_goes_from_the_leaders_engine_to_the_store() -> None:
 
 def test_the_rendezvous_goes_from_the_store_to_the_other_engines_once() -> None:
     core = supervisor()
-    feed(core, Assigned("d-0", 1, 10, "/m", tp=2, pp=1))
+    feed(core, RankAssigned("d-0", 1, 10, "/m", tp=2, pp=1))
     seen = RendezvousSeen(10, "127.0.0.1:9")
     assert feed(core, RendezvousSeen(9, "old"), seen, seen) == [SendRendezvous(1, "127.0.0.1:9")]
 
@@ -196,12 +202,12 @@ def test_a_hang_of_an_engine_of_the_past_means_nothing() -> None:
 
 
 def test_a_worker_that_stood_still_gives_its_epoch_up() -> None:
-    end, kill, publish = feed(serving_leader(), StoodStill(4.2))
+    end, kill, publish = feed(serving_leader(), WorkerPaused(4.2))
     assert end == EndServing(10, "the worker stood still for 4.2 s")
     assert kill == Kill(1)
     assert isinstance(publish, Publish)
     assert publish.record.state is ShardState.FAILED
-    assert feed(supervisor(), StoodStill(4.2)) == []
+    assert feed(supervisor(), WorkerPaused(4.2)) == []
 
 
 def test_the_first_failure_of_an_epoch_is_kept() -> None:
@@ -228,9 +234,10 @@ def test_the_failure_of_another_shard_ends_the_epoch_here() -> None:
 
 def test_a_new_epoch_replaces_the_engine_and_keeps_the_text_process() -> None:
     core = serving_leader()
-    todo = feed(core, Assigned("d-0", 0, 11, "/m", tp=2, pp=1))
+    todo = feed(core, RankAssigned("d-0", 0, 11, "/m", tp=2, pp=1))
     assert todo[:2] == [EndServing(10, "the replica is formed anew"), Kill(1)]
     assert isinstance(todo[2], SpawnEngine)
+    assert todo[2].text == 2
     assert not any(isinstance(instruction, SpawnText) for instruction in todo)
     assert published(todo)[0].text_pid == 102
     assert BeginServing("d-0", 11, engine=3, text=2, ready=READY) in feed(core, Received(3, READY))
@@ -238,8 +245,8 @@ def test_a_new_epoch_replaces_the_engine_and_keeps_the_text_process() -> None:
 
 def test_another_model_or_rank_ends_the_text_process() -> None:
     for place in (
-        Assigned("d-0", 0, 11, "/other", tp=2, pp=1),
-        Assigned("d-0", 1, 11, "/m", tp=2, pp=1),
+        RankAssigned("d-0", 0, 11, "/other", tp=2, pp=1),
+        RankAssigned("d-0", 1, 11, "/m", tp=2, pp=1),
     ):
         assert Kill(2) in feed(serving_leader(), place)
 
@@ -247,26 +254,28 @@ def test_another_model_or_rank_ends_the_text_process() -> None:
 def test_a_text_process_that_died_is_replaced_in_the_next_epoch() -> None:
     core = serving_leader()
     feed(core, Exited(2, "exited with code 1"))
-    todo = feed(core, Assigned("d-0", 0, 11, "/m", tp=2, pp=1))
-    assert [type(instruction) for instruction in todo] == [SpawnEngine, SpawnText, Publish]
+    todo = feed(core, RankAssigned("d-0", 0, 11, "/m", tp=2, pp=1))
+    assert [type(instruction) for instruction in todo] == [SpawnText, SpawnEngine, Publish]
 
 
 def test_a_lost_place_leaves_nothing() -> None:
     core = serving_leader()
-    todo = feed(core, Unassigned())
+    todo = feed(core, RankUnassigned())
     assert todo == [EndServing(10, "the replica is gone"), Kill(1), Kill(2), Withdraw()]
     assert core.record is None
 
 
 def test_a_move_to_another_replica_withdraws_the_old_status() -> None:
-    todo = feed(serving_leader(), Assigned("d-1", 0, 7, "/m", tp=2, pp=1))
+    todo = feed(serving_leader(), RankAssigned("d-1", 0, 7, "/m", tp=2, pp=1))
     assert Withdraw() in todo
     assert published(todo)[-1].replica == "d-1"
 
 
 def test_nothing_happens_after_stop() -> None:
     core = serving_leader()
-    todo = feed(core, Stop(), Exited(1, "was killed by SIGKILL"), Assigned("d-0", 0, 12, "/m", tp=2, pp=1))
+    todo = feed(
+        core, Stop(), Exited(1, "was killed by SIGKILL"), RankAssigned("d-0", 0, 12, "/m", tp=2, pp=1)
+    )
     assert todo == [EndServing(10, "the worker is shutting down"), Kill(1), Kill(2)]
 
 
@@ -277,7 +286,7 @@ class World(RuleBasedStateMachine):
         super().__init__()
         self.core = supervisor()
         self.epoch = 1
-        self.place: Assigned | None = None
+        self.place: RankAssigned | None = None
         self.kinds: dict[int, str] = {}
         self.models: dict[int, str] = {}
         self.running: set[int] = set()  # spawned, not yet exited
@@ -294,7 +303,8 @@ class World(RuleBasedStateMachine):
 
     def do(self, instruction: Instruction) -> None:
         match instruction:
-            case SpawnEngine(child, start):
+            case SpawnEngine(child, start, text):
+                assert {text} - {None} == (self.current("text") if start.config.rank == 0 else set())
                 assert not self.current("engine"), "a second engine"
                 assert self.place is not None
                 epoch = start.config.epoch
@@ -354,8 +364,8 @@ class World(RuleBasedStateMachine):
     def assign(self, replica: str, rank: int, model: str) -> None:
         self.epoch += 1
         if not self.stopped:
-            self.place = Assigned(replica, rank, self.epoch, model, tp=2, pp=1)
-        self.feed(Assigned(replica, rank, self.epoch, model, tp=2, pp=1))
+            self.place = RankAssigned(replica, rank, self.epoch, model, tp=2, pp=1)
+        self.feed(RankAssigned(replica, rank, self.epoch, model, tp=2, pp=1))
 
     @precondition(lambda self: self.place is not None)
     @rule()
@@ -366,7 +376,7 @@ class World(RuleBasedStateMachine):
     @rule()
     def unassign(self) -> None:
         self.place = None
-        self.feed(Unassigned())
+        self.feed(RankUnassigned())
 
     @property
     def life(self) -> int:
@@ -382,14 +392,14 @@ class World(RuleBasedStateMachine):
 
     @rule(older=st.integers(0, 1))
     def abandoned(self, older: int) -> None:
-        self.feed(Abandoned(self.epoch, self.life - older))
+        self.feed(ControllerTimedOut(self.epoch, self.life - older))
 
     @precondition(lambda self: self.place is not None)
     @rule(newer=st.integers(-1, 2))
     def formed(self, newer: int) -> None:
         assert self.place is not None
         life = max(0, self.life + newer)
-        self.feed(Formed(self.place.replica, self.epoch, life, "127.0.0.1:1"))
+        self.feed(LeaderStartedLife(self.place.replica, self.epoch, life, "127.0.0.1:1"))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())

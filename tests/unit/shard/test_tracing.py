@@ -6,7 +6,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dataplane.shard import tracing
-from dataplane.shard.requests import Ended
+from dataplane.shard.attempts import Ended
 from engine.request import Timing
 from phalanx.runtime import telemetry
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from dataplane.shard.watchdog import (
     CHECK_S,
-    LEAST_S,
     LOADING_S,
+    MIN_HANG_S,
     NO_BEAT_S,
     PATIENCE,
     PAUSE_S,
@@ -28,7 +28,6 @@ class Engine:
     def __init__(self) -> None:
         self.now = 100.0
         self.watchdog = Watchdog(self.now)
-        self.step = 0
         self.probes = 0
 
     def wait(self, seconds: float) -> Silent | None:
@@ -47,8 +46,7 @@ class Engine:
         """A step from its beginning to its end."""
         self.watchdog.began(tokens, self.now)
         verdict = self.wait(seconds)
-        self.step += 1
-        self.watchdog.reported(self.step, self.now)
+        self.watchdog.ended(self.now)
         return verdict
 
     def answer(self, seconds: float = 0.01) -> None:
@@ -84,7 +82,7 @@ def test_an_idle_engine_is_probed_again_and_again() -> None:
 
 def test_a_probe_is_not_repeated_before_its_answer() -> None:
     engine = warm()
-    assert engine.wait(PROBE_S + LEAST_S) is None
+    assert engine.wait(PROBE_S + MIN_HANG_S) is None
     assert engine.probes == 2
 
 
@@ -102,13 +100,13 @@ def test_a_busy_engine_that_hangs_is_noticed_within_two_seconds() -> None:
     assert verdict.status.startswith("hangs: a step of 16 tokens has not ended for 1.")
 
 
-def test_an_engine_that_says_other_things_but_ends_no_step_is_noticed_too() -> None:
+def test_an_engine_that_answers_probes_but_ends_no_step_is_noticed_too() -> None:
     engine = warm()
     engine.run(16, 0.02)
     engine.watchdog.began(16, engine.now)
     for _ in range(5):
         assert engine.wait(0.2) is None
-        engine.watchdog.reported(engine.step, engine.now)  # a request was accepted
+        engine.watchdog.answered(engine.now)
     assert engine.wait(0.5) is not None
 
 
@@ -151,7 +149,7 @@ def test_the_steps_of_a_pipeline_are_measured_one_after_another() -> None:
         engine.watchdog.began(8, engine.now)
         assert engine.wait(0.1) is None
         if step > 1:
-            engine.watchdog.reported(step, engine.now)
+            engine.watchdog.ended(engine.now)
     assert engine.wait(2.0) is not None
 
 
@@ -160,12 +158,11 @@ def test_a_process_that_stood_still_itself_accuses_nobody() -> None:
     engine.watchdog.began(16, engine.now)
     engine.now += 30.0
     assert engine.watchdog.check(engine.now) is None
-    engine.step += 1
-    engine.watchdog.reported(engine.step, engine.now)
+    engine.watchdog.ended(engine.now)
     assert engine.wait(PROBE_S) is None
 
 
-@given(st.lists(st.tuples(st.integers(1, 2048), st.floats(0.001, LEAST_S - CHECK_S), st.floats(0, 3))))
+@given(st.lists(st.tuples(st.integers(1, 2048), st.floats(0.001, MIN_HANG_S - CHECK_S), st.floats(0, 3))))
 def test_an_engine_that_answers_in_time_is_never_accused(
     steps: list[tuple[int, float, float]],
 ) -> None:
@@ -189,14 +186,15 @@ def test_a_hang_is_always_noticed(steps: list[tuple[int, float]], busy: bool) ->
         engine.watchdog.began(steps[-1][0], engine.now)
     longest = max(seconds for _, seconds in steps)
     assert (
-        silence(engine, 60) < PROBE_SHARE * longest + max(LEAST_S, PATIENCE * longest) + 4 * CHECK_S + PAUSE_S
+        silence(engine, 60)
+        < PROBE_SHARE * longest + max(MIN_HANG_S, PATIENCE * longest) + 4 * CHECK_S + PAUSE_S
     )
 
 
 def test_an_engine_that_hangs_before_its_first_step_is_noticed_by_what_it_took_to_get_ready() -> None:
     dog = Watchdog(0.0, step_s=0.005)
     silent = [now for now in (i * CHECK_S for i in range(100)) if isinstance(dog.check(now), Silent)]
-    assert silent[0] < PROBE_S + LEAST_S + 3 * CHECK_S
+    assert silent[0] < PROBE_S + MIN_HANG_S + 3 * CHECK_S
 
 
 def verdict(pulse: Pulse, since: float, seconds: float) -> bool:
