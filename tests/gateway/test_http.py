@@ -62,7 +62,7 @@ async def test_usage_is_right_after_a_failover(rig: Rig, http: aiohttp.ClientSes
 
     async def kill_once_it_generates() -> None:
         await until(lambda: first.submits)
-        await until(lambda: sum(live.journal.tokens for live in rig.gateway._lives.values()) == 4)
+        await until(lambda: sum(live.journal.tokens for live in rig.gateway._live_requests.values()) == 4)
         await first.kill()
 
     async with asyncio.TaskGroup() as group:

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 import phalanx.client
-from dataplane.gateway import checkpoints
+from dataplane.gateway import checkpoint_plan
 from dataplane.gateway.normalize import journal_for
 from dataplane.gateway.server import InferenceService
 from phalanx.cli.local.embedded_etcd import free_port
@@ -103,14 +103,14 @@ async def test_what_ran_on_while_nobody_listened_is_delivered_too(rig: Rig, seco
 async def test_gateway_and_leader_may_die_together(
     rig: Rig, second: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "AFTER_S", 0.0)
-    monkeypatch.setattr(checkpoints, "EVERY_TOKENS", 1)
+    monkeypatch.setattr(checkpoint_plan, "AFTER_S", 0.0)
+    monkeypatch.setattr(checkpoint_plan, "EVERY_TOKENS", 1)
     leader = await rig.add_leader("demo-0", hold_at=5)
     await reached(second, leader)
 
     async def die() -> None:
         writer = rig.gateway._checkpoints
-        await until(lambda: any(mark.tokens == 5 for mark in writer._plan._marks.values()))
+        await until(lambda: any(part.tokens == 5 for part in writer._plan._written.values()))
         await rig.first.kill()
         await leader.kill()
         # In the life of a cluster the controller does this.
@@ -121,7 +121,7 @@ async def test_gateway_and_leader_may_die_together(
         assert await collect(client, 5, die) == [expected(20)]
     (replay,) = rig.leaders[1].submits
     assert list(replay.prior[0].token_ids) == expected(5)
-    await until(lambda: not second.gateway._checkpoints._plan._marks)
+    await until(lambda: not second.gateway._checkpoints._plan._written)
 
 
 async def test_a_stream_that_died_with_all_who_held_it_is_sent_again_and_goes_on(
@@ -192,12 +192,12 @@ async def test_a_new_request_waits_for_a_gateway_that_comes_back(
 async def test_a_client_may_have_seen_more_than_the_checkpoint(
     rig: Rig, second: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "AFTER_S", 0.0)
+    monkeypatch.setattr(checkpoint_plan, "AFTER_S", 0.0)
     leader = await rig.add_leader("demo-0", hold_at=5)
     stream = rig.client.generate("demo", PROMPT, max_tokens=20, seed=1)
     started = (await anext(stream)).started
     writer = rig.gateway._checkpoints
-    await until(lambda: writer._plan._marks)
+    await until(lambda: writer._plan._written)
     await rig.first.kill()
     await leader.kill()
     await reached(second, await rig.add_leader("demo-0", wait=False))
@@ -245,7 +245,7 @@ async def test_a_client_that_comes_back_to_its_gateway_takes_its_stream_over(rig
     ids = [id async for event in again for id in event.event.chunk.token_ids]
     assert ids == expected(20)[2:]
     assert not leader.cancels
-    assert not rig.gateway._lives
+    assert not rig.gateway._live_requests
 
 
 async def test_a_gateway_that_leaves_sends_its_clients_to_another(rig: Rig, second: Running) -> None:
@@ -369,7 +369,7 @@ async def test_a_resumed_request_does_not_displace_another_of_its_id(rig: Rig, s
                 async for _ in resume(client, started.resume_token, ""):
                     pass
         assert caught.value.reason == "DUPLICATE_REQUEST"
-        assert second.gateway._lives["mine"] is other
+        assert second.gateway._live_requests["mine"] is other
 
 
 async def test_a_stream_without_a_token_is_never_begun_again(rig: Rig, second: Running) -> None:

@@ -17,6 +17,8 @@ import grpc
 
 import dataplane.gateway.checkpoints
 import dataplane.gateway.gateway
+import dataplane.gateway.replicas
+import dataplane.gateway.resumption
 import dataplane.shard.requests
 import dataplane.shard.worker
 import phalanx.store.interface
@@ -71,8 +73,10 @@ def simulated(world: World) -> Iterator[None]:
     gateway, worker = dataplane.gateway.gateway, dataplane.shard.worker
     replaced: list[tuple[Any, str, Any]] = [
         (gateway, "time", clock),
-        (gateway, "ReplicaStream", SimReplicaStream),
-        (gateway, "random", world.chance),
+        (dataplane.gateway.resumption, "time", clock),
+        (dataplane.gateway.replicas, "time", clock),
+        (dataplane.gateway.replicas, "ReplicaStream", SimReplicaStream),
+        (dataplane.gateway.replicas, "random", world.chance),
         (dataplane.gateway.checkpoints, "time", clock),
         (worker, "time", clock),
         (worker, "Child", SimChild),

@@ -6,16 +6,16 @@ import contextlib
 import pytest
 
 from dataplane.gateway import checkpoints
-from dataplane.gateway.checkpoints import (
+from dataplane.gateway.checkpoint_plan import (
     AFTER_S,
     EVERY_S,
     EVERY_TOKENS,
     Candidate,
-    Checkpoints,
+    CheckpointPlan,
     Part,
-    Plan,
     restore,
 )
+from dataplane.gateway.checkpoints import Checkpoints
 from dataplane.gateway.journal import Journal
 from phalanx.internal.v1 import shard_pb2
 from phalanx.store.memory import MemoryStore
@@ -44,7 +44,7 @@ def grow(journal: Journal, tokens: int, finish: types_pb2.FinishReason.ValueType
     )
 
 
-def due(plan: Plan, journal: Journal, now: float, deadline: float | None = None) -> list[Part]:
+def due(plan: CheckpointPlan, journal: Journal, now: float, deadline: float | None = None) -> list[Part]:
     parts = plan.due([Candidate(journal, 0.0, deadline)], now, wall=1000.0)
     for part in parts:
         plan.written(part, now)
@@ -52,7 +52,7 @@ def due(plan: Plan, journal: Journal, now: float, deadline: float | None = None)
 
 
 def test_a_short_request_is_never_written() -> None:
-    plan, journal = Plan(), begun()
+    plan, journal = CheckpointPlan(), begun()
     grow(journal, 50)
     assert not due(plan, journal, AFTER_S - 0.1)
     grow(journal, 1, types_pb2.FINISH_REASON_LENGTH)
@@ -60,7 +60,7 @@ def test_a_short_request_is_never_written() -> None:
 
 
 def test_a_long_request_is_written_in_parts_by_tokens_and_by_time() -> None:
-    plan, journal = Plan(), begun()
+    plan, journal = CheckpointPlan(), begun()
     grow(journal, 5)
     (first,) = due(plan, journal, AFTER_S)
     assert (first.number, list(first.record.deltas[0].token_ids)) == (0, [0, 1, 2, 3, 4])
@@ -81,7 +81,7 @@ def test_a_long_request_is_written_in_parts_by_tokens_and_by_time() -> None:
 
 
 def test_a_part_whose_fate_is_unknown_is_written_again_with_what_came_since() -> None:
-    plan, journal = Plan(), begun()
+    plan, journal = CheckpointPlan(), begun()
     grow(journal, 5)
     (first,) = plan.due([Candidate(journal, 0.0)], AFTER_S, 0.0)
     grow(journal, 5)
@@ -91,7 +91,7 @@ def test_a_part_whose_fate_is_unknown_is_written_again_with_what_came_since() ->
 
 
 def test_a_request_comes_back_from_its_parts() -> None:
-    plan, journal, parts = Plan(), begun(), []
+    plan, journal, parts = CheckpointPlan(), begun(), []
     for round in range(4):
         grow(journal, EVERY_TOKENS)
         parts += due(plan, journal, AFTER_S + round, deadline=60.0)
@@ -104,7 +104,7 @@ def test_a_request_comes_back_from_its_parts() -> None:
 
 
 def test_a_part_that_is_missing_ends_what_can_be_used() -> None:
-    plan, journal, parts = Plan(), begun(), []
+    plan, journal, parts = CheckpointPlan(), begun(), []
     for round in range(3):
         grow(journal, EVERY_TOKENS)
         parts += due(plan, journal, AFTER_S + round)
@@ -144,7 +144,7 @@ async def test_checkpoints_are_written_together_found_by_anyone_and_deleted(
 
 
 def plan_has(writer: Checkpoints, journal: Journal) -> bool:
-    return journal.resume_key in writer._plan._marks
+    return journal.resume_key in writer._plan._written
 
 
 async def test_a_request_that_is_too_large_for_the_store_is_in_nobodys_way(

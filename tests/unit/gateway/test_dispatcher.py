@@ -9,10 +9,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dataplane.gateway import dispatcher as instructions
-from dataplane.gateway.dispatcher import MAX_FRUITLESS_ATTEMPTS, PATIENCE_S, SEEK_S, SILENCE_S, Dispatcher
+from dataplane.gateway import instructions
+from dataplane.gateway.dispatcher import MAX_EARLY_LOSSES, PLACEMENT_TIMEOUT_S, Dispatcher
 from dataplane.gateway.journal import Journal
 from dataplane.gateway.router import Target
+from dataplane.gateway.search import SEARCH_TIMEOUT_S
+from dataplane.gateway.silence import SILENCE_TIMEOUT_S
 from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import types_pb2
@@ -93,7 +95,7 @@ class Cluster(RuleBasedStateMachine):
                     replica.submit(message)
                 case instructions.CancelAttempt(target, message):
                     self.replicas[target.replica].attempts.pop((message.request_id, message.attempt), None)
-                case instructions.HangUp(target, reason):
+                case instructions.CloseSilent(target, reason):
                     self.replicas[target.replica] = FakeReplica(target)
                     self.do(self.dispatcher.stream_down(target, reason, self.now))
                 case instructions.Distrust():
@@ -164,7 +166,7 @@ class Cluster(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When the faults stop, every stream that was not cancelled ends, whole or with a typed error."""
-        for _ in range(MAX_FRUITLESS_ATTEMPTS + 1):
+        for _ in range(MAX_EARLY_LOSSES + 1):
             for name in self.replicas:
                 self.up(name)
                 for _ in range(7):
@@ -207,7 +209,7 @@ def test_a_request_waits_for_the_first_replica() -> None:
 def test_a_request_that_finds_no_replica_is_told_so() -> None:
     dispatcher, request = Dispatcher(), journal("r")
     dispatcher.open(request, 0.0)
-    dispatcher.tick(PATIENCE_S)
+    dispatcher.tick(PLACEMENT_TIMEOUT_S)
     assert request.error is not None
     assert request.error.reason == "NO_REPLICA"
     assert request.error.retryable
@@ -235,9 +237,9 @@ def test_a_stream_that_falls_silent_is_closed_once() -> None:
     assert ticks(dispatcher, 0.0, 1.0) == []
     beat = shard_pb2.StepFrame(replica="demo-0", epoch=1)
     assert dispatcher.frame(UP, beat, 1.0) == []
-    assert ticks(dispatcher, 1.0, 1.0 + SILENCE_S - 0.1) == []
-    (hang_up,) = ticks(dispatcher, 1.0 + SILENCE_S - 0.1, 5.0)
-    assert hang_up == instructions.HangUp(UP, f"silent for {SILENCE_S} s")
+    assert ticks(dispatcher, 1.0, 1.0 + SILENCE_TIMEOUT_S - 0.1) == []
+    (close,) = ticks(dispatcher, 1.0 + SILENCE_TIMEOUT_S - 0.1, 5.0)
+    assert close == instructions.CloseSilent(UP, f"silent for {SILENCE_TIMEOUT_S} s")
     dispatcher.check_integrity()
 
 
@@ -264,7 +266,7 @@ def test_a_refusal_that_cannot_be_retried_ends_the_request() -> None:
 def test_a_request_that_kills_replicas_is_given_up() -> None:
     dispatcher, request = Dispatcher(), journal("r")
     dispatcher.open(request, 0.0)
-    for epoch in range(1, MAX_FRUITLESS_ATTEMPTS + 1):
+    for epoch in range(1, MAX_EARLY_LOSSES + 1):
         target = Target("demo-0", epoch, "demo", "a:1")
         dispatcher.stream_up(target, LEADER, 0.0)
         dispatcher.stream_down(target, "engine died", 0.0)
@@ -365,7 +367,7 @@ def test_an_id_used_again_is_another_attempt() -> None:
 def test_rolling_replicas_never_use_up_the_attempts_of_a_request_that_waits() -> None:
     dispatcher, request = Dispatcher(), journal("r")
     dispatcher.open(request, 0.0)
-    for epoch in range(1, 3 * MAX_FRUITLESS_ATTEMPTS):
+    for epoch in range(1, 3 * MAX_EARLY_LOSSES):
         target = Target("demo-0", epoch, "demo", "a:1")
         dispatcher.stream_up(target, LEADER, 0.0)
         dispatcher.stream_down(target, "the replica has left the topology", 0.0, blame=False)
@@ -443,10 +445,10 @@ def test_a_search_ends_when_the_last_replica_has_said_no() -> None:
 def test_a_search_does_not_wait_for_a_replica_that_is_silent_or_gone() -> None:
     dispatcher, (first, _) = sought()
     assert dispatcher.stream_down(OTHER, "killed", 0.1) == []
-    assert ticks(dispatcher, 0.0, SEEK_S + 0.1) == [instructions.NotHeld(KEY, certain=False)]
+    assert ticks(dispatcher, 0.0, SEARCH_TIMEOUT_S + 0.1) == [instructions.NotHeld(KEY, certain=False)]
     # It answers after all: nobody waits for it any more, and it may have the only copy.
     frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(3, first.attempt)])
-    assert dispatcher.frame(UP, frame, SEEK_S) == []
+    assert dispatcher.frame(UP, frame, SEARCH_TIMEOUT_S) == []
     assert dispatcher.seek("nobody", KEY, 2.0) == [instructions.NotHeld(KEY, certain=False)]
 
 
