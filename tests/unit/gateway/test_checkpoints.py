@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -18,6 +19,7 @@ from dataplane.gateway.checkpoint_plan import (
 from dataplane.gateway.checkpoints import Checkpoints
 from dataplane.gateway.journal import Journal
 from phalanx.internal.v1 import shard_pb2
+from phalanx.store.interface import Condition, Delete, Operation, StoreUnavailableError
 from phalanx.store.memory import MemoryStore
 from phalanx.store.records import Keys
 from phalanx.v1 import types_pb2
@@ -182,3 +184,98 @@ async def test_a_lost_lease_means_that_all_is_written_again(monkeypatch: pytest.
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+
+
+class SlowStore(MemoryStore):
+    """A store whose answers to transactions come once `answer` is set; what was asked is done before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer, self.in_flight = asyncio.Event(), 0
+
+    async def txn(self, when: Sequence[Condition], then: Sequence[Operation]) -> int | None:
+        self.in_flight += 1
+        revision = await super().txn(when, then)
+        await self.answer.wait()
+        self.in_flight -= 1
+        return revision
+
+    async def keys(self) -> list[str]:
+        return sorted((await self.list("/phalanx.requests/")).entries)
+
+
+@contextlib.asynccontextmanager
+async def writing(writer: Checkpoints) -> AsyncIterator[None]:
+    running = asyncio.create_task(writer.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+
+async def test_a_request_that_ends_while_its_part_is_being_written_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
+    store, stays, ends = SlowStore(), begun(key="a" * 32), begun(key="b" * 32)
+    live = [stays, ends]
+    for journal in live:
+        grow(journal, 3)
+    writer = Checkpoints(store, Keys("test"), "boot", lambda: [Candidate(one, -AFTER_S) for one in live])
+    async with writing(writer):
+        await until(lambda: store.in_flight)
+        assert len(await store.keys()) == 2
+        live.remove(ends)
+        writer.forget(ends.resume_key)
+        store.answer.set()
+        async with asyncio.timeout(5):
+            while len(await store.keys()) > 1:
+                await asyncio.sleep(0.001)
+        assert await writer.load(ends.resume_key) is None
+        assert await writer.load(stays.resume_key) is not None
+
+
+async def test_a_request_that_comes_back_at_once_keeps_its_new_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
+    store, journal = MemoryStore(), begun()
+    grow(journal, 3)
+    writer = Checkpoints(store, Keys("test"), "boot", lambda: [Candidate(journal, -AFTER_S)])
+    async with writing(writer):
+        await until(lambda: plan_has(writer, journal))
+        # It ends here and is resumed here between two rounds: the same keys are deleted and written.
+        writer.forget(journal.resume_key)
+        await until(lambda: plan_has(writer, journal) and not writer._to_delete)
+        assert await writer.load(KEY) is not None
+
+
+class RefusingStore(SlowStore):
+    """A store that cannot be reached for the first transaction that deletes something."""
+
+    refusals = 1
+
+    async def txn(self, when: Sequence[Condition], then: Sequence[Operation]) -> int | None:
+        if self.refusals and any(isinstance(operation, Delete) for operation in then):
+            self.refusals -= 1
+            raise StoreUnavailableError("the store does not answer")
+        return await super().txn(when, then)
+
+
+async def test_what_could_not_be_deleted_is_deleted_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
+    store, journal = RefusingStore(), begun()
+    grow(journal, 3)
+    live = [journal]
+    store.answer.set()
+    writer = Checkpoints(store, Keys("test"), "boot", lambda: [Candidate(one, -AFTER_S) for one in live])
+    async with writing(writer):
+        await until(lambda: plan_has(writer, journal))
+        live.clear()
+        writer.forget(journal.resume_key)
+        async with asyncio.timeout(5):
+            while await store.keys():
+                await asyncio.sleep(0.001)
+        assert store.refusals == 0
