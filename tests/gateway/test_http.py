@@ -1,4 +1,4 @@
-"""The OpenAI-shaped face of a real gateway over fake leaders."""
+"""The OpenAI-compatible API of a real gateway."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from tests.gateway.conftest import Rig
-from tests.gateway.fake_leader import text_of, token
+from tests.gateway.leader import text_of, token
 from tests.until import until
 
 PROMPT = [5, 6, 7]

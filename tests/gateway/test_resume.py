@@ -19,9 +19,9 @@ from phalanx.client import Client
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, inference_pb2_grpc
-from tests.gateway import fake_leader
+from tests.gateway import leader as leader_module
 from tests.gateway.conftest import Rig, Running
-from tests.gateway.fake_leader import FakeLeader, text_of, token
+from tests.gateway.leader import TestLeader, text_of, token
 from tests.until import until
 
 PROMPT = [5, 6, 7]
@@ -39,7 +39,7 @@ async def second(rig: Rig) -> AsyncIterator[Running]:
     await running.kill()
 
 
-async def reached(running: Running, leader: FakeLeader) -> None:
+async def reached(running: Running, leader: TestLeader) -> None:
     await until(lambda: running.gateway.dispatcher.router.connected.get(leader.replica) == leader.epoch)
 
 
@@ -90,8 +90,7 @@ async def test_what_ran_on_while_nobody_listened_is_delivered_too(rig: Rig, seco
     started = (await anext(stream)).started
     await rig.first.kill()
     leader.release.set()
-    attempt = next(iter(leader._attempts.values()))
-    await until(lambda: len(attempt.outputs[0].token_ids) == 20)
+    await until(lambda: leader.generated == 20)
     async with Client(second.address) as client:
         resumed = [event.event async for event in resume(client, started.resume_token, "3")]
     assert [event.WhichOneof("event") for event in resumed] == ["started", "chunk", "finished"]
@@ -152,7 +151,7 @@ async def test_a_stream_that_takes_another_course_when_sent_again_is_not_continu
     async def die() -> None:
         await rig.first.kill()
         await leader.kill()
-        monkeypatch.setattr(fake_leader, "token", lambda *_: 77)
+        monkeypatch.setattr(leader_module, "token", lambda *_: 77)
         await reached(second, await rig.add_leader("demo-0", wait=False))
 
     async with Client(rig.first.address, second.address) as client:
@@ -212,12 +211,45 @@ async def test_nobody_knows_a_request_that_is_over(rig: Rig, second: Running) ->
     await reached(second, leader)
     events = [event async for event in rig.client.generate("demo", PROMPT, max_tokens=3, seed=1)]
     await until(lambda: leader.acks)
+    leader.pass_time(60.0)
     async with Client(second.address) as client:
         with pytest.raises(PhalanxError) as caught:
             async for _ in resume(client, events[0].started.resume_token, ""):
                 pass
     assert caught.value.reason == "UNKNOWN_REQUEST"
     assert not caught.value.retryable
+
+
+async def test_what_was_written_may_not_have_come_and_can_be_asked_for_again(
+    rig: Rig, second: Running
+) -> None:
+    leader = await rig.add_leader("demo-0")
+    await reached(second, leader)
+    started, *_ = [event async for event in rig.client.generate("demo", PROMPT, max_tokens=3, seed=1)]
+    await until(lambda: leader.acks)
+    async with Client(second.address) as client:
+        again = [event.event async for event in resume(client, started.started.resume_token, "1")]
+    assert [id for event in again for id in event.chunk.token_ids] == expected(3)[1:]
+
+
+async def test_while_a_replica_has_not_answered_a_request_is_not_known_to_be_over(rig: Rig) -> None:
+    await rig.add_leader("demo-0")
+    silent = await rig.add_leader("demo-1", answers_attach=False)
+
+    async def die() -> None:
+        await until(lambda: silent.attaches)
+        await silent.kill()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(die())
+        with pytest.raises(PhalanxError) as caught:
+            async for _ in resume(rig.client, "0" * 32 + ".1.demo", ""):
+                pass
+    assert (caught.value.reason, caught.value.retryable) == ("UNREACHABLE", True)
+    with pytest.raises(PhalanxError) as caught:
+        async for _ in resume(rig.client, "0" * 32 + ".1.demo", ""):
+            pass
+    assert (caught.value.reason, caught.value.retryable) == ("UNKNOWN_REQUEST", False)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +343,8 @@ async def test_an_event_source_goes_on_by_http(rig: Rig, second: Running) -> Non
             assert data == "[DONE]"
         async with http.get(f"{second.url}/v1/requests/nonsense/stream") as response:
             assert response.status == 400
+        await until(lambda: leader.acks)
+        leader.pass_time(60.0)
         async with http.get(second.url + path) as response:
             assert response.status == 404, "it has been delivered"
     texts = [choice["text"] for event in events for choice in event["choices"]]
