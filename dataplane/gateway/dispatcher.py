@@ -207,6 +207,8 @@ class Dispatcher:
         request, number = attached.request, attached.attempt
         key = request.resume_key
         live = self._placements.get(request.request_id)
+        if live is not None and live.target == target and live.journal.is_current(number):
+            return []  # the same answer again
         if live is not None and live.journal.resume_key == key:
             # Another replica answered first.
             cancel = shard_pb2.CancelAttempt(request_id=request.request_id, attempt=number)
