@@ -273,6 +273,9 @@ class Cluster(RuleBasedStateMachine):
         replica = self.replicas[name]
         if not replica.up:
             replica.up = True
+            # A gateway that comes back has given up what it had there.
+            for key in [key for key in replica.attempts if key[1] != ORPHAN]:
+                replica.drop(*key)
             self.do(self.dispatcher.stream_up(replica.target, LEADER, self.now))
 
     @rule(name=NAMES, how=st.sampled_from(["killed", "formed again", "cut"]))
@@ -282,11 +285,8 @@ class Cluster(RuleBasedStateMachine):
             return
         target = replica.target
         if how == "cut":
-            # It lives on with what other gateways left there, and drops what this gateway had.
+            # It lives on and holds what it had.
             replica.up, replica.answers = False, shard_pb2.StepFrame()
-            for key in list(replica.attempts):
-                if key[1] != ORPHAN:
-                    replica.drop(*key)
         else:
             epoch = target.epoch + (how == "formed again")
             self.replicas[name] = FakeReplica(Target(name, epoch, "demo", "a:1"), step=replica.step)
