@@ -8,5 +8,5 @@
 - `resume`, `resumption`: a resume token, and how its request is found.
 - `checkpoint_plan`, `checkpoints`: what this gateway writes to the store of its own long requests.
 
-What keeps a stale frame out: `dispatcher` compares the epoch of each frame, and the attempt of each of its parts.
+What keeps a stale frame out: `dispatcher` compares each frame's epoch and the attempt of each of its parts.
 """
