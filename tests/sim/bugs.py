@@ -1,4 +1,4 @@
-"""Bugs planted on purpose, each as a context: the simulation must find every one of them."""
+"""Mutants, each as a context manager: the simulation must find every one of them."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def epoch_not_checked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sampler_with_a_state() -> Iterator[None]:
-    """Noise is keyed by how many tokens this engine has drawn for the sequence, not by the position."""
+    """Noise is keyed by the number of tokens that this engine has sampled, not by the position."""
 
     def sample(before: Any) -> Any:
         def counted(self: Rank, kept: int, seed: int, choice: int, position: int) -> int:
-            drawn = self.__dict__.setdefault("drawn", {})
-            count = drawn.get((seed, choice), 0)
-            drawn[seed, choice] = count + 1
+            sampled = self.__dict__.setdefault("sampled", {})
+            count = sampled.get((seed, choice), 0)
+            sampled[seed, choice] = count + 1
             return int(before(self, kept, seed, choice, count))
 
         return counted
@@ -68,7 +68,7 @@ def sampler_with_a_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def resumed_at_the_wrong_index() -> Iterator[None]:
-    """A stream that is resumed begins one position early."""
+    """A resumed stream begins one position too early."""
 
     def cursor(before: Any) -> Any:
         def early(self: Ticket, text: str) -> Cursor:
@@ -82,7 +82,7 @@ def resumed_at_the_wrong_index() -> Iterator[None]:
 
 @contextlib.contextmanager
 def finish_dropped() -> Iterator[None]:
-    """The finish is dropped from what another gateway is told of a request, so that nobody ends it."""
+    """What a leader sends to a gateway that attaches lacks the finish reason: nothing ends the request."""
 
     def extend(before: Any) -> Any:
         def without(output: shard_pb2.Delta, news: shard_pb2.Delta) -> None:
@@ -97,7 +97,7 @@ def finish_dropped() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hung_engine_looks_healthy() -> Iterator[None]:
-    """A worker renews everything for an engine that computes no more."""
+    """A worker's watchdogs never fire, so an engine that hangs keeps its replica."""
 
     def check(before: Any) -> Any:
         return lambda self, now: None

@@ -1,4 +1,4 @@
-"""Simulated clients: they resume what breaks, and see that no token is repeated, skipped or changed."""
+"""Simulated clients: they resume broken streams, and check that no token is repeated, skipped or changed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _FINISH = {"stop": types_pb2.FINISH_REASON_STOP, "length": types_pb2.FINISH_REAS
 
 
 class SimClient:
-    """One request from its beginning to its end, in the way of `phalanx.client.Client`."""
+    """One request from its beginning to its end, as `phalanx.client.Client` handles it."""
 
     def __init__(self, world: World, number: int) -> None:
-        draw = world.chance
+        chance = world.chance
         self._world, self.number = world, number
         self.process = Process(world.loop, f"client{number}")
-        self.prompt = [draw.randint(1, 90) for _ in range(draw.randint(1, 12))]
-        self.n = draw.choice((1, 1, 2))
-        self.max_tokens = draw.randint(5, 110)
-        self.seed = draw.getrandbits(40)
-        self.stop = draw.random() < 0.3
+        self.prompt = [chance.randint(1, 90) for _ in range(chance.randint(1, 12))]
+        self.n = chance.choice((1, 1, 2))
+        self.max_tokens = chance.randint(5, 110)
+        self.seed = chance.getrandbits(40)
+        self.stop = chance.random() < 0.3
         self.ids: list[list[int]] = [[] for _ in range(self.n)]
         self.texts = [""] * self.n
         self.finishes = [0] * self.n
@@ -37,7 +37,7 @@ class SimClient:
 
     async def run(self) -> None:
         """Stream to the end, at any gateway."""
-        turn, draw = self.number, self._world.chance
+        turn, chance = self.number, self._world.chance
         while not self.ended and not self.error:
             gateway = self._world.gateway_names[turn % len(self._world.gateway_names)]
             try:
@@ -51,12 +51,12 @@ class SimClient:
                     self.error = error.reason
                     self._world.note(f"{self.process} ends with {error.reason}: {error.message}")
             turn += 1
-            await asyncio.sleep(draw.uniform(0.02, 0.2))
+            await asyncio.sleep(chance.uniform(0.02, 0.2))
 
     async def _attempt(self, gateway: str) -> None:
         net, ends = self._world.net, [await self._world.net.connect(self.process, gateway)]
         try:
-            if self.cursor and not self.token:  # nobody holds it any more: it begins anew, and is taken over
+            if self.cursor and not self.token:  # nothing holds the request any more: send it again
                 net.send(ends[0], self._request())
                 self.token = await self._catch_up(ends[0])
                 ends.append(await net.connect(self.process, gateway))
@@ -72,7 +72,7 @@ class SimClient:
                 net.close(end)
 
     async def _catch_up(self, end: End) -> str:
-        """Read a stream that was begun anew until it is where this one was; its resume token."""
+        """Read a request that was sent again up to the lost stream's position. Returns its resume token."""
         token, counts = "", [0] * self.n
         while not token or any(count < len(ids) for count, ids in zip(counts, self.ids, strict=True)):
             event = await end.get()
@@ -111,7 +111,7 @@ class SimClient:
                 self.check(whole=True)
 
     def check(self, *, whole: bool) -> None:
-        """Compare with an undisturbed run what has been delivered; all of it where it is `whole`."""
+        """Compare what was delivered with an undisturbed run. `whole`: all of it must have been delivered."""
         for choice in range(self.n):
             ids, text, finish = expected(self.prompt, self.seed, choice, self.max_tokens, self.stop)
             got = self.ids[choice]

@@ -23,22 +23,22 @@ class End:
     inbox: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     other: End | None = None
     arrives: float = 0.0  # when the last thing sent to this end does
-    late: list[Any] = field(default_factory=list)  # sent while the network was cut
+    late: list[Any] = field(default_factory=list)  # sent while the network is cut
     closed: bool = False
     why: object = None
 
     async def get(self) -> Any:
-        """The next thing that the other side sent. Raises ConnectionError when it is closed, `why` set."""
+        """The next item that the other side sent. Raises ConnectionError, with `why` set, once it is closed."""
         item = await self.inbox.get()
         if item is _CLOSED:
             self.closed = True
-            self.inbox.put_nowait(_CLOSED)  # for whoever asks again
+            self.inbox.put_nowait(_CLOSED)  # so that every later `get` raises, too
             raise ConnectionError
         return item
 
 
 class Network:
-    """Latencies are drawn; what was sent over one connection arrives in order."""
+    """Latencies are random. Items on one connection arrive in order."""
 
     def __init__(self, loop: SimLoop, chance: random.Random) -> None:
         self._loop, self._chance = loop, chance
@@ -48,7 +48,7 @@ class Network:
         self.latency_s = 0.001
 
     def listen(self, address: str, process: Process, serve: Callable[[End], Awaitable[None]]) -> None:
-        """Let others connect; the last to listen at an address has it."""
+        """Accept connections at an address. A later listener replaces an earlier one."""
         self._servers[address] = process, serve
 
     async def connect(self, process: Process, address: str) -> End:
@@ -83,7 +83,7 @@ class Network:
             self._deliver(other, item)
 
     def close(self, end: End, why: object = None) -> None:
-        """Close from this end; what was sent before arrives before."""
+        """Close from this end. Items that were sent before still arrive."""
         if end.closed:
             return
         end.closed = True
@@ -106,7 +106,7 @@ class Network:
         self._loop.call_later(KEEPALIVE_S, self._missed, pair)
 
     def mend(self, one: str, other: str) -> None:
-        """What was sent meanwhile arrives now, in its order."""
+        """End a cut. What was sent meanwhile arrives now, in order."""
         pair = frozenset((one, other))
         self._cut.discard(pair)
         for connection in self._connections:
@@ -117,7 +117,7 @@ class Network:
                         self._deliver(end, item)
 
     def break_between(self, host: str, others: str) -> None:
-        """Break the connections of a host with those whose names begin so. Both sides live on."""
+        """Break the connections between a host and every host whose name begins with `others`."""
         for connection in list(self._connections):
             one, other = (_host(end.process) for end in connection)
             if (one == host and other.startswith(others)) or (other == host and one.startswith(others)):
@@ -132,7 +132,7 @@ class Network:
                         self._broken_at(end)
 
     def _broken(self, dead: End) -> None:
-        """A process is gone: the other side hears of it, if the network lets it."""
+        """A process is gone: the other side sees its connection close, unless the network is cut."""
         dead.closed = True
         other = dead.other
         assert other is not None

@@ -1,6 +1,6 @@
-"""One simulated run: what happens is drawn from a seed, or given as a list; then everything must be well.
+"""One simulated run: faults come from a seed or a list; then the cluster must be whole and all clients served.
 
-A run that goes wrong prints its faults as a list that `run(seed, faults=...)` takes: a regression test.
+A run that fails prints its faults as a list for `run(seed, faults=...)`: copy it into a regression test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that happens `at` seconds after the first request, to number `whom`, for `seconds`."""
+    """A fault of a `kind`, `at` seconds after the first request, to number `whom`, for `seconds`."""
 
     at: float
     kind: str
@@ -41,7 +41,7 @@ class Fault:
 
 @dataclass
 class Outcome:
-    """What came of a run."""
+    """The result of a run."""
 
     seed: int
     faults: list[Fault]
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def draw_faults(chance: random.Random) -> list[Fault]:
-    """What a seed does to its cluster."""
+    """The faults of a seed."""
     faults = []
     for _ in range(chance.randint(1, 4)):
         at = round(chance.uniform(0.0, FAULTS_WITHIN_S), 3)
@@ -75,7 +75,7 @@ def run(seed: int, faults: Sequence[Fault] | None = None) -> Outcome:
         asyncio.set_event_loop(world.loop)
         try:
             world.loop.run_until_complete(_live(world, outcome))
-        except Exception as error:  # a bug of a shell ends the run, and is one of its findings
+        except Exception as error:  # a bug in a shell ends the run and is a violation, too
             outcome.violations.append(f"the run broke: {error!r}")
         finally:
             outcome.simulated_s = world.loop.time() - 1000
@@ -223,14 +223,14 @@ class Do:
             process.on_death.append(lambda: self._again(name, self._world.boot_worker, seconds))
 
     def _again(self, name: str, boot: Any, seconds: float) -> None:
-        """Boot it after a while, unless it has been."""
+        """Boot it after `seconds`, unless it runs again already."""
         world = self._world
 
         def again() -> None:
             if not world.processes[name].alive:
                 boot(name)
 
-        # In nobody's context: that of a process that has died runs no more.
+        # In a context of its own: what runs in the context of a dead process never runs.
         world.loop.call_later(seconds, again, context=contextvars.Context())
 
     def _pause(self, name: str, seconds: float) -> None:
