@@ -23,12 +23,12 @@ class End:
     inbox: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     other: End | None = None
     arrives: float = 0.0  # when the last thing sent to this end does
-    late: list[Any] = field(default_factory=list)  # sent while the network is cut
+    late: list[Any] = field(default_factory=list)  # sent during a cut
     closed: bool = False
     why: object = None
 
     async def get(self) -> Any:
-        """The next item that the other side sent. Raises ConnectionError, with `why` set, once it is closed."""
+        """The next item from the other side. Raises ConnectionError, with `why` set, once it is closed."""
         item = await self.inbox.get()
         if item is _CLOSED:
             self.closed = True

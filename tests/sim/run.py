@@ -1,4 +1,4 @@
-"""One simulated run: faults come from a seed or a list; then the cluster must be whole and all clients served.
+"""One simulated run: faults come from a seed or a list; then the cluster must be whole, all clients served.
 
 A run that fails prints its faults as a list for `run(seed, faults=...)`: copy it into a regression test.
 """
