@@ -1,4 +1,4 @@
-"""OpenAI-shaped HTTP in front of the gateway, with health and metrics."""
+"""The OpenAI-compatible HTTP API, with health and metrics."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import msgspec
 from aiohttp import web
 
 from dataplane.gateway import openai, openai_answer
-from dataplane.gateway.gateway import Gateway, Live
+from dataplane.gateway.gateway import Gateway
 from dataplane.gateway.journal import Journal
+from dataplane.gateway.live import LiveRequest
+from dataplane.gateway.models import models
 from dataplane.gateway.normalize import journal_for
 from dataplane.gateway.resume import Cursor, Ticket, format_cursor
-from dataplane.gateway.server import models
 from phalanx.runtime.errors import PhalanxError
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def application(gateway: Gateway) -> web.Application:
-    """The routes. Run it with `handler_cancellation=True`, so that a client that leaves is noticed."""
+    """The routes. Run it with `handler_cancellation=True`, or a request goes on after its client has left."""
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_typed_errors])
     app[GATEWAY] = gateway
     app.router.add_post("/v1/completions", _completions)
@@ -50,22 +51,22 @@ async def _generate(
 ) -> web.StreamResponse:
     asked = openai.parse(await request.read(), shape)
     journal = journal_for(openai.to_generate(asked))
-    form = openai_answer.Form.of(asked, journal.request_id, int(time.time()))
-    journal.template.answer = _encode(form)
+    answer_format = openai_answer.AnswerFormat.of(asked, journal.request_id, int(time.time()))
+    journal.template.answer = _encode(answer_format)
     parent = request.headers.get("traceparent", "")
     async with request.app[GATEWAY].request(journal, parent=parent) as live:
-        # Nothing is written before a replica has accepted: bad input still gets its status code.
+        # Write nothing before a replica has accepted the request: bad input must get its own status code.
         await live.accepted()
         headers = {"x-request-id": journal.request_id, "x-phalanx-replica": journal.replica}
         if asked.stream:
             return await _stream(request, live, journal.start, headers)
         chunks = [chunk async for chunk in live.chunks()]
-        whole = openai_answer.Shape(form).whole(chunks, journal.usage)
+        whole = openai_answer.AnswerBuilder(answer_format).whole(chunks, journal.usage)
         return _json(whole, headers=headers)
 
 
 async def _resume(request: web.Request) -> web.StreamResponse:
-    """Go on with a stream after the event that Last-Event-ID names, from the beginning without it."""
+    """Continue a stream after the event named by Last-Event-ID, or from its beginning without that header."""
     ticket = Ticket.parse(request.match_info["resume_token"])
     cursor = ticket.cursor(request.headers.get("last-event-id", ""))
     parent = request.headers.get("traceparent", "")
@@ -74,23 +75,23 @@ async def _resume(request: web.Request) -> web.StreamResponse:
 
 
 async def _stream(
-    request: web.Request, live: Live, cursor: Cursor, headers: dict[str, str]
+    request: web.Request, live: LiveRequest, cursor: Cursor, headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Server-sent events from `cursor` on; each one's id is the cursor after it."""
+    """Server-sent events from `cursor` on. The id of each event is the cursor after it."""
     journal = live.journal
     if token := str(journal.ticket):
         headers["x-phalanx-resume-token"] = token
     response = web.StreamResponse(
         headers={**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
     )
-    chunks, answer = live.chunks(cursor), _shape(journal)
+    chunks, answer = live.chunks(cursor), _builder(journal)
     await response.prepare(request)
     try:
         async for chunk in chunks:
             cursor = chunk.cursor
             await response.write(_event(cursor, answer.chunk(chunk)))
     except PhalanxError as error:
-        # The status line is out; the stream ends with the error and without its [DONE].
+        # The status line is written already: the stream ends with the error and without [DONE].
         await response.write(_event(cursor, openai_answer.error_json(error)))
     else:
         if (last := answer.last(journal.usage)) is not None:
@@ -100,14 +101,16 @@ async def _stream(
     return response
 
 
-def _shape(journal: Journal) -> openai_answer.Shape:
-    """How a request's answer looks; one that came by gRPC is shaped as a completion."""
+def _builder(journal: Journal) -> openai_answer.AnswerBuilder:
+    """The builder of a request's answer. A request that came by gRPC is answered as a completion."""
     if journal.template.answer:
-        form = msgspec.json.decode(journal.template.answer, type=openai_answer.Form)
+        answer_format = msgspec.json.decode(journal.template.answer, type=openai_answer.AnswerFormat)
     else:
-        form = openai_answer.Form(f"cmpl-{journal.request_id}", int(time.time()), journal.model)
-    return openai_answer.Shape(
-        form, lambda choice, index: sum(map(len, journal.choices[choice].pieces[:index]))
+        answer_format = openai_answer.AnswerFormat(
+            f"cmpl-{journal.request_id}", int(time.time()), journal.model
+        )
+    return openai_answer.AnswerBuilder(
+        answer_format, lambda choice, index: sum(map(len, journal.choices[choice].pieces[:index]))
     )
 
 
@@ -132,7 +135,7 @@ async def _models(request: web.Request) -> web.Response:
 
 
 async def _health(request: web.Request) -> web.Response:
-    """200 while this gateway reaches a replica, 503 while it reaches none."""
+    """200 while this gateway has a stream to a replica, else 503."""
     ready = len(request.app[GATEWAY].dispatcher.router.routes)
     return _json(
         {"status": "ok" if ready else "no replica is ready", "ready_replicas": ready}, 200 if ready else 503
@@ -149,7 +152,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @web.middleware
 async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every failure answers with the same JSON object."""
+    """Answer every failure with the same JSON error object."""
     try:
         return await handler(request)
     except PhalanxError as error:
@@ -162,7 +165,7 @@ async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamRes
         refused = PhalanxError("INVALID_ARGUMENT", f"{request.method} {request.path}: {error.reason}")
         return _json(openai_answer.error_json(refused), error.status)
     except Exception:
-        resource = request.match_info.route.resource  # not the path, which may have a resume token in it
+        resource = request.match_info.route.resource  # not the path, which may contain a resume token
         log.exception("request failed", extra={"path": resource.canonical if resource else ""})
         bug = PhalanxError("INTERNAL", "the gateway failed on this request; its log says more")
         return _json(openai_answer.error_json(bug), bug.http_status)

@@ -1,10 +1,10 @@
-"""The journal of one live request: what its client has been promised, and what a replay needs.
+"""The journal of one live request: the tokens its client may read, and what a replay needs. Pure.
 
-Owns: the delivered tokens of every choice, the current attempt, the model that the request is pinned to.
-Does not own: replicas and routing (`router`, `dispatcher`), the client's connection, clocks.
+Owns: the tokens of every choice, the current attempt, the model that the request is pinned to.
+Does not own: replicas and routing (`router`, `dispatcher`), the client's connection (`live`), clocks.
 
-The order is always: assign an index, journal, write. A token that is in the journal is never asked
-for again; a token that is not in it was never shown to anyone by this gateway.
+A token goes into the journal at its position before it is written to the client. So a replay never asks for a
+token that is in the journal, and this gateway has never delivered a token that is not in it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import types_pb2
 
-FRUITFUL_TOKENS = 8
-"""An attempt that is lost after fewer may have been ended by the request itself: a poison."""
+EARLY_TOKENS = 8
+"""Attempts lost before this many tokens count toward the poison limit: the request may kill replicas."""
 UNFINISHED = types_pb2.FINISH_REASON_UNSPECIFIED
 
 
 @dataclass(slots=True)
 class Choice:
-    """What has been journalled of one choice; the lists run in step, position by position."""
+    """One choice's output: entry i of each list is output position i. `logprobs` may be empty."""
 
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -53,18 +53,18 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The try that may append now."""
+    """The current attempt: only its deltas may be appended."""
 
     number: int
     replica: str
     leader: shard_pb2.LeaderHello
-    began_at: int  # tokens journalled when it began
+    began_at: int  # tokens in the journal when it began
 
 
 class Journal:
-    """A request from `template`: a Submit with everything but attempt, prior output and trace context.
+    """The journal of a request for the deployment `model`.
 
-    `model` is the deployment that the client named.
+    `template` is its Submit without attempt number, prior output and trace context.
     """
 
     def __init__(self, model: str, template: shard_pb2.Submit) -> None:
@@ -73,27 +73,27 @@ class Journal:
         self.choices = [Choice() for _ in range(template.n)]
         self.prompt_ids: Sequence[int] | None = None
         self.model_hash = ""  # pinned at acceptance
-        self.replica = ""  # that accepted it last
+        self.replica = ""  # the last one that accepted the request
         self.attempts = 0
         self.attempt: Attempt | None = None
-        self.fruitless = 0  # attempts lost in a row that came to next to nothing
+        self.early_losses = 0  # attempts in a row that were lost before EARLY_TOKENS
         self.error: PhalanxError | None = None
         self.duplicates = 0
-        self.cached_tokens: int | None = None  # of the prompt, when the first token came
+        self.cached_tokens: int | None = None  # of the prompt; None before the first token
         self.prompt_logprobs: Sequence[types_pb2.PositionLogprobs] = ()
         self.eos_token_ids: Sequence[int] = ()
         self._budget = 0  # output tokens per choice, known at acceptance
 
     @classmethod
     def restore(cls, model: str, request: shard_pb2.Submit, eos_token_ids: Sequence[int]) -> Journal:
-        """The journal of an accepted request that was begun elsewhere, from what `pinned` said of it.
+        """The journal of an accepted request that another gateway began.
 
-        `request.prior` is appended; what follows can be as well.
+        `request` is what `pinned` returned there, with the output so far in `prior`.
         """
         template = shard_pb2.Submit()
         template.CopyFrom(request)
-        for of_an_attempt in ("prior", "attempt", "traceparent", "deadline_ms"):
-            template.ClearField(of_an_attempt)
+        for attempt_field in ("prior", "attempt", "traceparent", "deadline_ms"):
+            template.ClearField(attempt_field)
         journal = cls(model, template)
         journal.prompt_ids = tuple(request.token_ids.ids)
         journal.model_hash = request.model_hash
@@ -115,12 +115,12 @@ class Journal:
 
     @property
     def length(self) -> int:
-        """Tokens that a replica must be able to hold for it; 0 before a replica has tokenised it."""
+        """Tokens of context that the request needs on a replica; 0 before its prompt is tokenised."""
         return len(self.prompt_ids or ()) + self._budget
 
     @property
     def finished(self) -> bool:
-        """Whether every choice has ended well."""
+        """Whether every choice has its finish reason."""
         return all(choice.finish != UNFINISHED for choice in self.choices)
 
     @property
@@ -130,12 +130,12 @@ class Journal:
 
     @property
     def tokens(self) -> int:
-        """Tokens journalled over all choices."""
+        """Output tokens in the journal, over all choices."""
         return sum(len(choice.token_ids) for choice in self.choices)
 
     @property
     def usage(self) -> types_pb2.Usage:
-        """What the request has cost; replays count nothing twice."""
+        """Token counts of the request. A replay counts no token twice."""
         return types_pb2.Usage(
             prompt_tokens=len(self.prompt_ids or ()),
             completion_tokens=self.tokens,
@@ -144,26 +144,26 @@ class Journal:
 
     @property
     def start(self) -> Cursor:
-        """The cursor of a client that has seen nothing."""
+        """The cursor of a client that has read nothing."""
         return (0,) * len(self.choices)
 
     @property
     def resume_key(self) -> str:
-        """Names the request in the whole cluster; a secret of its client."""
+        """The request's name in the whole cluster. Only its client may learn it."""
         return self.template.resume_key
 
     @property
     def ticket(self) -> Ticket:
-        """With what its client finds it again, on any gateway."""
+        """The content of the resume token, which finds the request at any gateway."""
         return Ticket(self.resume_key, len(self.choices), self.model)
 
     # Attempts
 
     def begin(self, number: int, replica: str, leader: shard_pb2.LeaderHello) -> shard_pb2.Submit:
-        """Start the next attempt on a replica; earlier ones may no longer append.
+        """Start the next attempt on a replica; earlier attempts may no longer append.
 
-        `number` must be new to this gateway: a leader remembers the attempts that were cancelled, also
-        when a client uses a request's id again.
+        No other attempt of this gateway may have the same `number`: a leader remembers cancelled attempts,
+        and a client may use a request id again.
         """
         assert not self.closed
         assert self.attempt is None
@@ -178,14 +178,14 @@ class Journal:
         return submit
 
     def adopt(self, number: int, replica: str, leader: shard_pb2.LeaderHello) -> None:
-        """An attempt that runs already, begun by another gateway, may append from now on."""
+        """Make an attempt that another gateway began, and that still runs, the current one."""
         assert not self.closed
         self.attempts += 1
         self.replica = replica
         self.attempt = Attempt(number, replica, leader, self.tokens)
 
     def pinned(self) -> shard_pb2.Submit:
-        """The request without what was generated: after acceptance, with all that must not change."""
+        """The request without its output. After acceptance, what a replay must not change is filled in."""
         submit = shard_pb2.Submit()
         submit.CopyFrom(self.template)
         submit.model_hash = self.model_hash
@@ -195,7 +195,7 @@ class Journal:
         return submit
 
     def since(self, cursor: Cursor) -> list[shard_pb2.Delta]:
-        """One delta per choice, with everything journalled from `cursor` on."""
+        """One delta per choice, with its output from `cursor` on."""
         return [
             shard_pb2.Delta(
                 choice=number,
@@ -211,7 +211,7 @@ class Journal:
         ]
 
     def is_current(self, attempt: int) -> bool:
-        """Whether an attempt may append."""
+        """Whether this number is the current attempt's."""
         return self.attempt is not None and self.attempt.number == attempt
 
     def accept(self, prompt_ids: Sequence[int]) -> None:
@@ -226,12 +226,12 @@ class Journal:
             self._budget = self.template.stopping.max_tokens or leader.max_model_len - len(prompt_ids)
 
     def append(self, delta: shard_pb2.Delta) -> bool:
-        """Journal a delta of the current attempt. Positions that are known already are dropped.
+        """Append a delta of the current attempt. Tokens at positions that it has already are dropped.
 
-        Returns False, having journalled nothing, when the delta leaves a gap or is not well formed:
-        the attempt cannot be trusted further.
+        Returns False, and appends nothing, when the delta leaves a gap or is malformed: its replica cannot be
+        trusted.
         """
-        # Each field is asked for once: every token passes here, and asking takes longer than appending.
+        # The hot path. Read each protobuf field once: reading a field takes longer than appending.
         token_ids, pieces, logprobs = delta.token_ids, delta.pieces, delta.logprobs
         if delta.choice >= len(self.choices) or len(pieces) != len(token_ids):
             return False
@@ -257,20 +257,19 @@ class Journal:
         return True
 
     def lose(self, *, blame: bool = True) -> None:
-        """The current attempt is lost. Choices that need no further token end here.
+        """The current attempt is lost. Choices that need no further token get their finish reason here.
 
-        `blame`: the request may have been the cause, so an attempt that came to next to nothing counts
-        against it.
+        `blame`: the request may be the cause, so a loss before EARLY_TOKENS counts toward the poison limit.
         """
         assert self.attempt is not None
-        if self.tokens >= self.attempt.began_at + FRUITFUL_TOKENS:
-            self.fruitless = 0
+        if self.tokens >= self.attempt.began_at + EARLY_TOKENS:
+            self.early_losses = 0
         elif blame:
-            self.fruitless += 1
+            self.early_losses += 1
         self.attempt = None
         for choice in self.choices:
             if choice.finish == UNFINISHED:
-                choice.finish = self._finish_known_here(choice)
+                choice.finish = self._implied_finish(choice)
 
     def fail(self, error: PhalanxError) -> None:
         """End the request with an error, unless it has ended."""
@@ -278,8 +277,8 @@ class Journal:
             self.error = error
         self.attempt = None
 
-    def _finish_known_here(self, choice: Choice) -> types_pb2.FinishReason.ValueType:
-        """The end that the tokens themselves tell; a replay with a budget of 0 must never be sent."""
+    def _implied_finish(self, choice: Choice) -> types_pb2.FinishReason.ValueType:
+        """The finish reason that follows from the tokens. A replay with no tokens left must never be sent."""
         stopping = self.template.stopping
         stops = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else set(self.eos_token_ids))
         if choice.token_ids and choice.token_ids[-1] in stops:
@@ -291,10 +290,10 @@ class Journal:
     # Clients
 
     def read(self, cursor: Cursor) -> list[Chunk]:
-        """Everything from `cursor` on, one chunk per choice that has news; what piled up is one chunk.
+        """Everything from `cursor` on: one chunk for each choice that has something new.
 
-        A choice's finish comes with its last chunk. A client is past it when its cursor is one beyond
-        the last token, so that the finish, too, is delivered exactly once.
+        The finish reason takes the position after the last token. So it, too, is delivered exactly once: with
+        the last chunk, after which the cursor is one beyond the last token.
         """
         chunks = []
         for number, choice in enumerate(self.choices):

@@ -36,9 +36,9 @@ async def serve(
     drain_s: float,
     resumable: bool,
 ) -> None:
-    """Serve clients until SIGTERM or SIGINT; then let them finish for `drain_s`.
+    """Serve clients until SIGTERM or SIGINT; then drain for up to `drain_s` seconds.
 
-    Clients whose streams are cut at the end go on with them at another gateway.
+    Clients whose streams are still open after that resume them at another gateway.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -72,7 +72,7 @@ async def serve(
             log.info("serving", extra={"grpc": grpc_bound, "http": http_url})
             await stop.wait()
             log.info("stopping")
-            # First the task that would register again, then the registration.
+            # Cancel the task first, or it registers this gateway again.
             registering.cancel()
             await asyncio.wait([registering])
             await registration.close()
@@ -88,7 +88,7 @@ async def serve(
 
 
 async def _serve_when_informed(gateway: Gateway, health: rpc.Health) -> None:
-    """Say that requests are served from when the cluster's state is known."""
+    """Report SERVING once the cluster's state is known."""
     await gateway.informed.wait()
     await rpc.set_serving(health, ["", SERVICE])
 
@@ -104,13 +104,13 @@ async def _serve_when_informed(gateway: Gateway, health: rpc.Health) -> None:
     type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
-    help="Seconds that running requests have to finish after SIGTERM.",
+    help="Seconds for running requests to finish after SIGTERM.",
 )
 @click.option(
     "--resumable/--no-resumable",
     default=True,
     show_default=True,
-    help="Whether streams outlive this gateway: leaders and etcd then keep what it would take with it.",
+    help="Whether another gateway can continue this one's streams, from what leaders and etcd keep of them.",
 )
 @click.option("--ready-fd", type=int, help="Inherited descriptor to announce the addresses on.")
 def main(

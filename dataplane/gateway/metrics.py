@@ -1,4 +1,4 @@
-"""What `/metrics` tells. Counters live in the dispatcher and are read when they are asked for."""
+"""The gateway's Prometheus metrics. Counters live in the dispatcher and are read at each scrape."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from dataplane.gateway.dispatcher import Dispatcher
 
 _HELP = {
     "accepted": "Requests that a replica has accepted.",
-    "finished": "Requests whose every choice has ended well.",
+    "finished": "Requests that finished: every choice has its finish reason.",
     "failed": "Requests that ended with an error.",
-    "lost": "Requests that a replica had accepted and that ended with an error of the cluster: must be 0.",
-    "cancelled": "Requests that their client ended early.",
-    "resumed": "Requests of another gateway that a client has resumed here.",
+    "lost": "Requests that the cluster lost after a replica had accepted them: must be 0.",
+    "cancelled": "Requests that their client cancelled.",
+    "resumed": "Requests that another gateway began and a client resumed here.",
     "failovers": "Attempts after a request's first.",
-    "replayed_tokens": "Output tokens sent along with attempts after the first.",
-    "duplicate_tokens_dropped": "Tokens that arrived a second time.",
-    "stale_frames_dropped": "Frames and their parts of an epoch or attempt that is over.",
+    "replayed_tokens": "Output tokens that were sent to a replica again with attempts after the first.",
+    "duplicate_tokens_dropped": "Tokens dropped because the journal had their positions already.",
+    "stale_frames_dropped": "Frames of another epoch, and parts of frames of another attempt, dropped.",
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics(Collector):
-    """One registry per gateway; nothing global."""
+    """One gateway's metrics, in a registry of its own."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -35,16 +35,19 @@ class Metrics(Collector):
         self._registry.register(self)
         self.first_token = Histogram(
             "phalanx_first_token_seconds",
-            "From request to first token.",
+            "Time from a request to its first token.",
             buckets=_SECONDS,
             registry=self._registry,
         )
         self.request = Histogram(
-            "phalanx_request_seconds", "From request to its end.", buckets=_SECONDS, registry=self._registry
+            "phalanx_request_seconds",
+            "Time from a request to its end.",
+            buckets=_SECONDS,
+            registry=self._registry,
         )
 
     def collect(self) -> Iterator[Metric]:
-        """The dispatcher's books as metrics."""
+        """The dispatcher's counters and the router's state as metrics."""
         for field in dataclasses.fields(self._dispatcher.counters):
             value = getattr(self._dispatcher.counters, field.name)
             yield CounterMetricFamily(f"phalanx_{field.name}", _HELP[field.name], value=value)

@@ -1,4 +1,4 @@
-"""From what a client asked to a journal: checks, and a value for everything it left out."""
+"""A client's request into a journal: checks each parameter, and fills in those that the client left out."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, types_pb2
 
-MAX_CHOICES = 16
+MAX_CLIENT_CHOICES = 16  # below the engine's own limit, `engine.scheduling.validation.MAX_CHOICES`
 MAX_STOPS = 16
-MAX_ID = 128
+MAX_ID_LENGTH = 128
 DEFAULT_MAX_TOKENS = 16
 
 
 def journal_for(request: inference_pb2.GenerateRequest) -> Journal:
-    """A new journal for a request. Raises PhalanxError naming the parameter that is wrong.
+    """A new journal for a request. Raises PhalanxError with the `param` that is wrong.
 
-    Limits that only the model's replica knows (context length, vocabulary) are checked there.
+    The replica checks the limits that depend on its model: context length, vocabulary.
     """
     submit = shard_pb2.Submit(
         request_id=request.request_id or f"req-{secrets.token_hex(12)}",
         n=request.n or 1,
         resume_key=secrets.token_hex(16),
     )
-    if len(submit.request_id) > MAX_ID:
-        raise _invalid("request_id", f"must have at most {MAX_ID} characters")
+    if len(submit.request_id) > MAX_ID_LENGTH:
+        raise _invalid("request_id", f"must have at most {MAX_ID_LENGTH} characters")
     if not request.model:
         raise _invalid("model", "must name a model")
-    if submit.n > MAX_CHOICES:
-        raise _invalid("n", f"must be at most {MAX_CHOICES}")
+    if submit.n > MAX_CLIENT_CHOICES:
+        raise _invalid("n", f"must be at most {MAX_CLIENT_CHOICES}")
     _copy_prompt(request, submit)
     _copy_sampling(request, submit)
     _copy_stopping(request, submit)
@@ -78,10 +78,10 @@ def _copy_sampling(request: inference_pb2.GenerateRequest, submit: shard_pb2.Sub
         raise _invalid("top_p", "must be greater than 0 and at most 1")
     if not 0 <= sampling.min_p <= 1:
         raise _invalid("min_p", "must be between 0 and 1")
-    _copy_rules(given, sampling)
+    _copy_logits_processors(given, sampling)
 
 
-def _copy_rules(given: types_pb2.Sampling, sampling: types_pb2.Sampling) -> None:
+def _copy_logits_processors(given: types_pb2.Sampling, sampling: types_pb2.Sampling) -> None:
     sampling.repetition_penalty = given.repetition_penalty if given.HasField("repetition_penalty") else 1.0
     sampling.presence_penalty = given.presence_penalty
     sampling.frequency_penalty = given.frequency_penalty
@@ -98,7 +98,7 @@ def _copy_rules(given: types_pb2.Sampling, sampling: types_pb2.Sampling) -> None
         raise _invalid(
             "logit_bias", f"must be at most {MAX_BIASES} numbers between -{MAX_BIAS:g} and {MAX_BIAS:g}"
         )
-    # A word has two spellings at most.
+    # The engine counts token sequences, and a word becomes at most two: with and without a space before it.
     if len(given.bad_words) > MAX_BAD_WORDS // 2 or not all(word.strip() for word in given.bad_words):
         raise _invalid("bad_words", f"must be at most {MAX_BAD_WORDS // 2} texts, none of them blank")
     if given.HasField("grammar"):

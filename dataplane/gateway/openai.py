@@ -1,8 +1,8 @@
-"""The OpenAI-shaped JSON of requests, into GenerateRequest. Answers are in `openai_answer`.
+"""OpenAI-compatible JSON requests into GenerateRequest. Answers are in `openai_answer`.
 
-Field names are those of the OpenAI API reference; beside them stand `top_k`, `min_p`, `repetition_penalty`,
-`min_tokens`, `bad_words`, `structured_outputs`, `prompt_logprobs`, `priority`, `ignore_eos`, `stop_token_ids`
-and `return_token_ids`, as other servers of open models name them.
+Field names are those of the OpenAI API reference. In addition there are `top_k`, `min_p`,
+`repetition_penalty`, `min_tokens`, `bad_words`, `structured_outputs`, `prompt_logprobs`, `priority`,
+`ignore_eos`, `stop_token_ids` and `return_token_ids`, with the names that vLLM gives them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SAMPLING = (
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """What to add to a stream."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
@@ -53,14 +53,14 @@ class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, rename={"schema_": 
 
 
 class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """What the answer must be."""
+    """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
-    """What the answer must match, one of these. A JSON Schema may be given as an object or as text."""
+    """The grammar that the answer must match: one of these. A JSON Schema is an object or a text."""
 
     json: Json | str | None = None
     regex: str | None = None
@@ -119,7 +119,7 @@ class ChatRequest(_Common, forbid_unknown_fields=True, kw_only=True):
 
 
 def parse(body: bytes, shape: type[CompletionRequest] | type[ChatRequest]) -> CompletionRequest | ChatRequest:
-    """The request in a body. Raises PhalanxError that says what is wrong with it."""
+    """The request in a body. Raises PhalanxError INVALID_ARGUMENT."""
     try:
         return msgspec.json.decode(body, type=shape)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -127,13 +127,13 @@ def parse(body: bytes, shape: type[CompletionRequest] | type[ChatRequest]) -> Co
 
 
 def to_generate(request: CompletionRequest | ChatRequest) -> inference_pb2.GenerateRequest:
-    """The request as the gateway's own. Raises PhalanxError for what is not supported or out of range."""
+    """The same request for gRPC. Raises PhalanxError UNSUPPORTED or INVALID_ARGUMENT."""
     _refuse_unsupported(request)
     out = inference_pb2.GenerateRequest(model=request.model)
     try:
         _copy_prompt(request, out)
         _copy_parameters(request, out)
-    except (ValueError, TypeError) as error:  # protobuf checks the range of every number
+    except (ValueError, TypeError) as error:  # raised by protobuf, which checks the range of each number
         raise PhalanxError("INVALID_ARGUMENT", f"a number is out of range: {error}") from error
     return out
 
@@ -202,7 +202,7 @@ def _copy_parameters(request: CompletionRequest | ChatRequest, out: inference_pb
 
 
 def _grammar(request: CompletionRequest | ChatRequest) -> types_pb2.Grammar | None:
-    """What the answer must match, by whichever of its names it was asked for."""
+    """The grammar that the answer must match, whichever parameter gives it."""
     asked = [_formatted(request.response_format), *_structured(request)]
     grammars = [grammar for grammar in asked if grammar is not None]
     if len(grammars) > 1:

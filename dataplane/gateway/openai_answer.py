@@ -20,8 +20,8 @@ _FINISH = {
 }
 
 
-class Form(msgspec.Struct):
-    """What a client asked its answer to be. It travels with the request: another gateway may go on."""
+class AnswerFormat(msgspec.Struct):
+    """What the client wants in its answer. It travels with the request: another gateway may continue it."""
 
     id: str
     created: int
@@ -34,7 +34,7 @@ class Form(msgspec.Struct):
 
     @classmethod
     def of(cls, request: CompletionRequest | ChatRequest, request_id: str, created: int) -> Self:
-        """The form that a request asks for. `created` is in seconds since the Unix epoch."""
+        """The format that a request asks for. `created` is in seconds since the Unix epoch."""
         chat = isinstance(request, ChatRequest)
         return cls(
             id=f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
@@ -48,42 +48,48 @@ class Form(msgspec.Struct):
         )
 
 
-class Shape:
-    """Builds the answer's objects for one request: `chunk` while streaming, `whole` at the end.
+class AnswerBuilder:
+    """Builds the JSON objects of one answer: `chunk` and `last` for a stream, `whole` for one object.
 
-    `offset` tells the characters before a position of a choice: an answer that goes on elsewhere begins late.
+    `offset` returns the number of characters before a choice's position: a resumed stream begins past 0.
     """
 
-    def __init__(self, form: Form, offset: Callable[[int, int], int] = lambda choice, index: 0) -> None:
-        self._form = form
-        self._head: Json = {"id": form.id, "created": form.created, "model": form.model}
+    def __init__(
+        self, answer_format: AnswerFormat, offset: Callable[[int, int], int] = lambda choice, index: 0
+    ) -> None:
+        self._format = answer_format
+        self._head: Json = {
+            "id": answer_format.id,
+            "created": answer_format.created,
+            "model": answer_format.model,
+        }
         self._offset, self._offsets = offset, dict[int, int]()
 
     def chunk(self, chunk: Chunk) -> Json:
         """One event of a stream."""
         choice: Json = {"index": chunk.choice}
-        if self._form.chat:
+        if self._format.chat:
             first = {"role": "assistant"} if chunk.index == 0 else {}
             choice["delta"] = {**first, "content": chunk.text}
         else:
             choice["text"] = chunk.text
         choice["finish_reason"] = _FINISH[chunk.finish]
         choice["logprobs"] = self._logprobs(chunk)
-        if self._form.token_ids:
+        if self._format.token_ids:
             choice["token_ids"] = list(chunk.token_ids)
-        if self._form.prompt_logprobs and chunk.index == 0:
+        if self._format.prompt_logprobs and chunk.index == 0:
             choice["prompt_logprobs"] = _prompt_logprobs(chunk)
         event = self._event([choice])
-        if self._form.usage:
+        if self._format.usage:
             event["usage"] = None
         return event
 
     def last(self, usage: types_pb2.Usage) -> Json | None:
-        """The event after the last token: usage, where the client asked for it."""
-        return {**self._event([]), "usage": usage_json(usage)} if self._form.usage else None
+        """The event after the last token: usage, if the client asked for it."""
+        return {**self._event([]), "usage": usage_json(usage)} if self._format.usage else None
 
     def whole(self, chunks: Sequence[Chunk], usage: types_pb2.Usage) -> Json:
-        """The answer in one piece. `chunks` has every choice's tokens, in any cut."""
+        """The answer as one object. `chunks` has all tokens; a choice's tokens may come in several chunks."""
         choices: dict[int, Json] = {}
         for chunk in chunks:
             choice = choices.setdefault(chunk.choice, {"index": chunk.choice, "text": "", "token_ids": []})
@@ -91,25 +97,25 @@ class Shape:
             choice["token_ids"] += chunk.token_ids
             choice["finish_reason"] = _FINISH[chunk.finish]
             choice["logprobs"] = _merge(choice.get("logprobs"), self._logprobs(chunk))
-            if self._form.prompt_logprobs:
+            if self._format.prompt_logprobs:
                 choice.setdefault("prompt_logprobs", _prompt_logprobs(chunk))
         for choice in choices.values():
-            if not self._form.token_ids:
+            if not self._format.token_ids:
                 del choice["token_ids"]
-            if self._form.chat:
+            if self._format.chat:
                 choice["message"] = {"role": "assistant", "content": choice.pop("text")}
         whole = self._event([choices[number] for number in sorted(choices)])
-        whole["object"] = "chat.completion" if self._form.chat else "text_completion"
+        whole["object"] = "chat.completion" if self._format.chat else "text_completion"
         return {**whole, "usage": usage_json(usage)}
 
     def _event(self, choices: list[Json]) -> Json:
-        kind = "chat.completion.chunk" if self._form.chat else "text_completion"
+        kind = "chat.completion.chunk" if self._format.chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices}
 
     def _logprobs(self, chunk: Chunk) -> Json | None:
-        if not self._form.logprobs:
+        if not self._format.logprobs:
             return None
-        if self._form.chat:
+        if self._format.chat:
             content = [
                 {
                     **_chat_logprob(position.chosen),
@@ -164,7 +170,7 @@ def _chat_logprob(token: types_pb2.TokenLogprob) -> Json:
 
 
 def _prompt_logprobs(chunk: Chunk) -> list[Json | None] | None:
-    """One entry per prompt token, the first without; of the first choice, the others have none."""
+    """One entry per prompt token, None for the first token. Only the first choice has them."""
     if chunk.choice > 0:
         return None
     return [

@@ -14,9 +14,10 @@ from phalanx.runtime.errors import PhalanxError
 
 
 class ReplicaStream:
-    """One life of the stream: `run` opens it, `send` queues frames, `close` ends it.
+    """One call: `run` opens it, `send` queues requests, `close` ends it.
 
-    Owns: the channel and the call. Does not own: what frames mean, or whether to open it again.
+    Owns: the channel and the call. Does not own: what frames mean, whether the stream is opened again
+    (`replicas`).
     """
 
     def __init__(self, target: Target, hello: shard_pb2.GatewayHello) -> None:
@@ -26,12 +27,12 @@ class ReplicaStream:
         self._outbox: asyncio.Queue[shard_pb2.ServeRequest] = asyncio.Queue()
         self._call: grpc.aio.StreamStreamCall[shard_pb2.ServeRequest, shard_pb2.ServeResponse] | None = None
 
-    def send(self, frame: shard_pb2.ServeRequest) -> None:
-        """Queue a frame; it is dropped if the stream breaks first."""
-        self._outbox.put_nowait(frame)
+    def send(self, request: shard_pb2.ServeRequest) -> None:
+        """Queue a request. It is dropped if the stream breaks before it is written."""
+        self._outbox.put_nowait(request)
 
     def close(self, reason: str) -> None:
-        """End the stream from this side. `reason` is what `run` returns."""
+        """End the call from this side. `run` returns `reason`."""
         self._closed = reason
         if self._call is not None:
             self._call.cancel()
@@ -41,7 +42,7 @@ class ReplicaStream:
         on_hello: Callable[[shard_pb2.LeaderHello], None],
         on_frame: Callable[[shard_pb2.StepFrame], None],
     ) -> PhalanxError:
-        """Open the stream and hand up what arrives until it breaks; returns why it did."""
+        """Open the call and pass on what arrives until it ends. Returns why it ended."""
         async with rpc.channel(self.target.address) as channel:
             stub = shard_pb2_grpc.ShardServiceStub(channel)
             self._call = call = stub.Serve()  # type: ignore[call-arg]  # the stubs demand an iterator
@@ -59,7 +60,8 @@ class ReplicaStream:
             except grpc.aio.AioRpcError as error:
                 return rpc.to_error(error)
             except asyncio.CancelledError:
-                # Raised for a call that was cancelled by `close` as well as for a cancelled task.
+                # gRPC raises this when `close` cancels the call, asyncio when this task is cancelled: only
+                # that goes on.
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     raise
                 return PhalanxError("UNREACHABLE", self._closed)
@@ -76,4 +78,4 @@ class ReplicaStream:
             try:
                 await call.write(await self._outbox.get())
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                return  # the reader meets the same end and says why
+                return  # `run` sees the same end and returns the reason

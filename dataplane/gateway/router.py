@@ -1,7 +1,8 @@
-"""Which replica takes the next attempt.
+"""Which replica takes the next attempt. Pure.
 
-Owns: the replicas with an open stream, their last reported load, and what was sent to them since.
-Does not own: requests (`journal`), streams (`replica_stream`), which replicas exist (`targets`).
+Owns: the replicas with an open stream, their last reported load, and how many choices this gateway has on
+each.
+Does not own: requests (`journal`), streams (`replicas`), which replicas exist (the store).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Target:
 def targets(snapshot: Snapshot, connected: Mapping[str, int]) -> dict[str, Target]:
     """The streams that should be open, by replica. `connected` has the epochs of the open ones.
 
-    A leader is dialled once its shard is ready. A stream that is open already outlives the shard's
-    record, which goes with the worker's lease when the store has trouble: only a new epoch, a failure,
-    or the end of the replica closes it.
+    A stream opens once the leader's shard record says ready. It then stays open without that record: the
+    record expires with the worker's lease when the store is away. Only a new epoch, a failure or the end of
+    the replica closes the stream.
     """
     wanted = {}
     for name, assigned in snapshot.replicas.items():
@@ -44,7 +45,7 @@ def targets(snapshot: Snapshot, connected: Mapping[str, int]) -> dict[str, Targe
 
 
 def draining(snapshot: Snapshot) -> frozenset[str]:
-    """The replicas that will go soon, since a worker of theirs is about to leave."""
+    """The replicas that have a draining worker."""
     leaving = {(worker.worker, worker.incarnation) for worker in snapshot.workers.values() if worker.draining}
     return frozenset(
         name
@@ -60,21 +61,26 @@ class Route:
     target: Target
     leader: shard_pb2.LeaderHello
     load: int = 0  # choices running and waiting, as last reported
-    sent: int = 0  # choices that this gateway has there now
+    sent: int = 0  # choices of this gateway that are on the replica now
     picks: int = 0
     prefix_tokens: int = 0  # prompt tokens looked up in its prefix cache, as last reported
-    prefix_hits: int = 0  # those of them that were there
+    prefix_hits: int = 0  # prompt tokens found there
 
     @property
     def busy(self) -> int:
-        """Choices known to be there: reports trail what was just sent."""
+        """Choices known to be on the replica. The reported load lags behind what was just sent."""
         return max(self.load, self.sent)
+
+    def report(self, load: shard_pb2.Load) -> None:
+        """A frame has told the replica's load."""
+        self.load = load.running + load.waiting
+        self.prefix_tokens, self.prefix_hits = load.prefix_tokens, load.prefix_hits
 
 
 class Router:
     """Picks the least loaded replica; among equals the one picked least often.
 
-    One that is `draining` is picked only where there is no other.
+    A replica in `draining` is picked only when there is no other.
     """
 
     def __init__(self) -> None:
@@ -96,16 +102,10 @@ class Router:
         if route is not None and route.target.epoch == target.epoch:
             del self.routes[target.replica]
 
-    def report(self, replica: str, load: shard_pb2.Load) -> None:
-        """A frame has told the replica's load."""
-        if route := self.routes.get(replica):
-            route.load = load.running + load.waiting
-            route.prefix_tokens, route.prefix_hits = load.prefix_tokens, load.prefix_hits
-
     def pick(self, deployment: str, model_hash: str, length: int) -> Route | None:
-        """The best replica of a deployment that holds sequences of `length` tokens.
+        """The best replica of a deployment that can hold `length` tokens, or None.
 
-        Of the very model `model_hash`, where that is not empty.
+        `model_hash`: only replicas of exactly this model; empty admits every model.
         """
         routes = [
             route

@@ -10,17 +10,16 @@ from typing import Any
 
 import grpc
 
-from dataplane.gateway.gateway import Gateway, Live
+from dataplane.gateway.gateway import Gateway
 from dataplane.gateway.journal import Chunk, Journal
+from dataplane.gateway.live import LiveRequest
+from dataplane.gateway.models import models
 from dataplane.gateway.normalize import journal_for
 from dataplane.gateway.resume import Cursor, Ticket, format_cursor
-from dataplane.gateway.router import Router
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.runtime.filters import Fields
 from phalanx.runtime.paging import page
-from phalanx.runtime.times import timestamp
-from phalanx.store.snapshot import Snapshot
 from phalanx.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -31,13 +30,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    """Each method's contract is in protos/phalanx/v1/inference.proto."""
+    """The contract of each method is in protos/phalanx/v1/inference.proto."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    # Handlers write to their context rather than yield: a client that leaves then cancels the handler
-    # where it stands, and its request with it, instead of leaving a generator to be collected.
+    # Handlers write to their context and do not yield. When the client leaves, gRPC then cancels the handler
+    # at its current await, which ends the request. A generator would only be closed when it is
+    # garbage-collected.
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Stream one request."""
@@ -53,8 +53,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Converse(  # type: ignore[override]
         self, request_iterator: AsyncIterator[inference_pb2.ConverseRequest], context: Context
     ) -> None:
-        """Stream many requests; the call ends when the client has half-closed and all have ended."""
-        # Bounded: a client that does not read holds up its own requests' writers, not the gateway.
+        """Stream many requests. The call ends once the client has half-closed it and all have ended."""
+        # Bounded: a client that does not read blocks the writers of its own requests only.
         outbox: asyncio.Queue[inference_pb2.ConverseResponse | None] = asyncio.Queue(64)
         timeout_s, parent = context.time_remaining(), _traceparent(context)
 
@@ -67,7 +67,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         response = inference_pb2.ConverseResponse(request_id=request.request_id, event=event)
                         await outbox.put(response)
             except Exception as error:
-                # Exactly one answer, and nothing to the other requests of the call.
+                # This request gets exactly one error; the other requests of the call are not affected.
                 if not isinstance(error, PhalanxError):
                     log.exception("request failed", extra={"request": request.request_id})
                     error = PhalanxError("INTERNAL", "the gateway failed on this request; its log says more")
@@ -99,7 +99,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.CancelResponse(found=self._gateway.cancel(request.request_id))
 
     async def Resume(self, request: inference_pb2.ResumeRequest, context: Context) -> None:  # type: ignore[override]
-        """Go on with a stream that was begun here or elsewhere."""
+        """Continue a stream that this or another gateway began."""
         try:
             ticket = Ticket.parse(request.resume_token)
             cursor = ticket.cursor(request.cursor)
@@ -150,8 +150,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     yield event
 
 
-async def _events(live: Live, cursor: Cursor) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-    """An accepted request's events from `cursor` on."""
+async def _events(live: LiveRequest, cursor: Cursor) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+    """The events of an accepted request from `cursor` on."""
     journal, chunks = live.journal, live.chunks(cursor)
     yield _started(journal, cursor)
     async for chunk in chunks:
@@ -162,23 +162,6 @@ async def _events(live: Live, cursor: Cursor) -> AsyncGenerator[inference_pb2.Ge
         cursor=format_cursor(cursor),
         finished=inference_pb2.Finished(usage=journal.usage),
     )
-
-
-def models(snapshot: Snapshot, router: Router) -> list[inference_pb2.Model]:
-    """What can be named in a request, with the replicas that this gateway reaches."""
-    routes = list(router.routes.values())
-    found = []
-    for name, deployment in sorted(snapshot.deployments.items()):
-        mine = [route for route in routes if route.target.deployment == name]
-        found.append(
-            inference_pb2.Model(
-                name=name,
-                ready_replicas=len(mine),
-                max_model_len=max((route.leader.max_model_len for route in mine), default=0),
-                create_time=timestamp(deployment.created_at),
-            )
-        )
-    return found
 
 
 def _started(journal: Journal, cursor: Cursor) -> inference_pb2.GenerateResponse:

@@ -28,7 +28,7 @@ from phalanx.store.records import (
     encode,
 )
 from phalanx.v1 import inference_pb2_grpc
-from tests.gateway.fake_leader import FakeLeader
+from tests.gateway.leader import TestLeader
 from tests.until import until
 
 KEYS = Keys("test")
@@ -74,22 +74,22 @@ class Running:
 
 @dataclass
 class Rig:
-    """A gateway over a memory store and fake leaders, and its client."""
+    """A gateway over a memory store and leaders with a model made of arithmetic, and its client."""
 
     store: MemoryStore
     gateway: Gateway
     url: str
     client: Client
     first: Running
-    leaders: list[FakeLeader] = field(default_factory=list)
+    leaders: list[TestLeader] = field(default_factory=list)
 
-    async def add_leader(self, replica: str, *, wait: bool = True, **options: object) -> FakeLeader:
+    async def add_leader(self, replica: str, *, wait: bool = True, **options: object) -> TestLeader:
         """A replica joins, or joins again under a new epoch; returns when the gateway reaches it."""
         bare = AssignmentRecord(replica, DEPLOYMENT, (MemberRecord("w", "i", "127.0.0.1:1"),))
         epoch = await self.store.txn([], [Put(KEYS.assignment(replica), encode(bare))])
         assert epoch is not None
-        # The fake learns its epoch only now; the assignment must carry its address, so write it again.
-        leader = FakeLeader(replica, epoch + 1, **options)
+        # Only now is the epoch known. The assignment must carry the leader's address, so write it again.
+        leader = TestLeader(replica, epoch + 1, **options)
         await leader.start()
         self.leaders.append(leader)
         member = MemberRecord("w", "i", leader.address)
@@ -114,6 +114,7 @@ async def rig() -> AsyncIterator[Rig]:
         first.gateway.dispatcher.check_integrity()
     await first.kill()
     for leader in rig.leaders:
+        leader.check_integrity()
         await leader.kill()
     await store.close()
 

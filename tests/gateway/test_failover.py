@@ -9,7 +9,7 @@ import pytest
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, types_pb2
 from tests.gateway.conftest import Rig
-from tests.gateway.fake_leader import text_of, token
+from tests.gateway.leader import text_of, token
 from tests.until import until
 
 PROMPT = [5, 6, 7]

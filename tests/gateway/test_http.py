@@ -1,4 +1,4 @@
-"""The OpenAI-shaped face of a real gateway over fake leaders."""
+"""The OpenAI-compatible API of a real gateway."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from dataplane.gateway.resume import format_cursor
 from tests.gateway.conftest import Rig
-from tests.gateway.fake_leader import text_of, token
+from tests.gateway.leader import text_of, token
 from tests.until import until
 
 PROMPT = [5, 6, 7]
@@ -63,7 +63,7 @@ async def test_usage_is_right_after_a_failover(rig: Rig, http: aiohttp.ClientSes
 
     async def kill_once_it_generates() -> None:
         await until(lambda: first.submits)
-        await until(lambda: sum(live.journal.tokens for live in rig.gateway._lives.values()) == 4)
+        await until(lambda: sum(live.journal.tokens for live in rig.gateway._live_requests.values()) == 4)
         await first.kill()
 
     async with asyncio.TaskGroup() as group:

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 import phalanx.client
-from dataplane.gateway import checkpoints
+from dataplane.gateway import checkpoint_plan
 from dataplane.gateway.normalize import journal_for
 from dataplane.gateway.resume import format_cursor
 from dataplane.gateway.server import InferenceService
@@ -20,9 +20,9 @@ from phalanx.client import Client
 from phalanx.runtime import rpc
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import inference_pb2, inference_pb2_grpc
-from tests.gateway import fake_leader
+from tests.gateway import leader as leader_module
 from tests.gateway.conftest import Rig, Running
-from tests.gateway.fake_leader import FakeLeader, text_of, token
+from tests.gateway.leader import TestLeader, text_of, token
 from tests.until import until
 
 PROMPT = [5, 6, 7]
@@ -40,7 +40,7 @@ async def second(rig: Rig) -> AsyncIterator[Running]:
     await running.kill()
 
 
-async def reached(running: Running, leader: FakeLeader) -> None:
+async def reached(running: Running, leader: TestLeader) -> None:
     await until(lambda: running.gateway.dispatcher.router.connected.get(leader.replica) == leader.epoch)
 
 
@@ -91,8 +91,7 @@ async def test_what_ran_on_while_nobody_listened_is_delivered_too(rig: Rig, seco
     started = (await anext(stream)).started
     await rig.first.kill()
     leader.release.set()
-    attempt = next(iter(leader._attempts.values()))
-    await until(lambda: len(attempt.outputs[0].token_ids) == 20)
+    await until(lambda: leader.generated == 20)
     async with Client(second.address) as client:
         resumed = [event.event async for event in resume(client, started.resume_token, format_cursor((3,)))]
     assert [event.WhichOneof("event") for event in resumed] == ["started", "chunk", "finished"]
@@ -104,14 +103,14 @@ async def test_what_ran_on_while_nobody_listened_is_delivered_too(rig: Rig, seco
 async def test_gateway_and_leader_may_die_together(
     rig: Rig, second: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "AFTER_S", 0.0)
-    monkeypatch.setattr(checkpoints, "EVERY_TOKENS", 1)
+    monkeypatch.setattr(checkpoint_plan, "AFTER_S", 0.0)
+    monkeypatch.setattr(checkpoint_plan, "EVERY_TOKENS", 1)
     leader = await rig.add_leader("demo-0", hold_at=5)
     await reached(second, leader)
 
     async def die() -> None:
         writer = rig.gateway._checkpoints
-        await until(lambda: any(mark.tokens == 5 for mark in writer._plan._marks.values()))
+        await until(lambda: any(part.tokens == 5 for part in writer._plan._written.values()))
         await rig.first.kill()
         await leader.kill()
         # In the life of a cluster the controller does this.
@@ -122,7 +121,7 @@ async def test_gateway_and_leader_may_die_together(
         assert await collect(client, 5, die) == [expected(20)]
     (replay,) = rig.leaders[1].submits
     assert list(replay.prior[0].token_ids) == expected(5)
-    await until(lambda: not second.gateway._checkpoints._plan._marks)
+    await until(lambda: not second.gateway._checkpoints._plan._written)
 
 
 async def test_a_stream_that_died_with_all_who_held_it_is_sent_again_and_goes_on(
@@ -153,7 +152,7 @@ async def test_a_stream_that_takes_another_course_when_sent_again_is_not_continu
     async def die() -> None:
         await rig.first.kill()
         await leader.kill()
-        monkeypatch.setattr(fake_leader, "token", lambda *_: 77)
+        monkeypatch.setattr(leader_module, "token", lambda *_: 77)
         await reached(second, await rig.add_leader("demo-0", wait=False))
 
     async with Client(rig.first.address, second.address) as client:
@@ -193,12 +192,12 @@ async def test_a_new_request_waits_for_a_gateway_that_comes_back(
 async def test_a_client_may_have_seen_more_than_the_checkpoint(
     rig: Rig, second: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "AFTER_S", 0.0)
+    monkeypatch.setattr(checkpoint_plan, "AFTER_S", 0.0)
     leader = await rig.add_leader("demo-0", hold_at=5)
     stream = rig.client.generate("demo", PROMPT, max_tokens=20, seed=1)
     started = (await anext(stream)).started
     writer = rig.gateway._checkpoints
-    await until(lambda: writer._plan._marks)
+    await until(lambda: writer._plan._written)
     await rig.first.kill()
     await leader.kill()
     await reached(second, await rig.add_leader("demo-0", wait=False))
@@ -213,12 +212,47 @@ async def test_nobody_knows_a_request_that_is_over(rig: Rig, second: Running) ->
     await reached(second, leader)
     events = [event async for event in rig.client.generate("demo", PROMPT, max_tokens=3, seed=1)]
     await until(lambda: leader.acks)
+    leader.pass_time(60.0)
     async with Client(second.address) as client:
         with pytest.raises(PhalanxError) as caught:
             async for _ in resume(client, events[0].started.resume_token, ""):
                 pass
     assert caught.value.reason == "UNKNOWN_REQUEST"
     assert not caught.value.retryable
+
+
+async def test_what_was_written_may_not_have_come_and_can_be_asked_for_again(
+    rig: Rig, second: Running
+) -> None:
+    leader = await rig.add_leader("demo-0")
+    await reached(second, leader)
+    started, *_ = [event async for event in rig.client.generate("demo", PROMPT, max_tokens=3, seed=1)]
+    await until(lambda: leader.acks)
+    async with Client(second.address) as client:
+        again = [
+            event.event async for event in resume(client, started.started.resume_token, format_cursor((1,)))
+        ]
+    assert [id for event in again for id in event.chunk.token_ids] == expected(3)[1:]
+
+
+async def test_while_a_replica_has_not_answered_a_request_is_not_known_to_be_over(rig: Rig) -> None:
+    await rig.add_leader("demo-0")
+    silent = await rig.add_leader("demo-1", answers_attach=False)
+
+    async def die() -> None:
+        await until(lambda: silent.attaches)
+        await silent.kill()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(die())
+        with pytest.raises(PhalanxError) as caught:
+            async for _ in resume(rig.client, "0" * 32 + ".1.demo", ""):
+                pass
+    assert (caught.value.reason, caught.value.retryable) == ("UNREACHABLE", True)
+    with pytest.raises(PhalanxError) as caught:
+        async for _ in resume(rig.client, "0" * 32 + ".1.demo", ""):
+            pass
+    assert (caught.value.reason, caught.value.retryable) == ("UNKNOWN_REQUEST", False)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +280,7 @@ async def test_a_client_that_comes_back_to_its_gateway_takes_its_stream_over(rig
     ids = [id async for event in again for id in event.event.chunk.token_ids]
     assert ids == expected(20)[2:]
     assert not leader.cancels
-    assert not rig.gateway._lives
+    assert not rig.gateway._live_requests
 
 
 async def test_a_gateway_that_leaves_sends_its_clients_to_another(rig: Rig, second: Running) -> None:
@@ -312,6 +346,8 @@ async def test_an_event_source_goes_on_by_http(rig: Rig, second: Running) -> Non
             assert data == "[DONE]"
         async with http.get(f"{second.url}/v1/requests/nonsense/stream") as response:
             assert response.status == 400
+        await until(lambda: leader.acks)
+        leader.pass_time(60.0)
         async with http.get(second.url + path) as response:
             assert response.status == 404, "it has been delivered"
     texts = [choice["text"] for event in events for choice in event["choices"]]
@@ -370,7 +406,7 @@ async def test_a_resumed_request_does_not_displace_another_of_its_id(rig: Rig, s
                 async for _ in resume(client, started.resume_token, ""):
                     pass
         assert caught.value.reason == "DUPLICATE_REQUEST"
-        assert second.gateway._lives["mine"] is other
+        assert second.gateway._live_requests["mine"] is other
 
 
 async def test_a_stream_without_a_token_is_never_begun_again(rig: Rig, second: Running) -> None:

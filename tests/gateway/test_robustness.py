@@ -149,7 +149,7 @@ async def test_a_frame_of_another_epoch_is_dropped(rig: Rig) -> None:
     (submit,) = leader.submits
     stale = shard_pb2.StepFrame(replica="demo-0", epoch=leader.epoch - 1)
     stale.deltas.add(request_id="x", attempt=submit.attempt, index=1, token_ids=[666], pieces=["!"])
-    next(iter(leader._attempts.values())).frames.put_nowait(shard_pb2.ServeResponse(step=stale))
+    leader.inject(stale)
     await until(lambda: rig.gateway.dispatcher.counters.stale_frames_dropped == 1)
     leader.release.set()
     rest = [token async for event in stream for token in event.chunk.token_ids]

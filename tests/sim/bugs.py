@@ -55,9 +55,9 @@ def sampler_with_a_state() -> Iterator[None]:
 
     def sample(before: Any) -> Any:
         def counted(self: Rank, kept: int, seed: int, choice: int, position: int) -> int:
-            drawn = self.__dict__.setdefault("drawn", {})
-            count = drawn.get((seed, choice), 0)
-            drawn[seed, choice] = count + 1
+            sampled = self.__dict__.setdefault("sampled", {})
+            count = sampled.get((seed, choice), 0)
+            sampled[seed, choice] = count + 1
             return int(before(self, kept, seed, choice, count))
 
         return counted

@@ -20,14 +20,14 @@ class SimClient:
     """The client of one request. It behaves like `phalanx.client.Client`, with more patience."""
 
     def __init__(self, world: World, number: int) -> None:
-        draw = world.chance
+        chance = world.chance
         self._world, self.number = world, number
         self.process = Process(world.loop, f"client{number}")
-        self.prompt = [draw.randint(1, 90) for _ in range(draw.randint(1, 12))]
-        self.n = draw.choice((1, 1, 2))
-        self.max_tokens = draw.randint(5, 110)
-        self.seed = draw.getrandbits(40)
-        self.stop = draw.random() < 0.3
+        self.prompt = [chance.randint(1, 90) for _ in range(chance.randint(1, 12))]
+        self.n = chance.choice((1, 1, 2))
+        self.max_tokens = chance.randint(5, 110)
+        self.seed = chance.getrandbits(40)
+        self.stop = chance.random() < 0.3
         self.ids: list[list[int]] = [[] for _ in range(self.n)]
         self.texts = [""] * self.n
         self.finishes = [0] * self.n
@@ -37,7 +37,7 @@ class SimClient:
 
     async def run(self) -> None:
         """Stream to the end, at any gateway."""
-        turn, draw = self.number, self._world.chance
+        turn, chance = self.number, self._world.chance
         while not self.ended and not self.error:
             gateway = self._world.gateway_names[turn % len(self._world.gateway_names)]
             try:
@@ -51,7 +51,7 @@ class SimClient:
                     self.error = error.reason
                     self._world.note(f"{self.process} ends with {error.reason}: {error.message}")
             turn += 1
-            await asyncio.sleep(draw.uniform(0.02, 0.2))
+            await asyncio.sleep(chance.uniform(0.02, 0.2))
 
     async def _attempt(self, gateway: str) -> None:
         net, ends = self._world.net, [await self._world.net.connect(self.process, gateway)]

@@ -141,8 +141,8 @@ def _judge(world: World, outcome: Outcome, clients: list[SimClient]) -> None:
             gateway.dispatcher.check_integrity()
         except AssertionError as error:
             world.violations.append(f"{name}: {error}")
-        if gateway._lives:
-            world.violations.append(f"{name} still has {len(gateway._lives)} requests")
+        if gateway._live_requests:
+            world.violations.append(f"{name} still has {len(gateway._live_requests)} requests")
     for name, worker in world.workers.items():
         if worker._service.leader is not None:
             book = worker._service.leader._book

@@ -17,6 +17,8 @@ import grpc
 
 import dataplane.gateway.checkpoints
 import dataplane.gateway.gateway
+import dataplane.gateway.replicas
+import dataplane.gateway.resumption
 import dataplane.shard.children
 import dataplane.shard.forming
 import dataplane.shard.monitor
@@ -74,8 +76,10 @@ def simulated(world: World) -> Iterator[None]:
     gateway, shard = dataplane.gateway.gateway, dataplane.shard
     replaced: list[tuple[Any, str, Any]] = [
         (gateway, "time", clock),
-        (gateway, "ReplicaStream", SimReplicaStream),
-        (gateway, "random", world.chance),
+        (dataplane.gateway.resumption, "time", clock),
+        (dataplane.gateway.replicas, "time", clock),
+        (dataplane.gateway.replicas, "ReplicaStream", SimReplicaStream),
+        (dataplane.gateway.replicas, "random", world.chance),
         (dataplane.gateway.checkpoints, "time", clock),
         (shard.monitor, "time", clock),
         (shard.forming, "time", clock),

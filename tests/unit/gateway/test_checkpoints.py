@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from dataplane.gateway import checkpoints
-from dataplane.gateway.checkpoints import (
+from dataplane.gateway.checkpoint_plan import (
     AFTER_S,
     EVERY_S,
     EVERY_TOKENS,
     Candidate,
-    Checkpoints,
+    CheckpointPlan,
     Part,
-    Plan,
     restore,
 )
+from dataplane.gateway.checkpoints import Checkpoints
 from dataplane.gateway.journal import Journal
 from phalanx.internal.v1 import shard_pb2
+from phalanx.store.interface import Condition, Delete, Operation, StoreUnavailableError
 from phalanx.store.keys import Keys
 from phalanx.store.memory import MemoryStore
 from phalanx.v1 import types_pb2
@@ -44,7 +46,7 @@ def grow(journal: Journal, tokens: int, finish: types_pb2.FinishReason.ValueType
     )
 
 
-def due(plan: Plan, journal: Journal, now: float, deadline: float | None = None) -> list[Part]:
+def due(plan: CheckpointPlan, journal: Journal, now: float, deadline: float | None = None) -> list[Part]:
     parts = plan.due([Candidate(journal, 0.0, deadline)], now, wall=1000.0)
     for part in parts:
         plan.written(part, now)
@@ -52,7 +54,7 @@ def due(plan: Plan, journal: Journal, now: float, deadline: float | None = None)
 
 
 def test_a_short_request_is_never_written() -> None:
-    plan, journal = Plan(), begun()
+    plan, journal = CheckpointPlan(), begun()
     grow(journal, 50)
     assert not due(plan, journal, AFTER_S - 0.1)
     grow(journal, 1, types_pb2.FINISH_REASON_LENGTH)
@@ -60,7 +62,7 @@ def test_a_short_request_is_never_written() -> None:
 
 
 def test_a_long_request_is_written_in_parts_by_tokens_and_by_time() -> None:
-    plan, journal = Plan(), begun()
+    plan, journal = CheckpointPlan(), begun()
     grow(journal, 5)
     (first,) = due(plan, journal, AFTER_S)
     assert (first.number, list(first.record.deltas[0].token_ids)) == (0, [0, 1, 2, 3, 4])
@@ -81,7 +83,7 @@ def test_a_long_request_is_written_in_parts_by_tokens_and_by_time() -> None:
 
 
 def test_a_part_whose_fate_is_unknown_is_written_again_with_what_came_since() -> None:
-    plan, journal = Plan(), begun()
+    plan, journal = CheckpointPlan(), begun()
     grow(journal, 5)
     (first,) = plan.due([Candidate(journal, 0.0)], AFTER_S, 0.0)
     grow(journal, 5)
@@ -91,7 +93,7 @@ def test_a_part_whose_fate_is_unknown_is_written_again_with_what_came_since() ->
 
 
 def test_a_request_comes_back_from_its_parts() -> None:
-    plan, journal, parts = Plan(), begun(), []
+    plan, journal, parts = CheckpointPlan(), begun(), []
     for round in range(4):
         grow(journal, EVERY_TOKENS)
         parts += due(plan, journal, AFTER_S + round, deadline=60.0)
@@ -104,7 +106,7 @@ def test_a_request_comes_back_from_its_parts() -> None:
 
 
 def test_a_part_that_is_missing_ends_what_can_be_used() -> None:
-    plan, journal, parts = Plan(), begun(), []
+    plan, journal, parts = CheckpointPlan(), begun(), []
     for round in range(3):
         grow(journal, EVERY_TOKENS)
         parts += due(plan, journal, AFTER_S + round)
@@ -144,7 +146,7 @@ async def test_checkpoints_are_written_together_found_by_anyone_and_deleted(
 
 
 def plan_has(writer: Checkpoints, journal: Journal) -> bool:
-    return journal.resume_key in writer._plan._marks
+    return journal.resume_key in writer._plan._written
 
 
 async def test_a_request_that_is_too_large_for_the_store_is_in_nobodys_way(
@@ -182,3 +184,98 @@ async def test_a_lost_lease_means_that_all_is_written_again(monkeypatch: pytest.
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+
+
+class SlowStore(MemoryStore):
+    """A store whose answers to transactions come once `answer` is set; what was asked is done before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer, self.in_flight = asyncio.Event(), 0
+
+    async def txn(self, when: Sequence[Condition], then: Sequence[Operation]) -> int | None:
+        self.in_flight += 1
+        revision = await super().txn(when, then)
+        await self.answer.wait()
+        self.in_flight -= 1
+        return revision
+
+    async def keys(self) -> list[str]:
+        return sorted((await self.list("/phalanx.requests/")).entries)
+
+
+@contextlib.asynccontextmanager
+async def writing(writer: Checkpoints) -> AsyncIterator[None]:
+    running = asyncio.create_task(writer.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+
+async def test_a_request_that_ends_while_its_part_is_being_written_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
+    store, stays, ends = SlowStore(), begun(key="a" * 32), begun(key="b" * 32)
+    live = [stays, ends]
+    for journal in live:
+        grow(journal, 3)
+    writer = Checkpoints(store, Keys("test"), "boot", lambda: [Candidate(one, -AFTER_S) for one in live])
+    async with writing(writer):
+        await until(lambda: store.in_flight)
+        assert len(await store.keys()) == 2
+        live.remove(ends)
+        writer.forget(ends.resume_key)
+        store.answer.set()
+        async with asyncio.timeout(5):
+            while len(await store.keys()) > 1:
+                await asyncio.sleep(0.001)
+        assert await writer.load(ends.resume_key) is None
+        assert await writer.load(stays.resume_key) is not None
+
+
+async def test_a_request_that_comes_back_at_once_keeps_its_new_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
+    store, journal = MemoryStore(), begun()
+    grow(journal, 3)
+    writer = Checkpoints(store, Keys("test"), "boot", lambda: [Candidate(journal, -AFTER_S)])
+    async with writing(writer):
+        await until(lambda: plan_has(writer, journal))
+        # It ends here and is resumed here between two rounds: the same keys are deleted and written.
+        writer.forget(journal.resume_key)
+        await until(lambda: plan_has(writer, journal) and not writer._to_delete)
+        assert await writer.load(KEY) is not None
+
+
+class RefusingStore(SlowStore):
+    """A store that cannot be reached for the first transaction that deletes something."""
+
+    refusals = 1
+
+    async def txn(self, when: Sequence[Condition], then: Sequence[Operation]) -> int | None:
+        if self.refusals and any(isinstance(operation, Delete) for operation in then):
+            self.refusals -= 1
+            raise StoreUnavailableError("the store does not answer")
+        return await super().txn(when, then)
+
+
+async def test_what_could_not_be_deleted_is_deleted_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
+    store, journal = RefusingStore(), begun()
+    grow(journal, 3)
+    live = [journal]
+    store.answer.set()
+    writer = Checkpoints(store, Keys("test"), "boot", lambda: [Candidate(one, -AFTER_S) for one in live])
+    async with writing(writer):
+        await until(lambda: plan_has(writer, journal))
+        live.clear()
+        writer.forget(journal.resume_key)
+        async with asyncio.timeout(5):
+            while await store.keys():
+                await asyncio.sleep(0.001)
+        assert store.refusals == 0

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dataplane.gateway import dispatcher as instructions
-from dataplane.gateway.dispatcher import MAX_FRUITLESS_ATTEMPTS, PATIENCE_S, SEEK_S, SILENCE_S, Dispatcher
+from dataplane.gateway import instructions
+from dataplane.gateway.dispatcher import MAX_EARLY_LOSSES, PLACEMENT_TIMEOUT_S, Dispatcher
 from dataplane.gateway.journal import Journal
 from dataplane.gateway.router import Target
+from dataplane.gateway.search import SEARCH_TIMEOUT_S
+from dataplane.gateway.silence import SILENCE_TIMEOUT_S
 from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import types_pb2
@@ -20,9 +23,16 @@ from phalanx.v1 import types_pb2
 LEADER = shard_pb2.LeaderHello(model_hash="m", max_model_len=1024)
 
 
-def journal(request_id: str, n: int = 1, max_tokens: int = 6) -> Journal:
+def key_of(request_id: str) -> str:
+    return f"key of {request_id}"
+
+
+def journal(request_id: str, n: int = 1, max_tokens: int = 6, resume_key: str = "") -> Journal:
     stopping = types_pb2.Stopping(max_tokens=max_tokens)
-    return Journal("demo", shard_pb2.Submit(request_id=request_id, n=n, text="x", stopping=stopping))
+    submit = shard_pb2.Submit(
+        request_id=request_id, n=n, text="x", stopping=stopping, resume_key=resume_key
+    )  # fmt: skip
+    return Journal("demo", submit)
 
 
 def token(request_id: str, choice: int, position: int) -> int:
@@ -30,81 +40,226 @@ def token(request_id: str, choice: int, position: int) -> int:
     return sum(request_id.encode()) * 7 + choice * 131 + position * 17
 
 
+def output(submit: shard_pb2.Submit, choice: int, begin: int, end: int) -> dict[str, Any]:
+    """The fields of a delta with a choice's positions from `begin` to `end`."""
+    ids = [token(submit.request_id, choice, i) for i in range(begin, end)]
+    is_last = end == submit.stopping.max_tokens
+    return {
+        "index": begin,
+        "token_ids": ids,
+        "pieces": [f"{i} " for i in ids],
+        "finish_reason": types_pb2.FINISH_REASON_LENGTH if is_last else types_pb2.FINISH_REASON_UNSPECIFIED,
+    }
+
+
+NAMES = st.sampled_from(["demo-0", "demo-1", "demo-2"])
+ORPHAN = 0
+"""The attempt number of what another gateway began and nobody has attached."""
+
+
 @dataclass
 class FakeReplica:
-    """A leader that runs attempts as the real one would."""
+    """A leader that runs attempts as the real one would, also those that another gateway began."""
 
     target: Target
     up: bool = False
     step: int = 0
     attempts: dict[tuple[str, int], shard_pb2.Submit] = field(default_factory=dict)
     made: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # positions made per choice
+    answers: shard_pb2.StepFrame = field(default_factory=shard_pb2.StepFrame)  # they go with the next step
 
     def submit(self, message: shard_pb2.Submit) -> None:
+        if message.resume_key and (older := self.holding(message.resume_key)):
+            self.drop(*older)
         key = (message.request_id, message.attempt)
         self.attempts[key] = message
         self.made[key] = [len(prior.token_ids) for prior in message.prior] or [0] * message.n
 
+    def drop(self, request_id: str, attempt: int) -> None:
+        self.attempts.pop((request_id, attempt), None)
+        self.made.pop((request_id, attempt), None)
+
+    def holding(self, resume_key: str) -> tuple[str, int] | None:
+        """The attempt that has this key."""
+        return next((key for key, one in self.attempts.items() if one.resume_key == resume_key), None)
+
+    def renumber(self, key: tuple[str, int], attempt: int) -> None:
+        """An attempt changes hands."""
+        submit, made = self.attempts.pop(key), self.made.pop(key)
+        submit.attempt = attempt
+        self.attempts[key[0], attempt], self.made[key[0], attempt] = submit, made
+
     def frame(self, sizes: list[int]) -> shard_pb2.StepFrame:
-        """One step: every attempt moves on by up to `sizes` tokens per choice."""
+        """One step: answers first, then every attempt moves on by up to `sizes` tokens per choice."""
         self.step += 1
         frame = shard_pb2.StepFrame(replica=self.target.replica, epoch=self.target.epoch, step=self.step)
         frame.load.running = len(self.attempts)
+        frame.MergeFrom(self.answers)
+        self.answers = shard_pb2.StepFrame()
         for number, (key, submit) in enumerate(list(self.attempts.items())):
-            frame.accepted.add(request_id=key[0], attempt=key[1], prompt_ids=[1, 2, 3])
+            is_orphan = key[1] == ORPHAN
+            if not is_orphan:
+                frame.accepted.add(request_id=key[0], attempt=key[1], prompt_ids=[1, 2, 3])
             budget = submit.stopping.max_tokens
             for choice, made in enumerate(self.made[key]):
                 size = min(sizes[(number + choice) % len(sizes)], budget - made)
                 if size <= 0:
                     continue
-                ids = [token(key[0], choice, made + i) for i in range(size)]
-                frame.deltas.add(
-                    request_id=key[0], attempt=key[1], choice=choice, index=made, token_ids=ids,
-                    pieces=[f"{i} " for i in ids],
-                    finish_reason=types_pb2.FINISH_REASON_LENGTH if made + size == budget else 0,
-                )  # fmt: skip
+                if not is_orphan:
+                    news = output(submit, choice, made, made + size)
+                    frame.deltas.add(request_id=key[0], attempt=key[1], choice=choice, **news)
                 self.made[key][choice] = made + size
-            if min(self.made[key]) == budget:
-                del self.attempts[key]
+            if min(self.made[key]) == budget and not is_orphan:
+                self.drop(*key)
         return frame
+
+    def attach(self, attach: shard_pb2.Attach) -> None:
+        key = self.holding(attach.resume_key)
+        if key is None:
+            self.answers.failed.add(attempt=attach.attempt, error=types_pb2.Error(reason="UNKNOWN_REQUEST"))
+            return
+        self.renumber(key, attach.attempt)
+        key = (key[0], attach.attempt)
+        request = shard_pb2.Submit.FromString(self.attempts[key].SerializeToString())
+        request.token_ids.ids[:] = [1, 2, 3]
+        request.model_hash = "m"
+        del request.prior[:]
+        for choice, made in enumerate(self.made[key]):
+            request.prior.add(choice=choice, **output(request, choice, 0, made))
+        self.answers.attached.add(attempt=attach.attempt, request=request)
 
 
 class Cluster(RuleBasedStateMachine):
-    """Three replicas that come, go and repeat themselves, and clients that come and go."""
+    """Three replicas that come, go and repeat themselves; clients that come, go, and move between gateways.
 
-    requests = Bundle("requests")
+    The dispatcher is one gateway's. Another gateway is there only in what it leaves on replicas and takes.
+    """
+
+    requests, orphans = Bundle("requests"), Bundle("orphans")
 
     @initialize()
     def start(self) -> None:
         self.now = 0.0
         self.dispatcher = Dispatcher()
         self.replicas = {f"demo-{i}": FakeReplica(Target(f"demo-{i}", 1, "demo", "a:1")) for i in range(3)}
-        self.journals: dict[str, Journal] = {}
+        self.begun: dict[str, tuple[int, int]] = {}  # every request, of any gateway: choices, tokens
+        self.journals: dict[str, Journal] = {}  # those of this gateway
         self.cancelled: set[str] = set()
+        self.searched: set[str] = set()  # requests for which a search runs
+        self.asked: dict[str, set[Target]] = {}  # by resume key: those whose answer counts
         self.past: list[tuple[Target, shard_pb2.StepFrame]] = []
+        for name in ("demo-0", "demo-1"):
+            self.up(name)
 
     def do(self, todo: list[instructions.Instruction]) -> None:
         for instruction in todo:
             match instruction:
                 case instructions.Submit(target, _, message, _):
-                    replica = self.replicas[target.replica]
-                    assert replica.up
-                    assert replica.target == target, "an attempt was sent to an epoch that is over"
-                    replica.submit(message)
+                    self.at(target).submit(message)
                 case instructions.CancelAttempt(target, message):
-                    self.replicas[target.replica].attempts.pop((message.request_id, message.attempt), None)
-                case instructions.HangUp(target, reason):
+                    self.replicas[target.replica].drop(message.request_id, message.attempt)
+                case instructions.Attach(target, message):
+                    self.at(target).attach(message)
+                    self.asked.setdefault(message.resume_key, set()).add(target)
+                case instructions.Found(_, journal):
+                    self.searched.remove(journal.request_id)
+                    self.asked.pop(journal.resume_key)
+                    self.adopted(journal)
+                case instructions.NotHeld(resume_key, certain):
+                    self.searched.remove(resume_key.removeprefix(key_of("")))
+                    asked = self.asked.pop(resume_key, set())
+                    holders = [
+                        replica.target
+                        for replica in self.replicas.values()
+                        if replica.target in asked and replica.holding(resume_key)
+                    ]
+                    assert not certain or not holders, "a replica was asked and not heard"
+                case instructions.CloseSilent(target, reason):
                     self.replicas[target.replica] = FakeReplica(target)
                     self.do(self.dispatcher.stream_down(target, reason, self.now))
                 case instructions.Distrust():
                     raise AssertionError("an honest replica was distrusted")
 
+    def at(self, target: Target) -> FakeReplica:
+        replica = self.replicas[target.replica]
+        assert replica.up
+        assert replica.target == target, "something was sent to an epoch that is over"
+        return replica
+
+    def adopted(self, journal: Journal) -> None:
+        self.journals[journal.request_id] = journal
+        self.cancelled.discard(journal.request_id)
+
+    def is_live(self, request_id: str) -> bool:
+        return request_id in self.journals and not self.journals[request_id].closed
+
     @rule(target=requests, n=st.integers(1, 2), max_tokens=st.integers(1, 6))
     def open(self, n: int, max_tokens: int) -> str:
-        request_id = f"r{len(self.journals)}"
-        self.journals[request_id] = journal(request_id, n, max_tokens)
+        request_id = f"r{len(self.begun)}"
+        self.begun[request_id] = n, max_tokens
+        self.journals[request_id] = journal(request_id, n, max_tokens, key_of(request_id))
         self.do(self.dispatcher.open(self.journals[request_id], self.now))
         return request_id
+
+    @rule(
+        target=orphans,
+        copies=st.sampled_from([1, 1, 2, 0]),
+        n=st.integers(1, 2),
+        made=st.integers(0, 6),
+        comes_at_once=st.booleans(),
+    )
+    def orphan(self, copies: int, n: int, made: int, comes_at_once: bool) -> str:
+        """Another gateway has died: some replicas hold its request, and its client comes at once or later."""
+        request_id = f"r{len(self.begun)}"
+        self.begun[request_id] = n, 6
+        for replica in [replica for replica in self.replicas.values() if replica.up][:copies]:
+            replica.submit(journal(request_id, n, 6, key_of(request_id)).template)
+            replica.made[request_id, ORPHAN] = [made] * n
+        if comes_at_once:
+            self.resume(request_id)
+        return request_id
+
+    @rule(request_id=orphans | requests)
+    def resume(self, request_id: str) -> None:
+        """A client comes with a resume token; the gateway searches if it does not have the request."""
+        if self.is_live(request_id):
+            return
+        again = request_id in self.searched
+        self.searched.add(request_id)
+        todo = self.dispatcher.seek("demo", key_of(request_id), self.now)
+        assert not (again and todo)
+        self.do(todo)
+
+    @rule(request_id=orphans | requests, data=st.data())
+    def adopt(self, request_id: str, data: st.DataObject) -> None:
+        """No replica holds the request, or none was heard in time: it comes back from its checkpoint."""
+        if self.is_live(request_id) or request_id in self.searched:
+            return
+        n, max_tokens = self.begun[request_id]
+        submit = journal(request_id, n, max_tokens, key_of(request_id)).template
+        submit.token_ids.ids[:] = [1, 2, 3]
+        for choice in range(n):
+            made = data.draw(st.integers(0, max_tokens - 1))
+            submit.prior.add(choice=choice, **output(submit, choice, 0, made))
+        restored = Journal.restore("demo", submit, ())
+        self.adopted(restored)
+        self.do(self.dispatcher.adopt(restored, self.now))
+
+    @rule(request_id=orphans | requests)
+    def displace(self, request_id: str) -> None:
+        """The client goes to another gateway, which attaches the attempt to its own stream."""
+        live = self.journals.get(request_id)
+        if live is None or live.attempt is None or not live.accepted:
+            return
+        replica, key = self.replicas[live.attempt.replica], (request_id, live.attempt.number)
+        if key not in replica.attempts:
+            return  # its last delta is on the way
+        replica.renumber(key, ORPHAN)
+        frame = shard_pb2.StepFrame(replica=replica.target.replica, epoch=replica.target.epoch)
+        displaced = types_pb2.Error(reason="TAKEN_OVER", message="the client has gone to another gateway")
+        frame.failed.add(request_id=request_id, attempt=key[1], error=displaced)
+        self.do(self.dispatcher.frame(replica.target, frame, self.now))
+        assert live.closed
 
     @rule(request_id=requests)
     def cancel(self, request_id: str) -> None:
@@ -113,24 +268,31 @@ class Cluster(RuleBasedStateMachine):
             self.cancelled.add(request_id)
         self.do(todo)
 
-    @rule(name=st.sampled_from(["demo-0", "demo-1", "demo-2"]))
+    @rule(name=NAMES)
     def up(self, name: str) -> None:
         replica = self.replicas[name]
         if not replica.up:
             replica.up = True
+            # A gateway that comes back has given up what it had there.
+            for key in [key for key in replica.attempts if key[1] != ORPHAN]:
+                replica.drop(*key)
             self.do(self.dispatcher.stream_up(replica.target, LEADER, self.now))
 
-    @rule(name=st.sampled_from(["demo-0", "demo-1", "demo-2"]), new_epoch=st.booleans())
-    def down(self, name: str, new_epoch: bool) -> None:
+    @rule(name=NAMES, how=st.sampled_from(["killed", "formed again", "cut"]))
+    def down(self, name: str, how: str) -> None:
         replica = self.replicas[name]
         if not replica.up:
             return
         target = replica.target
-        epoch = target.epoch + new_epoch
-        self.replicas[name] = FakeReplica(Target(name, epoch, "demo", "a:1"), step=replica.step)
-        self.do(self.dispatcher.stream_down(target, "killed", self.now))
+        if how == "cut":
+            # It lives on and holds what it had.
+            replica.up, replica.answers = False, shard_pb2.StepFrame()
+        else:
+            epoch = target.epoch + (how == "formed again")
+            self.replicas[name] = FakeReplica(Target(name, epoch, "demo", "a:1"), step=replica.step)
+        self.do(self.dispatcher.stream_down(target, how, self.now))
 
-    @rule(name=st.sampled_from(["demo-0", "demo-1", "demo-2"]), sizes=st.lists(st.integers(0, 3), min_size=1))
+    @rule(name=NAMES, sizes=st.lists(st.integers(0, 3), min_size=1))
     def step(self, name: str, sizes: list[int]) -> None:
         replica = self.replicas[name]
         if replica.up:
@@ -150,6 +312,12 @@ class Cluster(RuleBasedStateMachine):
         self.now += seconds
         self.do(self.dispatcher.tick(self.now))
 
+    @rule()
+    def search_times_out(self) -> None:
+        for _ in range(int(SEARCH_TIMEOUT_S / 0.25) + 1):
+            self.wait(0.25)
+        assert not self.searched
+
     @invariant()
     def every_journal_is_a_prefix_of_its_own_stream(self) -> None:
         for request_id, live in self.journals.items():
@@ -164,22 +332,22 @@ class Cluster(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When the faults stop, every stream that was not cancelled ends, whole or with a typed error."""
-        for _ in range(MAX_FRUITLESS_ATTEMPTS + 1):
+        for _ in range(MAX_EARLY_LOSSES + 1):
             for name in self.replicas:
                 self.up(name)
                 for _ in range(7):
                     self.step(name, [1])
         assert self.dispatcher.live == 0
+        assert not self.searched, "a client waits for ever"
         for request_id, live in self.journals.items():
             assert live.closed
             if live.error is None:
-                assert all(
-                    len(choice.token_ids) == live.template.stopping.max_tokens for choice in live.choices
-                )
+                _, max_tokens = self.begun[request_id]
+                assert all(len(choice.token_ids) == max_tokens for choice in live.choices)
             elif request_id in self.cancelled:
                 assert live.error.reason == "CANCELLED"
             else:
-                assert live.error.reason in ("ATTEMPTS_EXHAUSTED", "NO_REPLICA")
+                assert live.error.reason in ("ATTEMPTS_EXHAUSTED", "NO_REPLICA", "TAKEN_OVER")
 
 
 TestCluster = Cluster.TestCase
@@ -207,7 +375,7 @@ def test_a_request_waits_for_the_first_replica() -> None:
 def test_a_request_that_finds_no_replica_is_told_so() -> None:
     dispatcher, request = Dispatcher(), journal("r")
     dispatcher.open(request, 0.0)
-    dispatcher.tick(PATIENCE_S)
+    dispatcher.tick(PLACEMENT_TIMEOUT_S)
     assert request.error is not None
     assert request.error.reason == "NO_REPLICA"
     assert request.error.retryable
@@ -235,9 +403,9 @@ def test_a_stream_that_falls_silent_is_closed_once() -> None:
     assert ticks(dispatcher, 0.0, 1.0) == []
     beat = shard_pb2.StepFrame(replica="demo-0", epoch=1)
     assert dispatcher.frame(UP, beat, 1.0) == []
-    assert ticks(dispatcher, 1.0, 1.0 + SILENCE_S - 0.1) == []
-    (hang_up,) = ticks(dispatcher, 1.0 + SILENCE_S - 0.1, 5.0)
-    assert hang_up == instructions.HangUp(UP, f"silent for {SILENCE_S} s")
+    assert ticks(dispatcher, 1.0, 1.0 + SILENCE_TIMEOUT_S - 0.1) == []
+    (close,) = ticks(dispatcher, 1.0 + SILENCE_TIMEOUT_S - 0.1, 5.0)
+    assert close == instructions.CloseSilent(UP, f"silent for {SILENCE_TIMEOUT_S} s")
     dispatcher.check_integrity()
 
 
@@ -264,7 +432,7 @@ def test_a_refusal_that_cannot_be_retried_ends_the_request() -> None:
 def test_a_request_that_kills_replicas_is_given_up() -> None:
     dispatcher, request = Dispatcher(), journal("r")
     dispatcher.open(request, 0.0)
-    for epoch in range(1, MAX_FRUITLESS_ATTEMPTS + 1):
+    for epoch in range(1, MAX_EARLY_LOSSES + 1):
         target = Target("demo-0", epoch, "demo", "a:1")
         dispatcher.stream_up(target, LEADER, 0.0)
         dispatcher.stream_down(target, "engine died", 0.0)
@@ -365,7 +533,7 @@ def test_an_id_used_again_is_another_attempt() -> None:
 def test_rolling_replicas_never_use_up_the_attempts_of_a_request_that_waits() -> None:
     dispatcher, request = Dispatcher(), journal("r")
     dispatcher.open(request, 0.0)
-    for epoch in range(1, 3 * MAX_FRUITLESS_ATTEMPTS):
+    for epoch in range(1, 3 * MAX_EARLY_LOSSES):
         target = Target("demo-0", epoch, "demo", "a:1")
         dispatcher.stream_up(target, LEADER, 0.0)
         dispatcher.stream_down(target, "the replica has left the topology", 0.0, blame=False)
@@ -443,10 +611,10 @@ def test_a_search_ends_when_the_last_replica_has_said_no() -> None:
 def test_a_search_does_not_wait_for_a_replica_that_is_silent_or_gone() -> None:
     dispatcher, (first, _) = sought()
     assert dispatcher.stream_down(OTHER, "killed", 0.1) == []
-    assert ticks(dispatcher, 0.0, SEEK_S + 0.1) == [instructions.NotHeld(KEY, certain=False)]
+    assert ticks(dispatcher, 0.0, SEARCH_TIMEOUT_S + 0.1) == [instructions.NotHeld(KEY, certain=False)]
     # It answers after all: nobody waits for it any more, and it may have the only copy.
     frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(3, first.attempt)])
-    assert dispatcher.frame(UP, frame, SEEK_S) == []
+    assert dispatcher.frame(UP, frame, SEARCH_TIMEOUT_S) == []
     assert dispatcher.seek("nobody", KEY, 2.0) == [instructions.NotHeld(KEY, certain=False)]
 
 
@@ -491,3 +659,11 @@ def test_what_the_cluster_could_not_keep_is_counted_as_lost() -> None:
             frame.failed.add(request_id=name, attempt=submit.message.attempt, error=error)
         dispatcher.frame(UP, frame, 0.0)
     assert (dispatcher.counters.lost, dispatcher.counters.failed) == (1, 1)
+
+
+def test_a_search_goes_on_without_a_replica_whose_stream_breaks() -> None:
+    dispatcher, (first, _) = sought()
+    assert dispatcher.stream_down(OTHER, "killed", 0.1) == []
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1)
+    frame.failed.add(attempt=first.attempt, error=types_pb2.Error(reason="UNKNOWN_REQUEST"))
+    assert dispatcher.frame(UP, frame, 0.2) == [instructions.NotHeld(KEY, certain=False)]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataplane.gateway.journal import FRUITFUL_TOKENS, Journal
+from dataplane.gateway.journal import EARLY_TOKENS, Journal
 from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 from phalanx.v1 import types_pb2
@@ -142,13 +142,13 @@ def test_attempts_that_come_to_nothing_are_counted_until_one_makes_progress() ->
     journal = begun(max_tokens=64)
     journal.lose()
     journal.begin(2, "demo-1", LEADER)
-    journal.append(delta(0, *range(10, 9 + FRUITFUL_TOKENS)))
+    journal.append(delta(0, *range(10, 9 + EARLY_TOKENS)))
     journal.lose()
-    assert journal.fruitless == 2, "a poison may have some tokens in it"
+    assert journal.early_losses == 2, "a poison may have some tokens in it"
     journal.begin(3, "demo-1", LEADER)
-    journal.append(delta(journal.tokens, *range(10, 10 + FRUITFUL_TOKENS)))
+    journal.append(delta(journal.tokens, *range(10, 10 + EARLY_TOKENS)))
     journal.lose()
-    assert journal.fruitless == 0
+    assert journal.early_losses == 0
 
 
 def test_an_error_after_the_end_changes_nothing() -> None:
@@ -211,7 +211,7 @@ def test_a_budget_left_open_is_pinned_at_acceptance() -> None:
 def test_an_attempt_that_the_topology_ended_is_not_held_against_the_request() -> None:
     journal = begun()
     journal.lose(blame=False)
-    assert journal.fruitless == 0
+    assert journal.early_losses == 0
 
 
 def test_log_probabilities_of_the_prompt_are_asked_for_until_they_are_there() -> None:

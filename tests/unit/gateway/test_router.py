@@ -25,7 +25,7 @@ def test_the_least_loaded_replica_is_picked() -> None:
     made = router("d-0", "d-1")
     made.sent("d-0", 2)
     assert picked(made) == "d-1"
-    made.report("d-1", shard_pb2.Load(running=2, waiting=1))
+    made.routes["d-1"].report(shard_pb2.Load(running=2, waiting=1))
     assert picked(made) == "d-0"
 
 
