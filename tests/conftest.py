@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,8 +14,10 @@ from tests import device  # noqa: F401  # before anything imports Triton
 from tests.cluster import PHALANX
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 20
-# Their tests run one after another, also where others run beside them: whole clusters, kills and time limits.
+TRAINING_S = 20
+NICENESS = 10
+# Tests of real processes: whole clusters, kills and timeouts. They run one after another, before all others,
+# and what runs beside them has a lower priority.
 REAL_PROCESSES = ("cli", "e2e", "faults", "interop", "shard", "store")
 
 # No test fails for its time: machines stall.
@@ -22,12 +25,23 @@ hypothesis.settings.register_profile("phalanx", deadline=None)
 hypothesis.settings.load_profile("phalanx")
 
 
+def runs_real_processes(item: pytest.Item) -> bool:
+    folder, *rest = item.path.relative_to(ROOT / "tests").parts
+    return bool(rest) and folder in REAL_PROCESSES
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group tests for `--dist loadgroup`: a group stays in one process, which makes each fixture once."""
+    items.sort(key=runs_real_processes, reverse=True)
     for item in items:
-        folder, *rest = item.path.relative_to(ROOT / "tests").parts
-        name = "real processes" if rest and folder in REAL_PROCESSES else item.location[0]
+        name = "real processes" if runs_real_processes(item) else item.location[0]
         item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ and not runs_real_processes(item) and os.nice(0) < NICENESS:
+        os.nice(NICENESS)
 
 
 @pytest.fixture(scope="session")
@@ -42,5 +56,5 @@ def demo_model() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this run may be training it
         if not model.exists():
             shutil.rmtree(cache, ignore_errors=True)
-            subprocess.run([*PHALANX, "demo-model", str(model), "--seconds", str(SECONDS)], check=True)
+            subprocess.run([*PHALANX, "demo-model", str(model), "--seconds", str(TRAINING_S)], check=True)
     return model
