@@ -22,7 +22,7 @@ demo: setup ## Kill an engine during a stream, and compare its tokens with the u
 	$(BIN)/phalanx demo --model $(MODEL)
 
 up: setup $(MODEL) ## Serve the demo model from two replicas on this machine, until Ctrl-C
-	$(BIN)/phalanx up --model $(MODEL) --replicas 2
+	$(BIN)/phalanx up --model $(MODEL) --name demo --replicas 2
 
 down: setup ## Stop what `make up` or `phalanx up` started
 	$(BIN)/phalanx down
