@@ -13,14 +13,14 @@ _DIGEST_BYTES = 12
 def etag_of(record: DeploymentRecord) -> str:
     """The entity tag of a deployment: a weak one, since it leaves out the fields that the cluster sets.
 
-    The record has its revision and its time of creation, so a tag never comes back, not even when a
-    deployment is deleted and created again.
+    The tag depends on the revision and on the time of creation, so no two versions have the same tag, not
+    even when the deployment is deleted and created again.
     """
     return f'W/"{hashlib.blake2b(encode(record), digest_size=_DIGEST_BYTES).hexdigest()}"'
 
 
 def check_etag(name: str, stored: DeploymentRecord | None, etag: str) -> None:
-    """Check that a request's etag is that of the stored deployment; an empty one fits everything.
+    """Check that a request's etag is that of the stored deployment. An empty etag is not checked.
 
     Raises:
         PhalanxError: ETAG_MISMATCH.
@@ -31,13 +31,14 @@ def check_etag(name: str, stored: DeploymentRecord | None, etag: str) -> None:
         raise PhalanxError(
             "ETAG_MISMATCH",
             f"deployment {name!r} has no etag now: it was deleted, or its record cannot be read; "
-            "send the request without an etag to go on anyway",
+            "send the request without an etag if that does not matter",
             param="etag",
         )
     if etag_of(stored) != etag:
         raise PhalanxError(
             "ETAG_MISMATCH",
-            f"deployment {name!r} has changed since its etag was {etag}; at revision {stored.revision} now. "
+            f"deployment {name!r} has changed since its etag was {etag!r}; "
+            f"at revision {stored.revision} now. "
             "Read it again, check that your request still fits, and send the request with the new etag",
             param="etag",
         )

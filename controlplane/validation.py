@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from phalanx.store.records import SHAPE_LIMIT, LayoutRecord
 from phalanx.v1 import control_pb2
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_MODEL_CHARS = 4096  # the longest path on Linux
 _DTYPES = ("", "float32", "bfloat16", "float16")
 
 
 def check_spec(spec: control_pb2.DeploymentSpec) -> None:
-    """Raise PhalanxError INVALID_ARGUMENT naming the first field with a value that is not allowed."""
+    """Check every field of a spec.
+
+    Raises:
+        PhalanxError: INVALID_ARGUMENT, which names the first field whose value is not allowed.
+    """
     if not _NAME.fullmatch(spec.name):
         raise PhalanxError(
             "INVALID_ARGUMENT",
@@ -26,6 +32,9 @@ def check_spec(spec: control_pb2.DeploymentSpec) -> None:
         )
     if not spec.model:
         raise PhalanxError("INVALID_ARGUMENT", "model must be a directory", param="model")
+    if len(spec.model) > _MODEL_CHARS:
+        message = f"model must have at most {_MODEL_CHARS} characters"
+        raise PhalanxError("INVALID_ARGUMENT", message, param="model")
     for field in ("replicas", "tp", "pp"):
         if spec.HasField(field) and getattr(spec, field) < 1:
             raise PhalanxError("INVALID_ARGUMENT", f"{field} must be at least 1", param=field)
@@ -44,7 +53,7 @@ def check_spec(spec: control_pb2.DeploymentSpec) -> None:
 def check_model(model: str, tp: int, pp: int, load_format: str = "") -> tuple[LayoutRecord, ...]:
     """The smaller layouts that the model can run in, best first.
 
-    A directory that does not exist on this host is not checked; the workers check it when they load it.
+    A directory that this process cannot see is not checked; the workers check it when they load it.
     Reads files, so call it outside the event loop.
 
     Raises:
@@ -54,10 +63,11 @@ def check_model(model: str, tp: int, pp: int, load_format: str = "") -> tuple[La
     from engine.weights.locate import check_weights
     from engine.weights.model_config import ModelConfig, check_layout
 
-    path = Path(model)
-    if not path.is_dir():
+    # os.path.isdir is False for every path that cannot be looked up; Path.is_dir raises for some of them.
+    if not os.path.isdir(model):
         return tuple(LayoutRecord(*size) for size in smaller_sizes(tp, pp))
 
+    path = Path(model)
     try:
         config = ModelConfig.load(path)
         check_layout(config, tp, pp)

@@ -2,6 +2,9 @@ r"""The filters of list requests, a subset of https://google.aip.dev/160. Pure.
 
 filter = [ term { "AND" term } ]
 term   = field "=" '"' { character | '\"' | '\\' } '"'
+
+The work per message is bounded, because `Fields.parse` refuses long texts and drops repeated terms. A server
+evaluates filters on its event loop, so a long filter would hold up everything else there.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from phalanx.runtime.errors import PhalanxError
 
+MAX_CHARS = 8192  # of a filter; the longest useful value is a path of 4,096 bytes
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _EQUALS = re.compile(r"\s*=\s*")
 _VALUE = re.compile(r'"(?:[^"\\]|\\["\\])*"')
@@ -43,7 +47,7 @@ class Filter:
 
 
 class Fields:
-    """The fields of a message type that its list method documents for filters: strings and enums.
+    """The fields that a list method accepts in filters: strings and enums of one message type.
 
     A path with dots leads into nested messages.
     """
@@ -53,7 +57,13 @@ class Fields:
         self._fields: Mapping[str, FieldDescriptor] = {path: _find(message, path) for path in paths}
 
     def parse(self, text: str) -> Filter:
-        """The filter in `text`. Raises PhalanxError INVALID_ARGUMENT naming the field or the place."""
+        """The filter in `text`.
+
+        Raises:
+            PhalanxError: INVALID_ARGUMENT, which names the wrong field or quotes the wrong text.
+        """
+        if len(text) > MAX_CHARS:
+            _refuse(f"it must have at most {MAX_CHARS} characters")
         text, at = text.strip(), 0
         terms: list[Term] = []
         while at < len(text):
@@ -64,10 +74,10 @@ class Fields:
                 at = separator.end()
             term, at = self._term(text, at)
             terms.append(term)
-        return Filter(tuple(terms))
+        return Filter(tuple(dict.fromkeys(terms)))
 
     def _term(self, text: str, at: int) -> tuple[Term, int]:
-        """The term at a place of the text, and the place after it."""
+        """The term that begins at index `at` of the text, and the index after it."""
         name = _FIELD.match(text, at)
         if name is None:
             _refuse(f"expected a field instead of {_rest(text, at)}; {_FORM}")
@@ -105,7 +115,7 @@ def _get(message: Any, path: str) -> Any:
 
 
 def _rest(text: str, at: int) -> str:
-    """What stands at a place of the text, for an error message."""
+    """The next characters of the text, quoted for an error message."""
     return repr(text[at : at + 20]) if at < len(text) else "the end"
 
 

@@ -17,6 +17,9 @@ from phalanx.v1 import types_pb2
 MAX_MESSAGE_BYTES = 32 << 20
 _DETAILS = "grpc-status-details-bin"
 _RETRY_AFTER_S = 1
+# gRPC sends an error as headers of at most 8 KiB: the message percent-encoded (up to 3 bytes per byte), and again
+# in the details. Longer headers reach the client as RESOURCE_EXHAUSTED, so it would retry for nothing.
+_MAX_ERROR_BYTES = 1500
 # The reason for a status that comes from gRPC itself, without ErrorInfo.
 _REASONS = {
     grpc.StatusCode.CANCELLED: "CANCELLED",
@@ -43,8 +46,8 @@ _SERVER = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
 ]
-# Reconnect at once to a peer that restarts on the same port. With gRPC's default back-off of 1 s to 120 s, a
-# client whose other peer fails meanwhile would wait without need.
+# Reconnect at once to a peer that restarts on the same port. gRPC's default back-off grows from 1 s to 120 s,
+# so a client could still wait for a peer that serves again.
 _CLIENT = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
@@ -99,13 +102,21 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: PhalanxError
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if error.retryable:
         details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_AFTER_S)))
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    message = _shortened(error.message)
+    status = status_pb2.Status(code=error.code.value[0], message=message)
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
-    await context.abort(error.code, error.message, ((_DETAILS, status.SerializeToString()),))
+    await context.abort(error.code, message, ((_DETAILS, status.SerializeToString()),))
     raise AssertionError("abort returned")
+
+
+def _shortened(message: str) -> str:
+    content = message.encode()
+    if len(content) <= _MAX_ERROR_BYTES:
+        return message
+    return content[:_MAX_ERROR_BYTES].decode(errors="ignore") + "..."
 
 
 def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:

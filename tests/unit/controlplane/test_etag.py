@@ -35,6 +35,12 @@ def test_every_change_has_an_etag_of_its_own(change: dict[str, object]) -> None:
     assert f"revision {changed.revision}" in caught.value.message
 
 
+def test_the_message_quotes_an_etag_whatever_is_in_it() -> None:
+    with pytest.raises(PhalanxError) as caught:
+        check_etag("a", RECORD, "x\ny")
+    assert r"'x\ny'" in caught.value.message
+
+
 def test_an_etag_of_what_is_gone_does_not_fit() -> None:
     with pytest.raises(PhalanxError, match="without an etag"):
         check_etag("a", None, etag_of(RECORD))

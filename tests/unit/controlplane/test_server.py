@@ -56,7 +56,8 @@ async def test_concurrent_changes_are_all_made(controller: Controller) -> None:
         ({"name": "-a"}, "name"),
         ({"name": "a/b"}, "name"),
         ({"name": "a" * 64}, "name"),
-        ({"model": ""}, "model"),
+        ({"model": ""}, "model must be a directory"),
+        ({"model": "/" + "m" * 4096}, "model must have at most 4096 characters"),
         ({"replicas": 0}, "replicas must be at least 1"),
         ({"tp": 0}, "tp must be at least 1"),
         ({"pp": 0}, "pp must be at least 1"),
@@ -117,8 +118,12 @@ async def test_applying_over_a_deployment_that_cannot_be_read_replaces_it(contro
     assert not controller.view.snapshot.unreadable
 
 
-async def test_a_model_that_this_host_cannot_see_is_left_to_the_workers(controller: Controller) -> None:
-    assert (await controller.apply(model="/elsewhere/model")).changed
+@pytest.mark.parametrize("model", ["/elsewhere/model", "/" + "m" * 300])
+async def test_a_model_that_this_host_cannot_see_is_left_to_the_workers(
+    controller: Controller, model: str
+) -> None:
+    """A file system may refuse even to look a path up: here, since a part of it is too long."""
+    assert (await controller.apply(model=model)).changed
 
 
 async def test_an_unknown_deployment_is_not_found(controller: Controller) -> None:

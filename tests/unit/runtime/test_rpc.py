@@ -20,10 +20,25 @@ from phalanx.v1 import control_pb2, control_pb2_grpc
 async def test_an_error_crosses_the_wire_with_its_reason(
     reason: str, code: grpc.StatusCode, retryable: bool
 ) -> None:
+    error = await sent(PhalanxError(reason, "naïve"))
+    assert (error.reason, error.message, error.code, error.retryable) == (reason, "naïve", code, retryable)
+
+
+@pytest.mark.parametrize("character", ["x", "é", "\U0001f600"])
+async def test_a_long_message_is_shortened_and_keeps_its_status(character: str) -> None:
+    """It may quote what a client sent. gRPC replaces a status with too long headers by another one."""
+    error = await sent(PhalanxError("UNKNOWN_MODEL", "there is no model " + character * 100_000))
+    assert (error.reason, error.code) == ("UNKNOWN_MODEL", grpc.StatusCode.NOT_FOUND)
+    assert error.message.startswith("there is no model " + character * 100)
+    assert error.message.endswith(character + "...")
+
+
+async def sent(error: PhalanxError) -> PhalanxError:
+    """The error as the client of a method gets it that ends with `error`."""
     server = rpc.server()
 
     async def refuse(request: Any, context: Any) -> None:
-        await rpc.abort(context, PhalanxError(reason, "naïve"))
+        await rpc.abort(context, error)
 
     handler = grpc.unary_unary_rpc_method_handler(
         refuse,
@@ -38,8 +53,9 @@ async def test_an_error_crosses_the_wire_with_its_reason(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await control_pb2_grpc.ControlServiceStub(channel).ListWorkers(control_pb2.ListWorkersRequest())
     await server.stop(0)
-    error = rpc.to_error(caught.value)
-    assert (error.reason, error.message, error.code, error.retryable) == (reason, "naïve", code, retryable)
+    received = rpc.to_error(caught.value)
+    assert received.code is caught.value.code()
+    return received
 
 
 async def test_a_taken_port_is_refused_rather_than_shared() -> None:
