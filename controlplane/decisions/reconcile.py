@@ -18,7 +18,12 @@ from controlplane.decisions.cleanup import (
     stale_shards,
 )
 from controlplane.decisions.cycle import Cycle, History
-from controlplane.decisions.degrade import DEGRADE_AFTER_S, degradable_since, degrade, waiting_since
+from controlplane.decisions.degrade import (
+    DEGRADE_AFTER_S,
+    form_degraded,
+    short_before_retry,
+    short_replicas,
+)
 from controlplane.decisions.form import form_missing
 from controlplane.decisions.reshape import reshape
 from phalanx.store.snapshot import Snapshot
@@ -28,7 +33,7 @@ _NO_HISTORY = History()
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to write, and what stays undone and why.
+    """What to write, and what is still missing and why.
 
     `shortages`: the reason, by replica that is not as desired. `retries`: when each failed replica that has
     to wait may be formed, in seconds since the Unix epoch. `history`: for the next call. `wake_at`: when to
@@ -50,7 +55,7 @@ def reconcile(snapshot: Snapshot, now: float, history: History = _NO_HISTORY) ->
     cycle = Cycle(snapshot, now, history)
     assess(cycle)
     # Each step may free workers that an earlier step lacked: repeat until none makes progress.
-    while form_missing(cycle) or degrade(cycle) or reshape(cycle):
+    while form_missing(cycle) or form_degraded(cycle) or reshape(cycle):
         pass
     removed = removed_replicas(cycle)
     actions: tuple[Action, ...] = (
@@ -60,8 +65,8 @@ def reconcile(snapshot: Snapshot, now: float, history: History = _NO_HISTORY) ->
         *stale_shards(cycle, removed),
         *stale_ready_records(cycle, removed),
     )
-    short_since = degradable_since(cycle)
+    short_since = short_replicas(cycle)
     degrade_at = [since + DEGRADE_AFTER_S for since in short_since.values()]
     wakes = [at for at in (*cycle.retries.values(), *cycle.wakes, *degrade_at) if at > now]
-    next_history = History(short_since | waiting_since(cycle), cycle.suspect_since, cycle.missing_since)
+    next_history = History(short_since | short_before_retry(cycle), cycle.suspect_since, cycle.missing_since)
     return Decision(actions, cycle.shortages, cycle.retries, next_history, min(wakes, default=None))

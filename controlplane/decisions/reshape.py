@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from controlplane.decisions.cycle import Cycle, Need
-from controlplane.decisions.degrade import can_degrade, is_due
+from controlplane.decisions.degrade import is_short, waited_long_enough
 from controlplane.decisions.form import form_smaller, form_whole
 from controlplane.decisions.health import ReplicaState, was_ready
 from controlplane.decisions.shapes import is_degraded, smaller_shapes
@@ -48,7 +48,7 @@ def _reshape_one(cycle: Cycle, replica: str, candidates: dict[str, WorkerRecord]
 
 def _may_grow(cycle: Cycle, replica: str) -> bool:
     """Whether a degraded replica has served long enough, and no other replica waits for these workers."""
-    if any(can_degrade(cycle, other) and not is_due(cycle, other) for other in cycle.shortages):
+    if any(is_short(cycle, other) and not waited_long_enough(cycle, other) for other in cycle.shortages):
         return False
     if not was_ready(cycle.snapshot, replica):
         return False

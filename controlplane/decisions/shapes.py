@@ -31,7 +31,7 @@ def smaller_shapes(deployment: DeploymentRecord) -> list[DeploymentRecord]:
 
 
 def is_degraded(runs: DeploymentRecord, desired: DeploymentRecord) -> bool:
-    """Whether a replica runs the desired revision in a smaller layout."""
+    """Whether a replica that runs `runs` has the desired revision and a smaller layout than desired."""
     return runs.revision == desired.revision and any(
         same_shape(runs, smaller) for smaller in smaller_shapes(desired)
     )
