@@ -1,7 +1,7 @@
 """The torch engine: one replica of a model over tensor- and pipeline-parallel ranks.
 
-It can be used alone: `from engine import Engine`. Importing this package does not import torch. Nor do the
-modules that other processes share, such as `config`, `request` and `ipc.wire`.
+It can be used alone: `from engine import Engine`. Neither this package nor the modules that other processes
+import (`config`, `request`, `ipc.wire`) import torch.
 """
 
 from __future__ import annotations

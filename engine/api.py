@@ -1,24 +1,19 @@
 """The engine as a library: `with Engine(model) as engine: engine.generate(["Once upon"])`.
 
-Rank 0 runs in the caller's process. The other ranks are children, `python -m engine.processes.rank`.
+Rank 0 runs in the caller's process. The other ranks are child processes (`child_ranks.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from engine.child_ranks import ChildRanks
 from engine.config import EngineConfig
-from engine.errors import EngineError, ModelError
-from engine.ipc.link import Link, LinkClosedError
-from engine.ipc.wire import EngineFailed, Rendezvous, StartEngine
+from engine.errors import EngineError
 from engine.processes.core import EngineCore
 from engine.processes.startup import start_rank
 from engine.progress import loading_bar, progress_bar
@@ -37,12 +32,12 @@ class Completion:
     Attributes:
         prompt: index of the prompt.
         choice: which of the `n` completions of that prompt.
-        token_ids: the output, with the token that ends it.
+        token_ids: the output, including the token that ends it.
         logprobs: one entry per output token, if asked for.
         finish: why the completion has ended.
         text: the output as text; None if all prompts were token ids.
         prompt_logprobs: of choice 0, one entry per prompt token after the first, if asked for.
-        cached_tokens: tokens of the prompt that were computed already.
+        cached_tokens: tokens of the prompt whose KV was cached.
     """
 
     prompt: int
@@ -62,8 +57,8 @@ class Engine:
         model: a Hugging Face directory, or one of `phalanx shard-model`.
         tp: tensor parallel ranks per stage.
         pp: pipeline stages.
-        device: "cpu" or "cuda"; rank r takes GPU r modulo the GPUs there are.
-        progress: show how much of the weights rank 0 has loaded; None does so if standard error is a
+        device: "cpu" or "cuda"; rank r takes GPU number r modulo the number of GPUs.
+        progress: show how much of the weights rank 0 has loaded; None shows it if standard error is a
             terminal.
         options: other fields of EngineConfig, such as dtype and max_model_len.
 
@@ -87,20 +82,21 @@ class Engine:
         self._model = config.model
         self._ids = itertools.count()
         self._tokenizer: Tokenizer | None = None
-        self._children: list[tuple[subprocess.Popen[bytes], Link]] = []
+        self._child_ranks = ChildRanks()
         self._core: EngineCore | None = None
         try:
             for rank in range(1, tp * pp):
-                self._spawn(config, rank, _device(device, rank))
+                self._child_ranks.start(replace(config, rank=rank, device=_device(device, rank)))
             with loading_bar(progress) as loaded:
-                rank_0 = start_rank(config, self._announce, lambda: "", loaded, self._check)
+                announce, check = self._child_ranks.announce, self._child_ranks.check
+                rank_0 = start_rank(config, announce, lambda: "", loaded, check)
         except BaseException as error:
-            cause = self._first_failure()
+            cause = self._child_ranks.first_failure()
             self.close()
             own = isinstance(error, EngineError) and error.reason != "RANK_LOST"
             if cause is None or own or not isinstance(error, Exception):
                 raise
-            raise cause from error  # rank 0 knows only that its peer has gone; the peer said why
+            raise cause from error  # rank 0 sees only that a rank has gone; that rank reported why
         self._core = rank_0.core
         self.max_model_len = rank_0.max_model_len
 
@@ -122,22 +118,22 @@ class Engine:
         Args:
             prompts: texts or token ids.
             sampling: how tokens are sampled, the same for all prompts.
-            max_tokens: of each completion; one number, or one per prompt.
-            stop_token_ids: tokens that end a completion; it contains them.
+            max_tokens: the longest completion; one number for all prompts, or one per prompt.
+            stop_token_ids: tokens that end a completion; such a token is part of the completion.
             ignore_eos: continue after the model's end of sequence.
             n: completions of each prompt.
             logprobs: log-probabilities of the sampled tokens, with this many alternatives.
             prompt_logprobs: the same for the prompts' tokens.
-            progress: show a bar on standard error; None does so if that is a terminal.
+            progress: show a bar on standard error; None shows it if standard error is a terminal.
 
         Raises:
             RequestError: a prompt cannot be served; nothing has been generated.
-            EngineError: BUSY, if requests of `submit` live.
+            EngineError: BUSY, if requests of `submit` still run.
         """
         core = self._running()
         core.settle(time.time())
         if core.busy:
-            raise EngineError("BUSY", "requests of submit() live: generate() would consume their tokens")
+            raise EngineError("BUSY", "requests of submit() still run: generate() would consume their tokens")
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         tokenizer = None
         if any(isinstance(prompt, str) for prompt in prompts):
@@ -190,7 +186,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request lives, or a step is in flight."""
+        """Whether a request waits or runs, or a step is in flight."""
         return self._running().busy
 
     @property
@@ -203,58 +199,13 @@ class Engine:
         if self._core is not None:
             self._core.close()
             self._core = None
-        for process, link in self._children:
-            link.close()
-            process.kill()
-            process.wait()
-        self._children.clear()
+        self._child_ranks.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _spawn(self, config: EngineConfig, rank: int, device: str) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = self._start(theirs)
-        link = Link(ours)
-        self._children.append((process, link))
-        link.send(StartEngine(dataclasses.replace(config, rank=rank, device=device)))
-
-    def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        """Start a process for one rank; it inherits `theirs`, its end of the socket."""
-        command = [
-            sys.executable,
-            "-m",
-            "engine.processes.rank",
-            "--survive-thread",
-            "--fd",
-            str(theirs.fileno()),
-        ]
-        return subprocess.Popen(command, pass_fds=[theirs.fileno()])
-
-    def _announce(self, address: str) -> None:
-        for _, link in self._children:
-            link.send(Rendezvous(address))
-
-    def _check(self) -> None:
-        failure = self._first_failure()
-        if failure is not None:
-            raise failure
-
-    def _first_failure(self) -> EngineError | None:
-        for rank, (_, link) in enumerate(self._children, start=1):
-            try:
-                messages = link.receive(0)
-            except LinkClosedError:
-                return EngineError("RANK_LOST", f"rank {rank} has ended while starting")
-            for message in messages:
-                if isinstance(message, EngineFailed):
-                    kind = ModelError if message.permanent else EngineError
-                    return kind(message.reason, message.message)
-        return None
 
     def _running(self) -> EngineCore:
         if self._core is None:

@@ -13,7 +13,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How one rank runs a model. The engine chooses where a field is zero or the empty string."""
+    """How one rank runs a model. A zero or an empty string lets the engine choose the value."""
 
     model: str
     tp: int = 1
@@ -26,16 +26,16 @@ class EngineConfig:
     max_model_len: int = 0
     max_batch_tokens: int = 0  # tokens per step, over all sequences
     max_running: int = 64  # sequences that have KV blocks at the same time
-    max_prefill_tokens: int = 0  # prompt tokens in a step beside decodes; 0: `engine.scheduling.budget`
+    # Prompt tokens in a step that also decodes; with 0, `engine/scheduling/budget.py` decides.
+    max_prefill_tokens: int = 0
     prefix_cache: bool = True  # whether sequences with the same beginning share its KV
-    # KV memory of one rank. 0 means 1 GiB on a CPU. On a GPU it means most of the memory that is left,
-    # divided among the replica's ranks on that GPU. Set it where replicas share a GPU: they do not know of
-    # each other.
+    # KV memory of one rank. With 0 a rank on a CPU takes 1 GiB. A rank on a GPU takes 90 % of the free memory,
+    # divided by the number of the replica's ranks on that GPU. Replicas do not know of each other, so set it
+    # where replicas share a GPU.
     kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
-    quantization: str = (
-        ""  # of weights: "", "int8" or "fp8" (a scale per row), "int4" (per row and 64 columns)
-    )
+    # Of the weights: "int8" or "fp8" with a scale per row, "int4" with a scale per row and 64 columns.
+    quantization: str = ""
     load_format: str = "auto"  # or "dummy": random weights from config.json alone
     check_weights: bool = False  # refuse weights that are NaN or infinite
 

@@ -22,8 +22,8 @@ class NewSequence:
 
     `prompt_ids` and `output_ids` are the tokens known so far. They are empty unless sampling depends on them
     (penalties, bad words) or the log-probabilities of the prompt are wanted. The sampling rank adds each
-    token that it samples. Before `sampling.min_tokens` output tokens, no token of `ends` may be sampled. The
-    grammar stays on the leader, which sends masks.
+    token that it samples. No token of `ends` may be sampled before the output has `sampling.min_tokens`
+    tokens. The grammar is not sent: the leader keeps it and sends masks.
     """
 
     slot: int
@@ -42,8 +42,8 @@ class SequenceChunk(NamedTuple):
 
     `start` is the position of the first token. `blocks` are appended to the sequence's block table. With
     `sample`, the step samples the token after the last one of the chunk. The first chunk of a slot may start
-    after tokens whose KV is in its blocks already. Block 0 may stand for a block out of the attention
-    window: it keeps the place in the table, and no query may read it.
+    after tokens whose KV is already in its blocks. For a block that is out of the attention window, the table
+    may have a 0 in its place; no query may read that entry.
     """
 
     slot: int
@@ -88,10 +88,10 @@ class StepPlan:
 class PromptLogprobs:
     """Log-probabilities of prompt tokens, each given the tokens before it.
 
-    They belong to the tokens that follow those of chunk number `row` of the plan, up to the prompt's end.
+    Entry i is for the prompt token after token i of the plan's chunk number `chunk`.
     """
 
-    row: int
+    chunk: int
     positions: tuple[PositionLogprobs, ...]
 
 

@@ -1,6 +1,7 @@
 """Step plans and sampled tokens as bytes: little-endian integers and floats, no pickle.
 
-Chunks are packed column by column, since every step waits for them; all else is packed value by value.
+Chunks are packed column by column, which is fast: every step waits for them. Everything else is packed value
+by value.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def encode_sampled(sampled: Sampled) -> bytes:
     parts.append(_pack_ids(sampled.token_ids))
     parts.extend(_pack_logprobs(sampled.logprobs))
     for prompt in sampled.prompt_logprobs:
-        parts += (_COUNT.pack(prompt.row), _COUNT.pack(len(prompt.positions)))
+        parts += (_COUNT.pack(prompt.chunk), _COUNT.pack(len(prompt.positions)))
         parts.extend(_pack_logprobs(prompt.positions))
     return b"".join(parts)
 
@@ -122,10 +123,10 @@ def _pack_new_sequence(new: NewSequence) -> Iterable[bytes]:
 
 
 def _pack_chunks(chunks: Sequence[SequenceChunk]) -> Iterable[bytes]:
-    """All slots, all starts, and so on: a call per chunk would take longer than sending the bytes."""
+    """All slots, then all starts, and so on: a call per chunk would take longer than sending the bytes."""
     if chunks:
         slots, starts, token_ids, blocks, samples = zip(*chunks, strict=True)
-        growing = [index for index, ids in enumerate(blocks) if ids]  # few decodes get a new block
+        growing = [index for index, ids in enumerate(blocks) if ids]  # a decode rarely gets a new block
         yield _pack_ids((len(growing), *slots, *starts, *map(len, token_ids)))
         yield bytes(samples)
         yield _pack_ids(tuple(chain.from_iterable(token_ids)))
@@ -229,12 +230,12 @@ def _read_mask(reader: _Reader) -> Mask:
 
 
 def _read_prompt(reader: _Reader) -> PromptLogprobs:
-    (row,), (count,) = reader.take(_COUNT), reader.take(_COUNT)
+    (chunk,), (count,) = reader.take(_COUNT), reader.take(_COUNT)
     positions = _read_logprobs(reader, count)
     present = tuple(entry for entry in positions if entry is not None)
     if len(present) < count:
         raise ValueError("a prompt token without its log-probability")
-    return PromptLogprobs(row, present)
+    return PromptLogprobs(chunk, present)
 
 
 def _read_chunks(reader: _Reader, count: int) -> tuple[SequenceChunk, ...]:

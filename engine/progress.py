@@ -13,7 +13,7 @@ Advance = Callable[[int, int, Load], None]
 
 @contextmanager
 def loading_bar(shown: bool | None) -> Iterator[Callable[[float], None]]:
-    """Yields a function that takes the fraction of weights loaded; for `shown` see `progress_bar`."""
+    """Yields a function to call with the loaded fraction of the weights; for `shown` see `progress_bar`."""
     if not _is_shown(shown):
         yield lambda fraction: None
         return
@@ -33,11 +33,11 @@ def loading_bar(shown: bool | None) -> Iterator[Callable[[float], None]]:
 
 @contextmanager
 def progress_bar(total: int, before: Load, shown: bool | None) -> Iterator[Advance]:
-    """Yields a function to call after every step: with completions ended, tokens sampled, and the load.
+    """Yields a function to call after each step, with the completions ended, the tokens and the load.
 
     Args:
         total: number of completions.
-        before: the load at the start; prefix hits are counted from there.
+        before: the load at the start; the bar counts prefix hits from there.
         shown: whether there is a bar; None shows it if standard error is a terminal.
     """
     if not _is_shown(shown):
@@ -71,7 +71,7 @@ def _is_shown(shown: bool | None) -> bool:
 
 
 def describe(tokens: int, elapsed: float, before: Load, load: Load) -> str:
-    """Tokens per second, and the share of prompt tokens that were cached, unless it is zero."""
+    """Tokens per second; also the share of prompt tokens that were cached, if it is not zero."""
     parts = [f"{tokens / elapsed:.0f} tokens/s"] if elapsed > 0 else []
     hits = load.prefix_hits - before.prefix_hits
     if hits:

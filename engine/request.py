@@ -11,7 +11,7 @@ GrammarKind = Literal["json_schema", "json_object", "regex", "choice"]
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What the whole output must match.
+    """A grammar that the whole output must match.
 
     `source` is a JSON Schema, a regular expression, or a JSON array of the texts to choose from. For
     `json_object`, which allows any JSON object, it is empty.
@@ -35,13 +35,12 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0  # 0 <= seed < 2**64
-    repetition_penalty: float = (
-        1.0  # divides positive, multiplies negative logits of prompt and output tokens
-    )
+    # Divides positive logits and multiplies negative logits of prompt and output tokens.
+    repetition_penalty: float = 1.0
     presence_penalty: float = 0.0  # subtracted once from the logits of output tokens
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the output
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value added to its logit)
-    min_tokens: int = 0  # output tokens before an end of sequence, stop id or stop text may end it
+    min_tokens: int = 0  # with fewer output tokens, no end of sequence, stop id or stop text ends the output
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids that the output must not contain
     grammar: Grammar | None = None
 
@@ -76,13 +75,13 @@ class Request:
     logprobs: int | None = None
     prior: tuple[tuple[int, ...], ...] = ()
     finished: tuple[bool, ...] = ()
-    prompt_logprobs: int | None = None  # alternatives beside each prompt token; None: no scores
+    prompt_logprobs: int | None = None  # alternatives beside each prompt token; None: no log-probabilities
     priority: int = 0  # lower is served earlier
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token with the natural logarithm of its probability; `text` is filled by the text process."""
+    """A token with the natural logarithm of its probability; the text process fills `text`."""
 
     token_id: int
     logprob: float
@@ -115,8 +114,8 @@ class Delta:
       process fills it.
     - `finish`, `timing`: come with the last token of the choice.
     - `prompt_logprobs`: one entry per prompt token after the first; come with the first token of choice 0.
-    - `cached_tokens`: comes with the first token that an attempt generates for the choice. So many tokens of
-      the prompt were computed already, for other requests or another choice.
+    - `cached_tokens`: the number of prompt tokens whose KV was computed before, for another request or another
+      choice; comes with the first token that an attempt generates for the choice.
     """
 
     id: str

@@ -202,7 +202,7 @@ class Scheduler:
         tokens = iter(zip(sampled.token_ids, sampled.logprobs, strict=True))
         deltas = []
         for prompt in sampled.prompt_logprobs:
-            sequences[prompt.row].prompt_logprobs += prompt.positions
+            sequences[prompt.chunk].prompt_logprobs += prompt.positions
         for chunk, sequence in zip(plan.chunks, sequences, strict=True):
             token = next(tokens) if chunk.sample else None
             num_tokens = len(chunk.token_ids)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine import Engine
+from engine.child_ranks import ChildRanks
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError, RequestError
 from engine.ipc.wire import EngineReady, Rendezvous, StartEngine, Step, SubmitRequest
@@ -166,7 +167,7 @@ def test_options_reach_every_rank_and_ranks_outlive_the_thread_that_made_them(mo
     (engine,) = made
     with engine:
         assert engine._running().load.kv_blocks_total == 100
-        ((process, _),) = engine._children
+        (process,) = engine._child_ranks.processes
         prompts = [[i + 1, 2] for i in range(100)]
         done = engine.generate(prompts, GREEDY, max_tokens=4, ignore_eos=True)
         assert process.poll() is None
@@ -179,13 +180,13 @@ def test_options_reach_every_rank_and_ranks_outlive_the_thread_that_made_them(mo
 def test_a_rank_that_dies_while_starting_ends_the_start(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    announce = Engine._announce
+    announce = ChildRanks.announce
 
-    def announce_and_kill(engine: Engine, address: str) -> None:
-        announce(engine, address)
-        engine._children[0][0].kill()
+    def announce_and_kill(ranks: ChildRanks, address: str) -> None:
+        announce(ranks, address)
+        ranks.processes[0].kill()
 
-    monkeypatch.setattr(Engine, "_announce", announce_and_kill)
+    monkeypatch.setattr(ChildRanks, "announce", announce_and_kill)
     with pytest.raises(EngineError, match="rank 1 has ended") as caught:
         Engine(str(model_dir), tp=2, threads=1)
     assert caught.value.reason == "RANK_LOST"
@@ -194,11 +195,11 @@ def test_a_rank_that_dies_while_starting_ends_the_start(
 def test_every_rank_has_the_smallest_pool(model_dir: Path) -> None:
     """A plan may use any block of rank 0, so every rank must have it."""
     with child("engine.processes.rank") as leader, child("engine.processes.rank") as other:
-        for rank, (process, most) in enumerate([(leader, 8), (other, 3)]):
+        for rank, (process, max_running) in enumerate([(leader, 8), (other, 3)]):
             process.send(
                 StartEngine(
                     EngineConfig(
-                        str(model_dir), tp=2, rank=rank, max_model_len=32, max_running=most, threads=1
+                        str(model_dir), tp=2, rank=rank, max_model_len=32, max_running=max_running, threads=1
                     )
                 )
             )

@@ -190,7 +190,7 @@ def test_a_prompt_is_scored_a_few_rows_at_a_time() -> None:
 
     targets = tuple(range(50)) * 3
     (scored,) = score_prompts([PromptRows(4, 20, targets, 2)], some)
-    assert scored.row == 4
+    assert scored.chunk == 4
     assert sum(asked) == len(targets)
     assert max(asked) <= 64
     raw = rows[20:170].log_softmax(-1)
