@@ -17,8 +17,8 @@ from phalanx.v1 import types_pb2
 MAX_MESSAGE_BYTES = 32 << 20
 _DETAILS = "grpc-status-details-bin"
 _RETRY_AFTER_S = 1
-# gRPC sends an error as headers of at most 8 KiB: the message percent-encoded (up to 3 bytes per byte), and again
-# in the details. Longer headers reach the client as RESOURCE_EXHAUSTED, so it would retry for nothing.
+# gRPC sends an error as headers of at most 8 KiB: the message percent-encoded (up to 3 bytes per byte), and
+# again in the details. Longer headers reach the client as RESOURCE_EXHAUSTED, so it would retry for nothing.
 _MAX_ERROR_BYTES = 1500
 # The reason for a status that comes from gRPC itself, without ErrorInfo.
 _REASONS = {
