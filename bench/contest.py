@@ -131,7 +131,7 @@ class Contestant:
             try:
                 pipe.close()
             except BrokenPipeError:
-                continue  # the process died before it read the last question
+                continue  # the process died before it read the last message
 
     def _ask(self, question: str, timeout_s: float) -> dict[str, Any]:
         stdin, stdout = _pipe(self._process.stdin), _pipe(self._process.stdout)

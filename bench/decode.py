@@ -32,7 +32,7 @@ def main() -> None:
         for batch in options.batches:
             prompts = [[1 + (row + i) % 250 for i in range(PROMPT_TOKENS)] for row in range(batch)]
             greedy = SamplingParams(temperature=0)
-            engine.generate(prompts, greedy, max_tokens=4, ignore_eos=True)  # warm
+            engine.generate(prompts, greedy, max_tokens=4, ignore_eos=True)  # warm up
             start = time.perf_counter()
             done = engine.generate(prompts, greedy, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
             rate = sum(len(completion.token_ids) for completion in done) / (time.perf_counter() - start)

@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--prefill-prompts", nargs="*", type=int, default=[32, 1], help="prompts; default: %(default)s"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="of every point; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of every point; default: %(default)s")
     parser.add_argument(
         "--budget", type=float, default=300, help="seconds after which a point is not repeated again"
     )

@@ -188,20 +188,20 @@ class Bench:
 
         Returns the driver's mean utilisation of the GPU, and tokens per second.
         """
-        draw, samples, tokens = random.Random(0), list[float](), 0
+        rng, samples, tokens = random.Random(0), list[float](), 0
         began = time.perf_counter()
         end, sampled = began + seconds, began
-        arrivals = [began + draw.expovariate(1 / THINK_S) for _ in range(CLIENTS)]
+        arrivals = [began + rng.expovariate(1 / THINK_S) for _ in range(CLIENTS)]
         while (now := time.perf_counter()) < end:
             due = [at for at in arrivals if at <= now]
             arrivals = [at for at in arrivals if at > now]
             for _ in due:
-                length = min(LONG, int(draw.lognormvariate(5.5, 1.0)) + 1)
-                self.submit(1, length, min(512, int(draw.lognormvariate(4.8, 0.8)) + 1))
+                length = min(LONG, int(rng.lognormvariate(5.5, 1.0)) + 1)
+                self.submit(1, length, min(512, int(rng.lognormvariate(4.8, 0.8)) + 1))
             for delta in self._engine.step() if self._engine.busy else ():
                 tokens += len(delta.token_ids)
                 if delta.finish:
-                    arrivals.append(now + draw.expovariate(1 / THINK_S))
+                    arrivals.append(now + rng.expovariate(1 / THINK_S))
             if now > sampled + 0.2:
                 samples.append(utilisation())
                 sampled = now
@@ -429,7 +429,7 @@ def main() -> None:
         print(f"{shape.name}, {part}", flush=True)
         try:
             known = run(part, shape, limits, report, options)
-        except (RuntimeError, EngineError):  # go on with the other parts
+        except (RuntimeError, EngineError):  # run the other parts all the same
             traceback.print_exc()
             failed = True
         else:

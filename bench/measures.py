@@ -49,8 +49,8 @@ class Limits:
 
 def prompts(count: int, length: int, vocab: int, seed: int | str) -> list[list[int]]:
     """Prompts of random tokens. No two share a prefix, not even with different seeds."""
-    draw = random.Random(seed)
-    return [[draw.randrange(_FIRST_TOKEN_ID, vocab) for _ in range(length)] for _ in range(count)]
+    rng = random.Random(seed)
+    return [[rng.randrange(_FIRST_TOKEN_ID, vocab) for _ in range(length)] for _ in range(count)]
 
 
 def first_token_s(trace: Trace) -> list[float]:

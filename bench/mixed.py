@@ -2,7 +2,8 @@
 
 Lengths are those of the trace divided by 8. Prompts are random tokens, the same for all contestants. vLLM and
 Phalanx run up to --max-running sequences at once. Under SDPA, a step of transformers' continuous batching
-costs the product of its queries and keys. So its best numbers of sequences and tokens are searched first.
+costs the product of its queries and keys. So the bench first searches for its best numbers of sequences and
+tokens per step.
 Example: python -m bench.mixed --trace AzureLLMInferenceTrace_conv.csv --vllm-python ~/vllm/bin/python
 """
 
@@ -95,7 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_contest_options(parser, CONTESTANTS + slow_bfloat16(IN_FLOAT32), ["135m"])
     parser.add_argument("--trace", type=Path, required=True, help="CSV with ContextTokens, GeneratedTokens")
-    parser.add_argument("--requests", type=int, default=500, help="the first so many; default: %(default)s")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=500,
+        help="how many of the trace, from its beginning; default: %(default)s",
+    )
     parser.add_argument("--max-running", type=int, default=256, help="sequences at once")
     parser.add_argument(
         "--max-batch-tokens", type=int, default=0, help="per step; 0: each contestant's default"

@@ -105,8 +105,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="TPxPP", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="requests at once; default: %(default)s")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt; default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=64, help="of each request; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=2, help="the best counts; default: %(default)s")
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, help="output tokens of each request; default: %(default)s"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="runs; the best one counts; default: %(default)s"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
     parser.add_argument("--quantization", default="", help="int8 or int4")
     parser.add_argument("--cache", type=Path, default=CACHE, help="checkpoints")

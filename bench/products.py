@@ -59,7 +59,7 @@ def measure(shape: Shape, rows: int, threads: int) -> Iterator[results.Row]:
 def _in_turns(*works: Callable[[], object]) -> list[float]:
     """The median seconds of each function."""
     times: list[list[float]] = [[] for _ in works]
-    repeats = [max(1, int(TURN_S / _seconds(work, 1))) for work in works]  # warms as well
+    repeats = [max(1, int(TURN_S / _seconds(work, 1))) for work in works]  # this also warms up
     for _ in range(TURNS):
         for mine, work, count in zip(times, works, repeats, strict=True):
             mine.append(_seconds(work, count))

@@ -1,7 +1,7 @@
 """the cost of quantised weights: perplexity of the demo model on text that it was not trained on
 
-The model's seed shuffles the files of the standard library. Training takes the first of them, this
-measurement the last. Windows of 512 tokens are scored independently. Example: python -m bench.quality
+The model's seed shuffles the files of the standard library. Training uses the first of them. This
+measurement uses the last. Windows of 512 tokens are scored independently. Example: python -m bench.quality
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", type=Path, default=Path(".phalanx/demo-model"), help="made if it is not there"
+        "--model", type=Path, default=Path(".phalanx/demo-model"), help="trained first if it does not exist"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the one that the model was made with")
-    parser.add_argument("--seconds", type=float, default=75, help="the time that it was trained")
-    parser.add_argument("--chars", type=int, default=200_000, help="of held-out text; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="the seed that the model was trained with")
+    parser.add_argument("--seconds", type=float, default=75, help="how long the model was trained")
+    parser.add_argument(
+        "--chars", type=int, default=200_000, help="characters of held-out text; default: %(default)s"
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args()
