@@ -21,7 +21,7 @@ setup: $(ENV) $(STUBS) ## Build .venv with everything in it
 demo: setup ## Kill an engine during a stream, and compare its tokens with the undisturbed run
 	$(BIN)/phalanx demo --model $(MODEL)
 
-up: setup $(MODEL) ## Serve the demo model from two replicas on this machine, until Ctrl-C
+up: setup $(MODEL) ## Serve the demo model as `demo` from two replicas on this machine, until Ctrl-C
 	$(BIN)/phalanx up --model $(MODEL) --name demo --replicas 2
 
 down: setup ## Stop what `make up` or `phalanx up` started
@@ -38,7 +38,7 @@ chaos: setup $(MODEL) ## Inject every fault into a cluster under load; figures i
 	$(BIN)/python -m tests.chaos --model $(MODEL) --shuffle --seed $(or $(SEED),0) \
 		--repetitions $(or $(REPETITIONS),3) --report .phalanx/chaos
 
-lint: setup ## Style, types, import rules and protos
+lint: setup ## Style, types, import rules, protos; refuse a public API that breaks its clients
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -46,7 +46,7 @@ lint: setup ## Style, types, import rules and protos
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against $(API_BASELINE)
 
-api-baseline: setup ## Accept the public API as protos/phalanx/v1 has it: what `make lint` compares it with from now on
+api-baseline: setup ## Accept the public API in protos/phalanx/v1: from now on `make lint` compares it with this version
 	$(BIN)/buf build --path protos/phalanx/v1 --exclude-source-info --output $(API_BASELINE)
 
 fmt: setup ## Format the code
