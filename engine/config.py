@@ -29,9 +29,9 @@ class EngineConfig:
     # Prompt tokens in a step that also decodes; with 0, `engine/scheduling/budget.py` decides.
     max_prefill_tokens: int = 0
     prefix_cache: bool = True  # whether sequences with the same beginning share its KV
-    # KV memory of one rank. With 0 a rank on a CPU takes 1 GiB. A rank on a GPU takes 90 % of the free memory,
-    # divided by the number of the replica's ranks on that GPU. Replicas do not know of each other, so set it
-    # where replicas share a GPU.
+    # KV memory of one rank. With 0, a rank on a CPU takes 1 GiB, and a rank on a GPU takes 90 % of the free
+    # memory divided by the number of the replica's ranks on that GPU. Set it where replicas share a GPU: they
+    # do not know of each other.
     kv_bytes: int = 0
     threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
     # Of the weights: "int8" or "fp8" with a scale per row, "int4" with a scale per row and 64 columns.

@@ -114,7 +114,7 @@ class Delta:
       process fills it.
     - `finish`, `timing`: come with the last token of the choice.
     - `prompt_logprobs`: one entry per prompt token after the first; come with the first token of choice 0.
-    - `cached_tokens`: the number of prompt tokens whose KV was computed before, for another request or another
+    - `cached_tokens`: the number of prompt tokens whose KV was computed already, for another request or
       choice; comes with the first token that an attempt generates for the choice.
     """
 

@@ -1,4 +1,4 @@
-"""The engine core on rank 0, and one step from plan to text.
+"""The engine core: rank 0's part of every step.
 
 What happens in a step, in this order (files are under `engine/`):
 
@@ -10,7 +10,7 @@ What happens in a step, in this order (files are under `engine/`):
                  execution/step_input.py, called by execution/runner.py
  4. forward      A captured CUDA graph is replayed (execution/cuda_graphs.py), or the layers run one by one
                  (execution/decoder.py). A pipeline stage receives hidden states from the stage before and
-                 sends its own to the next (distributed/parallel.py); only the last stage goes on to 5.
+                 sends its own to the next (distributed/parallel.py). Only the last stage does 5 to 7.
  5. logits       LM head, for the rows that sample and for prompt log-probabilities. execution/decoder.py
  6. processors   Grammar mask, bad words, min_tokens, bias, penalties. sampling/logits_processors.py
  7. sample       Temperature, top-k, top-p, min-p, seeded noise; log-probabilities.
@@ -19,13 +19,16 @@ What happens in a step, in this order (files are under `engine/`):
                  (distributed/channel.py). With one stage it is rank 0 itself.
  9. apply        The scheduler appends the ids, ends sequences, frees their blocks: `Delta`s.
                  scheduling/scheduler.py
-10. Step         Rank 0 sends the deltas and the load to its worker as one `Step` (processes/serve.py,
-                 ipc/wire.py). An offline engine has no worker: api.py reads the deltas.
-11. text         The worker's text process turns ids into text. text/process.py
+10. send         Rank 0 sends the deltas and the load as one `Step` to the text process, over a socket that
+                 only these two use (ipc/sender.py). It sends `StepEnded` straight to its worker, for the
+                 watchdog. processes/serve.py. An offline engine has neither: api.py reads the deltas.
+11. text         The text process adds the text of the new tokens (text/service.py) and sends the `Step` to
+                 the worker (text/process.py).
 
-`EngineCore.launch` does 1 to 7, `EngineCore.collect` does 8 and 9. Between two steps `serve` takes commands:
-new requests, cancellations, probes. Several steps may be in flight: as many as there are pipeline stages, or
-two with async scheduling; then 1 of a later step comes before 8 of an earlier one.
+`EngineCore.launch` does 1 to 7, `EngineCore.collect` does 8 and 9. Between two steps, processes/serve.py
+handles commands: new requests, cancellations, probes. Several steps may be in flight: as many as there are
+pipeline stages, or two with async scheduling. Then a step is scheduled (1) before an earlier one is
+collected (8).
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """Whether a sequence lives or a step is in flight."""
+        """Whether a sequence waits or runs, or a step is in flight."""
         return self._scheduler.has_work
 
     @property
@@ -81,7 +84,7 @@ class EngineCore:
         return self._scheduler.submit(request, now, self.grammars.follow(request))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
-        """Forget a request; see Scheduler.cancel."""
+        """End a request without further tokens; see Scheduler.cancel."""
         self._scheduler.cancel(request_id, choice)
 
     def launch(self, now: float, on_launch: Callable[[int], None] = lambda tokens: None) -> int:
@@ -99,7 +102,7 @@ class EngineCore:
         return self._scheduler.plans_in_flight
 
     def collect(self, now: float) -> tuple[int, tuple[Delta, ...]]:
-        """Wait for the oldest step in flight: its number and its new tokens."""
+        """Wait for the oldest step in flight; returns its number and its new tokens."""
         sampled = self._next_sampled()
         return sampled.step, self._scheduler.apply(sampled, now)
 
@@ -116,20 +119,24 @@ class EngineCore:
             self.collect(now)
 
     def wait(self, beside: HasFileno) -> None:
-        """Sleep until `beside` can be read. Raises EngineError when another rank ends meanwhile."""
+        """Sleep until `beside` is readable.
+
+        Raises:
+            EngineError: another rank has ended.
+        """
         if self._hub is not None:
             self._hub.wait(beside)
         else:
             select.select([beside], [], [])
 
     def canary(self, now: float) -> None:
-        """Run a request of one token: it shows that all ranks and collectives work. Not while busy."""
+        """Run a request of one token, to show that all ranks and collectives work. Not while busy."""
         assert not self.busy, "the canary would share steps with requests"
         self.submit(Request("canary", (0,), SamplingParams(0.0), max_tokens=1, ignore_eos=True), now)
         self._run_to_end(now)
 
     def warm_up(self, now: float, max_sequences: int, max_prompt_len: int, max_batch_tokens: int) -> None:
-        """Run batches of all sizes once, so that no request waits for a kernel's compilation. Not while busy.
+        """Run batches of all sizes, so that no later request waits for the compiler. Not while busy.
 
         Args:
             now: the time.

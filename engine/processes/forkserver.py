@@ -1,7 +1,7 @@
 """Forks engines: `python -m engine.processes.forkserver --fd N`, N an inherited SOCK_SEQPACKET socket.
 
-Importing torch takes seconds of a core; forking a process that has imported it takes milliseconds. The
-messages on the socket, where the client is a worker:
+Importing torch takes seconds of a core; forking a process that has imported it takes milliseconds. The client
+is a worker. The messages on the socket:
 
     server -> client  ready             once, after the imports
     client -> server  fork              with the descriptors of an engine's link and, for rank 0, of its
@@ -11,7 +11,7 @@ messages on the socket, where the client is a worker:
 
 A closed socket ends this process, and the kernel then kills every engine.
 
-No other thread may run while `serve` forks: a forked child has only the thread that forked.
+No other thread may run while `serve` forks: the child would have that thread's locks, but not the thread.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ from engine.ipc.background import import_in_background
 from engine.ipc.link import die_with_parent
 from engine.processes import rank
 
+# These import every module that a start imports inside functions: a fork must not import them again.
+PRELOADED = (
+    "engine.processes.core",
+    "engine.grammar.service",
+    "engine.distributed.rendezvous",
+    "engine.execution.runner",
+    "engine.kernels.choose",
+    "engine.weights.loader",
+)
 _MAX_MESSAGE = 64  # bytes
 
 
@@ -38,14 +47,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket")
     connection = socket.socket(fileno=parser.parse_args().fd)
     die_with_parent()
-    # The modules that `engine.processes.startup` imports inside functions.
-    import_in_background(
-        "engine.processes.core",
-        "engine.grammar.service",
-        "engine.distributed.rendezvous",
-        "engine.execution.runner",
-        "engine.weights.loader",
-    )
+    import_in_background(*PRELOADED)
     gc.collect()
     gc.freeze()  # else the first garbage collection of every engine copies all shared pages
     connection.send(b"ready")

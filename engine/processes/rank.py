@@ -1,8 +1,8 @@
 """Entry point of one rank: `python -m engine.processes.rank --fd N [--text-fd M]`, N and M inherited sockets.
 
-Rank 0, the leader, serves requests (`engine.processes.serve`); every other rank runs the leader's plans. N
-carries `engine.ipc.wire` messages; the process ends as soon as it is closed. Rank 0 writes its steps to the
-text process over M, or over N where there is no M.
+Rank 0, the leader, serves requests (processes/serve.py); every other rank runs the leader's plans. N carries
+the messages of ipc/wire.py. The process ends as soon as N is closed. M leads to the text process: rank 0
+writes its steps there, or to N without M.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def run(fd: int, text_fd: int | None, *, survive_thread: bool) -> None:
         try:
             _run(link, steps, at_end)
         except LinkClosedError:
-            pass  # the parent has gone: nobody to report to
+            pass  # the parent has gone: there is no one to report to
         except Exception as error:
             code = 1
             if isinstance(error, EngineError) and error.reason != "INTERNAL":
                 sys.stderr.write(f"engine: {error.message}\n")
             else:
                 traceback.print_exc(file=sys.stderr)
-            # Report before the exit: the other ranks then report RANK_LOST, and the first reason is kept.
+            # Report before the exit, which makes the other ranks report RANK_LOST: the first reason counts.
             _report_failure(link, error)
     sys.stderr.flush()
-    # No ordinary exit: threads of a communicator whose peer has gone may never end.
+    # Not sys.exit: it waits for threads, and a communicator's thread may never end once its peer has gone.
     os._exit(code)
 
 
@@ -84,7 +84,7 @@ def _run(link: Link, steps: Link | BufferedSender, at_end: ExitStack) -> None:
         progress=lambda fraction: link.send(Loading(fraction)),
     )
     at_end.callback(rank.parallel.leave)
-    gc.freeze()  # exclude what startup has allocated from every later garbage collection
+    gc.freeze()  # no later garbage collection visits the many objects of the startup
     config, identity = rank.config, engine_identity(start.config, rank.config)
     step_s = 0.0 if rank.core is None else _timed_canary(rank.core)
     link.send(EngineReady(identity, rank.max_model_len, config.vocab_size, config.eos_token_ids, step_s))
@@ -102,7 +102,7 @@ def _timed_canary(core: EngineCore) -> float:
 
 
 def _meet(link: Link, early: list[Message]) -> str:
-    """Wait for the address where the ranks meet; it may have come with the first message."""
+    """Wait for the address where the ranks meet. It may have arrived together with the first message."""
     for message in chain(early, _messages(link)):
         if isinstance(message, Rendezvous):
             return message.address
@@ -115,12 +115,12 @@ def _messages(link: Link) -> Iterable[Message]:
 
 
 def _run_plans(rank: StartedRank, link: Link) -> None:
-    """Run plans until the leader or the parent has gone; the sampling rank sends the sampled tokens back."""
+    """Run plans until the leader or the parent has gone. The sampling rank sends the sampled tokens back."""
     assert rank.plans is not None
     while True:
         plan = rank.plans.receive(beside=[link])
         if plan is None:
-            link.receive()  # raises LinkClosedError: the parent sends nothing, so readable means closed
+            link.receive()  # raises LinkClosedError: the parent sends nothing more, so readable means closed
             continue
         pending = rank.runner.run(plan)
         if pending is not None:
@@ -132,7 +132,7 @@ def _report_failure(link: Link, error: Exception) -> None:
     try:
         link.send(EngineFailed(known.reason, known.message, permanent=isinstance(known, ModelError)))
     except LinkClosedError:
-        sys.stderr.write("engine: the parent has gone and cannot be told\n")
+        sys.stderr.write("engine: the failure cannot be reported, because the parent has gone\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def open_group(
     engine: EngineConfig, announce: Callable[[str], None], undo: ExitStack
 ) -> tuple[Store | None, PlanHub | None]:
-    """On rank 0 of several ranks: listen for the others and announce where. `undo` closes the hub."""
+    """On rank 0 of several ranks: listen for the others and announce the address. `undo` closes the hub."""
     if engine.rank != 0 or engine.tp * engine.pp == 1:
         return None, None
     from engine.distributed.channel import PlanHub
@@ -40,7 +40,7 @@ def open_group(
 
 
 def join_group(engine: EngineConfig, meet: Callable[[], str]) -> tuple[Store, PlanLink]:
-    """On any rank but 0: connect to rank 0's store and to its plan hub."""
+    """On every rank except 0: connect to rank 0's store and to its plan hub."""
     from engine.distributed.channel import PlanLink
     from engine.distributed.rendezvous import join_store
 
@@ -51,7 +51,7 @@ def join_group(engine: EngineConfig, meet: Callable[[], str]) -> tuple[Store, Pl
 def connect_collectives(
     engine: EngineConfig, config: ModelConfig, kernels: Kernels, store: Store | None
 ) -> Parallel:
-    """Form the groups in which this rank exchanges tensors; every rank takes part."""
+    """Form the groups in which this rank exchanges tensors. Every rank must call this."""
     from engine.distributed.rendezvous import connect
 
     grid = Grid(engine.tp, engine.pp, engine.rank)

@@ -1,4 +1,4 @@
-"""The leader's loop: commands from the worker in, `Step`s out. `engine.processes.core` describes a step."""
+"""Rank 0's loop: commands from the worker in, `Step`s to the text process out. core.py describes a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Outcome:
-    """What the commands between two steps led to. `finished`: choices that ended at once."""
+    """The results of the commands between two steps.
+
+    `finished` has the ends of choices whose prior output was complete already.
+    """
 
     accepted: list[str] = field(default_factory=list)
     failed: list[Refusal] = field(default_factory=list)
@@ -29,16 +32,24 @@ class _Outcome:
 
 
 def serve(core: EngineCore, link: Link, steps: Link | BufferedSender, early: list[Message]) -> None:
-    """Serve until the worker closes its link, which raises LinkClosedError.
+    """Serve until the worker closes its link.
 
-    One `Step` goes to the text process, over `steps`, per step, and one for the commands between two steps if
-    they changed anything. `early` are the messages that came together with `StartEngine`.
+    Args:
+        core: runs the steps.
+        link: to the worker.
+        steps: takes one `Step` per step, and one more for the commands between two steps if they changed
+            anything. Leads to the text process.
+        early: messages that arrived together with `StartEngine`.
+
+    Raises:
+        LinkClosedError: the worker has closed the link.
+        EngineError: another rank has ended, or a bug.
     """
     step, sent_load = 0, core.load
-    gate = GrammarQueue(core.grammars, link)
+    queue = GrammarQueue(core.grammars, link)
     messages: Iterable[Message] = early
     while True:
-        outcome = _handle_commands(core, gate.admit(messages))
+        outcome = _handle_commands(core, queue.admit(messages))
         if outcome.accepted or outcome.failed or outcome.finished or core.load != sent_load:
             sent_load = core.load
             steps.send(
@@ -58,10 +69,11 @@ def serve(core: EngineCore, link: Link, steps: Link | BufferedSender, early: lis
             core.launch(time.time(), lambda tokens: link.send(Began(tokens)))
             step, deltas = core.collect(time.time())
             sent_load = core.load
-            link.send(StepEnded())  # straight to the worker's watchdog: the text process may hang
+            # Not by way of the text process, which may hang: the worker's watchdog would blame this engine.
+            link.send(StepEnded())
             steps.send(Step(step, sent_load, deltas=deltas))
         if not core.busy:
-            core.wait(gate)
+            core.wait(queue)
         messages = link.receive(0)
 
 

@@ -1,4 +1,4 @@
-"""Starts one rank. `start_rank` reads as the list of steps; the functions below it are the steps.
+"""Starts one rank. `start_rank` lists the steps of a start; each function below it is one step.
 
 Imports torch only inside functions, so that a module which imports this one does not load torch.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Limits.weight_tokens: a CPU does 10 to 20 times less arithmetic per byte that it reads than a GPU.
+# Limits.weight_tokens: for each byte that it reads, a CPU does 10 to 20 times less arithmetic than a GPU.
 _CPU_WEIGHT_TOKENS = 16
 _GPU_WEIGHT_TOKENS = 256
 
@@ -70,7 +70,7 @@ def start_rank(
         announce: rank 0 calls it before loading, with the address where the ranks meet.
         meet: the other ranks call it after loading; it waits for that address.
         progress: called with the loaded fraction of the weights, 0 to 1.
-        check: rank 0 calls it repeatedly while it waits for the others; it raises if one will never come.
+        check: rank 0 calls it repeatedly while it waits for the others; it raises if one of them has failed.
 
     Raises:
         ModelError: the model or the layout cannot be served.
@@ -141,8 +141,9 @@ def load_stage(
 def can_run_async(config: ModelConfig, parallel: Parallel, kernels: Kernels) -> bool:
     """Whether a launched decode step never waits for the host.
 
-    Then a CUDA graph can capture it, and the next step can be scheduled while it runs. Experts are chosen on
-    the host, ranks that share a GPU communicate through the host, and stages wait for each other.
+    If so, a CUDA graph can capture it, and the next step can be scheduled while it runs. It does wait where
+    experts are chosen on the host, where ranks that share a GPU communicate through the host, and where
+    pipeline stages wait for each other.
     """
     has_experts = any(layer.moe for layer in config.layers)
     return kernels.capturable and not has_experts and parallel.grid.pp == 1 and parallel.capturable
@@ -151,14 +152,14 @@ def can_run_async(config: ModelConfig, parallel: Parallel, kernels: Kernels) -> 
 def agree_on_kv_size(
     engine: EngineConfig, config: ModelConfig, parallel: Parallel, kernels: Kernels, *, async_steps: bool
 ) -> KVSize:
-    """Size the KV cache by the rank with the least memory: a plan may name any block of rank 0's pool."""
+    """Size the KV cache for the rank with the least memory: a plan may use any block of rank 0's pool."""
     free_gpu_bytes = _free_gpu_bytes() if kernels.device.type == "cuda" else 0
     memory = kv_memory_bytes(engine, parallel.ranks_on_device, free_gpu_bytes)
     per_block = block_bytes(config, engine.tp, engine.pp, _dtype(engine).itemsize)
     max_blocks = parallel.min_over_ranks(memory // per_block)
     tokens_in_flight = engine.batch_tokens * (2 if async_steps else 1)
     size = size_kv_cache(engine, config, max_blocks, tokens_in_flight)
-    # Ranks may have been started with different `max_running`.
+    # Again, because ranks may have been started with different `max_running`.
     return KVSize(parallel.min_over_ranks(size.num_blocks), size.max_model_len)
 
 
@@ -185,7 +186,7 @@ def build_runner(
     *,
     async_steps: bool,
 ) -> Runner:
-    """Allocate the KV cache and put the model together. With `async_steps` a GPU uses CUDA graphs."""
+    """Allocate the KV cache and build the runner. With `async_steps`, a GPU uses CUDA graphs."""
     from engine.execution.runner import Runner
 
     kv_heads = kv_heads_per_rank(config, engine.tp)
@@ -237,7 +238,7 @@ def build_core(
 
 
 def warm_up(core: EngineCore, engine: EngineConfig, kernels: Kernels, size: KVSize) -> None:
-    """Run the first steps now: they build communicators, and a GPU compiles its kernels in them."""
+    """Run the first steps now: communicators connect in them, and a GPU compiles its kernels."""
     core.canary(time.time())
     if kernels.device.type != "cuda":
         return

@@ -1,4 +1,4 @@
-"""The requests of a warm-up: prompts and batches of all sizes that a GPU compiles kernels for. Pure."""
+"""The requests of a warm-up: prompts and batches of every size for which a GPU compiles a kernel. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.request import Request, SamplingParams
 def warm_up_requests(
     max_sequences: int, max_prompt_len: int, max_batch_tokens: int
 ) -> Iterator[list[Request]]:
-    """Batches of requests, each to be run to its end before the next.
+    """Batches of requests. The caller runs each batch to its end before it takes the next.
 
     Kernels are compiled for powers of two, so there is one prompt and one batch for each power of two, one of
     the maximum, and one batch of long prompts that fills a step.
@@ -21,7 +21,7 @@ def warm_up_requests(
     for batch, (size, length) in enumerate(batches):
         requests = []
         for number in range(size):
-            # Long prompts start with different tokens, else the prefix cache has them already.
+            # Long prompts start with different tokens, else they would be found in the prefix cache.
             prompt = (batch + number if length > 1 else 0, *[0] * (length - 1))
             name, sampling = f"warm-up {batch} {number}", SamplingParams(1.0, seed=0)
             requests.append(Request(name, prompt, sampling, max_tokens=2, ignore_eos=True))

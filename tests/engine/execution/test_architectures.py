@@ -120,7 +120,7 @@ def test_dynamic_rope_is_refused_beyond_the_length_where_it_is_a_function_of_the
     make_model: MakeModel,
 ) -> None:
     model = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(ModelError, match=r"exceeds the model's 512 positions; beyond, dynamic rotary"):
+    with pytest.raises(ModelError, match=r"exceeds the model's 512 positions; beyond them dynamic RoPE"):
         Engine(str(model), max_model_len=513)
 
 
