@@ -12,9 +12,9 @@ _NICENESS = 10
 def import_in_background(*modules: str) -> None:
     """Import modules at low priority and wait for them. Raises whatever an import raises.
 
-    A process that starts again after a failure spends seconds of a core on imports. At that time its streams
-    are replayed elsewhere, perhaps on the same cores. A thread has the low priority, and it ends with the
-    thread: a process without privileges could not raise its own priority again.
+    A process that restarts after a failure needs a core for seconds to import. At that time its streams are
+    replayed elsewhere, perhaps on the same cores. The imports run in a thread, and only this thread gets the
+    low priority: a process without privileges could not raise its own priority again.
     """
     failures: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""A child's end of the socket that carries `engine.ipc.wire` messages, and its tie to its parent's life."""
+"""Blocking messages (`engine.ipc.wire`) over a socket, and a way for a child to die with its parent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Link:
         return Link(socket.socket(fileno=fd))
 
     def fileno(self) -> int:
-        """For `select`."""
+        """The descriptor, for `select`."""
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
@@ -56,10 +56,18 @@ class Link:
                 self.send(Beat())
                 time.sleep(BEAT_S)
         except (LinkClosedError, OSError):
-            pass  # the reader of the link meets the same end
+            pass  # the thread that reads the link notices the same
 
     def receive(self, timeout_s: float | None = None) -> tuple[Message, ...]:
-        """Messages that have arrived; waits for some, at most `timeout_s`. Raises LinkClosedError."""
+        """The messages that have arrived. Waits for the first of them.
+
+        Args:
+            timeout_s: seconds to wait; None waits without limit. After a timeout there may be none.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+            ValueError: the other side has sent something that is no message.
+        """
         messages: tuple[Message, ...] = ()
         while not messages and select.select([self._socket], [], [], timeout_s)[0]:
             try:
@@ -74,7 +82,7 @@ class Link:
         return messages
 
     def close(self) -> None:
-        """Close the socket; the other side meets the end of the stream."""
+        """Close the socket. The other side reads the end of the stream."""
         self._socket.close()
 
 

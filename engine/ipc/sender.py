@@ -1,4 +1,4 @@
-"""The sending end of a socket whose reader may stand still."""
+"""Sends messages without waiting for their reader."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from engine.ipc.wire import Message, encode
 
 
 class BufferedSender:
-    """Sends messages in order and never waits for the reader.
+    """Sends messages in order; `send` never blocks.
 
-    An engine sends its steps so: a text process that hangs must not make the engine look hung.
+    An engine sends its steps this way: a text process that hangs must not make the engine look hung.
 
-    Owns: the bytes that the socket has not taken yet; their number has no bound, so the reader's death or
-    hang must be noticed elsewhere. Does not own: what follows when the reader is gone; messages to it are
-    lost.
+    Owns: the bytes that the socket has not taken yet. Their number has no limit, so another part must notice
+    a reader that hangs. Does not own: the reaction to a reader that is gone; messages to it are lost.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -24,10 +23,10 @@ class BufferedSender:
         self._socket = connection
         self._backlog = bytearray()
         self._changed = threading.Condition()
-        self._flusher: threading.Thread | None = None  # started by the first backlog
+        self._flusher: threading.Thread | None = None  # starts with the first backlog
 
     def send(self, message: Message) -> None:
-        """Send one message now, or after what waits already."""
+        """Send one message after all earlier ones."""
         data = encode(message)
         with self._changed:
             sent = 0 if self._backlog else self._send_now(data)
@@ -39,7 +38,10 @@ class BufferedSender:
                     self._flusher.start()
 
     def _send_now(self, data: bytes | bytearray) -> int:
-        """How many bytes the socket has taken, or would have taken if its reader were there."""
+        """Write as much as the socket takes; return how many bytes need no further try.
+
+        These are all bytes when the reader is gone.
+        """
         try:
             return self._socket.send(data)
         except BlockingIOError:

@@ -1,8 +1,8 @@
 """Messages between a worker and its children: the engine process and the text process.
 
-They travel over Unix socket pairs as length-prefixed JSON, because the engine must run where nothing but
-torch, numpy, safetensors and transformers is installed. One frame carries one message as `{"type": name,
-...fields}`. This module needs the standard library only.
+They travel over Unix socket pairs as length-prefixed JSON: the engine must run where only torch, numpy,
+safetensors and transformers are installed. One frame carries one message as `{"type": name, ...fields}`.
+This module needs the standard library only.
 
 A worker starts `engine.processes.rank` for every rank and, on the leader, `engine.text.process`. Each gets
 one end of a pair; the first message to it is `StartEngine` or `StartText`. The leader's engine and the text
@@ -41,7 +41,7 @@ class StartEngine:
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the group meets: sent up by rank 0, then down to every other rank. `host:port`."""
+    """Where the group meets, as `host:port`. Rank 0 sends it; its worker passes it on to every other rank."""
 
     address: str
 
@@ -63,7 +63,7 @@ class CancelRequest:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Show that every rank computes (rank 0 only). `Alive` answers, after a canary if there is no work."""
+    """Ask whether every rank computes (rank 0 only). `Alive` answers, after a canary if there is no work."""
 
 
 # Engine to worker
@@ -92,7 +92,10 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineFailed:
-    """The last message of a child that fails. `permanent`: the same model and layout will fail again."""
+    """The last message of a child that fails, or the text process's report of an engine that does.
+
+    `permanent`: the same model and layout will fail again.
+    """
 
     reason: str
     message: str
@@ -101,7 +104,7 @@ class EngineFailed:
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """A step of so many tokens begins. `StepEnded` follows when it has ended; steps end in their order."""
+    """A step of `tokens` tokens begins. Its `StepEnded` follows; steps end in the order they begin."""
 
     tokens: int
 
@@ -128,8 +131,8 @@ class Step:
     cut after the token that completes it and gets the finish "stop". Later deltas of that choice have no
     tokens; the worker drops them.
 
-    `engine`: the number that the worker gave to the engine's socket. A worker drops the steps of every engine
-    but the one that serves.
+    `engine`: the number that the worker gave to the engine's socket. The worker drops the steps of engines
+    that do not serve any more.
     """
 
     step: int
@@ -140,12 +143,12 @@ class Step:
     engine: int = 0
 
 
-# Any child to its worker, but not to an offline engine
+# Any child to its worker. The ranks of an offline engine send none
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Sent every BEAT_S by a thread that does nothing else: the process runs, whatever it is busy with."""
+    """The process runs, whatever it is busy with. A thread that does nothing else sends this every BEAT_S."""
 
 
 # Worker to text process
@@ -163,8 +166,8 @@ class StartText:
 class Encode:
     """Tokenise a request's prompt, and detokenise its output from now on.
 
-    The prompt is a text, or a conversation of (role, content) pairs for the model's chat template, or neither
-    where the worker has its token ids. A prompt of `max_model_len` tokens or more is refused as
+    The prompt is a text, or a conversation of (role, content) pairs for the model's chat template. There is
+    neither if the worker already has its token ids. A prompt of `max_model_len` tokens or more is refused as
     PROMPT_TOO_LONG; 0 is no limit. `bad_words` are tokenised as an output may spell them: at its beginning
     and after a space.
 
@@ -172,8 +175,8 @@ class Encode:
     been delivered; the detokeniser's state is rebuilt from them. A stop text counts if it ends in the text of
     a token after the first `min_tokens`.
 
-    Answered by `Encoded` or `NotEncoded`. The engine gets the request after that, so its first delta never
-    overtakes this message.
+    Answered by `Encoded` or `NotEncoded`. The worker submits the request to the engine only after `Encoded`,
+    so the engine's first delta cannot overtake this message.
     """
 
     id: str
@@ -189,7 +192,7 @@ class Encode:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Drop a request's detokeniser, and its prompt if that still waits. Unknown ids are ignored."""
+    """Drop a request's detokeniser, and its prompt if it is not tokenised yet. Unknown ids are ignored."""
 
     id: str
 
@@ -202,7 +205,7 @@ class TextReady:
     """The tokeniser is loaded.
 
     `longest_token_bytes` is an upper bound of the UTF-8 bytes of text that one token stands for;
-    0 where none is known.
+    0 if no bound is known.
     """
 
     longest_token_bytes: int = 0
@@ -224,7 +227,7 @@ class NotEncoded:
     refusal: Refusal
 
 
-Message = Union[  # noqa: UP007 - a union of this length reads better so
+Message = Union[  # noqa: UP007 - with `|`, this would be one name a line
     StartEngine, Rendezvous, SubmitRequest, CancelRequest, Probe, Loading, EngineReady, EngineFailed, Began,
     StepEnded, Step, Alive, Beat,
     StartText, Encode, Forget, TextReady, Encoded, NotEncoded,
@@ -257,7 +260,7 @@ def decode(body: bytes | bytearray | memoryview) -> Message:
 
 
 def _build(annotation: Any, value: Any) -> Any:
-    """A JSON value as the dataclasses and tuples of a type annotation."""
+    """Turn a JSON value into the dataclasses and tuples that a type annotation names."""
     build = _builder(annotation)
     return value if build is None else build(value)
 
@@ -296,7 +299,7 @@ class FrameBuffer:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """Every message that `data` completes. Raises ValueError on a frame that cannot be ours."""
+        """Every message that `data` completes. Raises ValueError on a frame too long or without message."""
         self._data += data
         start = 0
         while len(self._data) - start >= _LENGTH.size:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[list[int]], str]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MAX_HELD_TOKENS = 16  # a character has at most 4 bytes, so 4 tokens; bytes held for longer are none
+_MAX_PENDING_TOKENS = 16  # a character has at most 4 bytes, so 4 tokens; more tokens are no character
 
 
 class Detokenizer:
-    """Tokens to text, holding back bytes that are not a whole character yet.
+    """Turns tokens into text, and holds back bytes that are not a whole character yet.
 
-    Decodes a short window that begins with the tokens of the previous piece. These are the context that
-    decides about spaces. The cost per token does not grow with the output.
+    Decodes a short window that begins with the tokens of the previous piece: some tokenisers write a space or
+    not depending on the token before. The cost per token does not grow with the output.
 
     Args:
         decode: token ids to text, special tokens left out.
@@ -34,8 +34,8 @@ class Detokenizer:
         """The text that this token completes; may be empty."""
         self._window.append(token_id)
         whole = self._decode(self._window)
-        held = len(self._window) - self._emitted
-        if whole.endswith(_REPLACEMENT) and held <= _MAX_HELD_TOKENS:
+        pending = len(self._window) - self._emitted
+        if whole.endswith(_REPLACEMENT) and pending <= _MAX_PENDING_TOKENS:
             return ""
         return self._advance(whole)
 
@@ -45,7 +45,7 @@ class Detokenizer:
 
     def _advance(self, whole: str) -> str:
         emitted = self._decode(self._window[: self._emitted])
-        if len(whole) <= len(emitted) and len(self._window) - self._emitted <= _MAX_HELD_TOKENS:
+        if len(whole) <= len(emitted) and len(self._window) - self._emitted <= _MAX_PENDING_TOKENS:
             return ""  # a special token, or a token that only changes the text after it
         self._window = self._window[self._emitted :]
         self._emitted = len(self._window)
@@ -57,26 +57,26 @@ class StopCutter:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(text for text in stop if text)
-        self._held = ""
+        self._pending = ""
 
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """Text that is safe to show, and whether a stop text was completed.
 
         Without `may_stop`, stop texts that `text` completes are ignored.
         """
-        text = self._held + text
+        text = self._pending + text
         first = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
         if first is not None and may_stop:
-            self._held = ""
+            self._pending = ""
             return text[:first], True
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
+        self._pending = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
         """The text held back."""
-        held, self._held = self._held, ""
-        return held
+        pending, self._pending = self._pending, ""
+        return pending
 
 
 class ChoiceText:

@@ -1,4 +1,4 @@
-"""Tokenises prompts in a thread, so that a long prompt does not hold up the text of other streams.
+"""Tokenises prompts in a thread, so that a long prompt does not delay the text of other streams.
 
 `tokenizers` releases the interpreter lock while it encodes.
 """
@@ -16,7 +16,7 @@ from engine.request import Refusal
 from engine.text.prompt_length import too_many_tokens
 from engine.text.tokenizer import Tokenizer
 
-_MAX_ERROR = 200  # characters; a longer message is likely to quote the prompt
+_MAX_ERROR = 200  # characters; a longer message may well quote the prompt
 
 Answer = Callable[[Encoded | NotEncoded], None]
 
@@ -24,29 +24,32 @@ Answer = Callable[[Encoded | NotEncoded], None]
 class Encoder:
     """Answers `Encode` messages one by one, in order.
 
-    Owns: the prompts that wait, and the thread. Does not own: the tokeniser, the output of requests
-    (`service`).
+    Owns: the prompts that are not tokenised yet, and the thread. Does not own: the tokeniser, the output of
+    requests (`service`).
 
     Args:
-        tokenizer: encodes in this thread only.
-        answer: is called in this thread. A LinkClosedError that it raises ends the thread.
+        tokenizer: encodes in the encoder's thread only.
+        answer: is called in the encoder's thread. The thread ends when it raises LinkClosedError.
     """
 
     def __init__(self, tokenizer: Tokenizer, answer: Answer) -> None:
         self._tokenizer, self._answer = tokenizer, answer
         self._waiting: OrderedDict[str, Encode] = OrderedDict()
         self._changed = threading.Condition()
-        self._current = ""  # id of the prompt that is tokenised now, empty once it is cancelled
+        self._current = ""  # id of the request whose prompt is being tokenised, empty once cancelled
         threading.Thread(target=self._run, name="encode", daemon=True).start()
 
     def put(self, message: Encode) -> None:
-        """Answer this message after those before it."""
+        """Answer this message after all earlier ones."""
         with self._changed:
             self._waiting[message.id] = message
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
-        """Do not answer; a prompt that waits is not tokenised. Unknown ids are ignored."""
+        """Drop a request: do not answer it, nor tokenise its prompt if that has not begun.
+
+        Unknown ids are ignored.
+        """
         with self._changed:
             self._waiting.pop(request_id, None)
             if self._current == request_id:
@@ -65,11 +68,11 @@ class Encoder:
                 try:
                     self._answer(answer)
                 except LinkClosedError:
-                    return  # the main thread meets the same end
+                    return  # the main thread notices the same and ends the process
 
 
 def encode(tokenizer: Tokenizer, message: Encode) -> Encoded | NotEncoded:
-    """Tokenise what a message asks for. A failure of either refuses this request alone."""
+    """Tokenise the prompt and the bad words of a message. A failure refuses this request alone."""
     try:
         ids: tuple[int, ...] = ()
         if message.text is not None:
@@ -79,9 +82,7 @@ def encode(tokenizer: Tokenizer, message: Encode) -> Encoded | NotEncoded:
         words = [ids for word in message.bad_words for ids in tokenizer.encode_word(word)]
     except RequestError as error:
         return NotEncoded(Refusal(message.id, error.reason, error.message))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in the tokeniser's Rust is no Exception
+    except BaseException as error:  # a panic in the tokeniser's Rust code is no Exception
         explanation = f"{type(error).__name__}: {error}"[:_MAX_ERROR]
         return NotEncoded(
             Refusal(message.id, "INVALID_ARGUMENT", f"the prompt cannot be tokenised: {explanation}")

@@ -25,14 +25,14 @@ from engine.text.service import TextService
 from engine.text.tokenizer import forgo_torch, tokenizer_of
 
 _NUMBER_BYTES = 32
-_SWITCH_S = 0.0005  # a chat template that renders in the encoder's thread gives way to a step so often
+_SWITCH_S = 0.0005  # seconds after which a chat template in the encoder's thread must yield to a step
 
 
 class EngineStreams:
     """The steps of the newest engine.
 
-    A worker passes a new engine's socket after it has killed the engine before. What that one has still
-    written, half a message perhaps, is dropped with its socket and its buffer.
+    The worker kills an engine before it passes the socket of the next one. Unread bytes of the killed engine,
+    perhaps half a message, are dropped with its socket and its buffer.
     """
 
     def __init__(self, engines: socket.socket) -> None:
@@ -40,7 +40,7 @@ class EngineStreams:
         self._number, self._link = 0, None  # type: tuple[int, Link | None]
 
     def sockets(self) -> list[socket.socket | Link]:
-        """What to wait for."""
+        """The sockets to wait for."""
         return [self._engines] if self._link is None else [self._engines, self._link]
 
     def receive(self, readable: Sequence[object]) -> list[Step]:
@@ -48,7 +48,7 @@ class EngineStreams:
 
         Raises:
             LinkClosedError: the worker is gone.
-            ValueError: the engine has sent what is no message.
+            ValueError: the engine has sent something that is no message.
         """
         if self._engines in readable:
             self._accept()
@@ -79,17 +79,19 @@ class EngineStreams:
 
 
 def serve(link: Link, streams: EngineStreams, service: TextService) -> None:
-    """Answer the worker and pass steps on, until the worker's socket closes: raises LinkClosedError."""
+    """Answer the worker and add text to steps. Raises LinkClosedError when the worker's socket closes."""
     while True:
         readable, _, _ = select.select([link, *streams.sockets()], [], [])
         if link in readable:
             for message in link.receive(0):
                 service.handle(message)
         try:
-            for step in streams.receive(readable):
-                link.send(service.fill(step))
+            steps = streams.receive(readable)
         except ValueError as error:
             link.send(EngineFailed("INTERNAL", f"the engine broke the protocol: {error}", permanent=False))
+            continue
+        for step in steps:
+            link.send(service.fill(step))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Limits of a prompt's length: in tokens and, before it is tokenised, in bytes.
 
-Pure, standard library only: the text process computes the bound of bytes, its worker applies it.
+Pure, standard library only: the text process computes the limit in bytes, and its worker applies it.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ def longest_token_bytes(tokenizer: Mapping[str, Any]) -> int:
         tokenizer: the content of a `tokenizer.json`.
 
     Returns:
-        The bound, or 0 where none is known: some tokenisers leave text out, make one token of any number of
-        unknown characters, or give the spaces around a special token to it.
+        The bound, or 0 if none is known: some tokenisers leave text out, or make one token of any number of
+        unknown characters, or of a special token and all spaces around it.
     """
     model, added = tokenizer["model"], tokenizer.get("added_tokens") or ()
     vocabulary = _vocabulary(model)
     normalizers = list(_flat(tokenizer.get("normalizer"), "normalizers"))
     parts = list(_flat(tokenizer.get("pre_tokenizer"), "pretokenizers"))
-    whole = (
+    has_bound = (
         model.get("type") in ("BPE", "Unigram")
         and _holds_every_byte(model, vocabulary, [*normalizers, *parts])
         and all(_keeps(normalizer) for normalizer in normalizers)
         and all(part["type"] in _PARTS and part.get("behavior") != "Removed" for part in parts)
         and not any(token.get("lstrip") or token.get("rstrip") for token in added)
     )
-    if not whole:
+    if not has_bound:
         return 0
     tokens = vocabulary | {token["content"] for token in added}
     factor = _FACTOR if any(normalizer["type"] in _NORMAL_FORMS for normalizer in normalizers) else 1
-    # A vocabulary's spelling is never shorter than its text: byte-level ones use 1 or 2 bytes for a byte,
-    # others 3 for a space.
+    # A token's spelling in the vocabulary is never shorter than its text: byte-level vocabularies spell a
+    # byte with 1 or 2 bytes, others spell a space with 3.
     return factor * max(len(token.encode()) for token in tokens)
 
 

@@ -13,14 +13,14 @@ from engine.text.tokenizer import Tokenizer
 
 
 class TextService:
-    """Does what messages ask for; see `engine.ipc.wire` for what each means.
+    """Carries out the messages that `engine.ipc.wire` describes.
 
     Owns: per request, the detokeniser's state of its choices, from its `Encode` to its `Forget`.
-    Does not own: tokens, the order of steps; prompts that wait (`encoder`).
+    Does not own: tokens, the order of steps, prompts that are not tokenised yet (`encoder`).
 
     Args:
         tokenizer: decodes in the caller's thread and encodes in a thread of its own.
-        answer: takes answers to `Encode`, in either thread.
+        answer: is called with every answer to `Encode`, in the caller's thread or in the encoder's.
     """
 
     def __init__(self, tokenizer: Tokenizer, answer: Answer) -> None:
@@ -29,7 +29,7 @@ class TextService:
         self._choices: dict[str, list[ChoiceText]] = {}
 
     def handle(self, message: Message) -> None:
-        """Take in a message of the worker. Raises EngineError on one that the text process does not know."""
+        """Handle a message of the worker. Raises EngineError on a type that is not for the text process."""
         match message:
             case Encode():
                 self._choices[message.id] = [self._new_choice(message, choice) for choice in range(message.n)]
@@ -44,7 +44,7 @@ class TextService:
                 raise EngineError("INTERNAL", f"unexpected {type(message).__name__}")
 
     def fill(self, step: Step) -> Step:
-        """A step of the engine with its text. Deltas of unknown requests, which are over, pass unchanged."""
+        """The step with text added. Requests that are over are unknown here: their deltas stay unchanged."""
         return replace(step, deltas=tuple(map(self._fill, step.deltas)))
 
     def _new_choice(self, message: Encode, choice: int) -> ChoiceText:

@@ -19,8 +19,8 @@ from engine.text.prompt_length import longest_token_bytes
 class Tokenizer:
     """A model's tokeniser.
 
-    One thread may encode while another decodes: after the constructor nothing changes the tokeniser's
-    settings, which `tokenizers` does not allow while a call runs.
+    One thread may encode while another decodes. `tokenizers` allows that as long as nothing changes the
+    tokeniser's settings; after the constructor, nothing does.
     """
 
     def __init__(self, model_dir: str) -> None:
@@ -61,7 +61,10 @@ class Tokenizer:
         return tuple(ids)
 
     def encode_word(self, word: str) -> list[tuple[int, ...]]:
-        """Token ids of a word alone, and after a space where those are as many with another first one."""
+        """The spellings of a word as token ids: at the beginning of an output, and after a space.
+
+        The second is left out unless it has as many tokens as the first, and another first token.
+        """
         bare = word.lstrip()
         spellings = [self._tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}")]
         alone, spaced = map(tuple, spellings)
@@ -78,14 +81,14 @@ class Tokenizer:
 
 
 class IdsOnly(Tokenizer):
-    """Stands in for the tokeniser of a model with random weights, which need not have one: no text at all."""
+    """Replaces the tokeniser of a model without any: refuses prompts of text, decodes to the empty text."""
 
     def __init__(self) -> None:
         self.token_text = lru_cache(maxsize=1)(lambda token_id: "")
         self.context = []
 
     def longest_token_bytes(self) -> int:
-        """Unknown."""
+        """0: no bound is known."""
         return 0
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -101,7 +104,7 @@ class IdsOnly(Tokenizer):
         return [self.encode(word)]
 
     def decode(self, token_ids: list[int]) -> str:
-        """Nothing."""
+        """The empty text."""
         return ""
 
 
@@ -138,14 +141,14 @@ def forgo_torch() -> None:
 
 
 def _decoder(tokenizer: Any) -> Decode:
-    """The shortest call that does what the tokeniser's `decode` without special tokens does.
+    """The fastest function with the result of the tokeniser's `decode` without special tokens.
 
-    A replay decodes thousands of tokens while every stream of the replica waits.
+    A replay decodes thousands of tokens, and every stream of the replica waits for it.
     """
     from transformers import PreTrainedTokenizerFast
 
     if getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode:
-        decode = tokenizer.backend_tokenizer.decode  # the same result in a quarter of the time
+        decode = tokenizer.backend_tokenizer.decode  # a quarter of the time
         return lambda ids: str(decode(ids, skip_special_tokens=True))
     return lambda ids: str(
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -227,7 +227,14 @@ class Panic(BaseException):
     """As those of extensions in Rust: no Exception."""
 
 
-@pytest.mark.parametrize("error", [ValueError("x" * 5000), Panic("index out of bounds")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x" * 5000),
+        Panic("index out of bounds"),
+        SystemExit("it would end the encoder's thread, and nobody would notice"),
+    ],
+)
 def test_a_tokeniser_that_fails_fails_one_request(error: BaseException) -> None:
     class Failing:
         def encode(self, text: str) -> tuple[int, ...]:
@@ -377,6 +384,28 @@ def test_steps_of_an_engine_before_the_newest_are_dropped() -> None:
             old.sendall(wire.encode(step_of()))
         new.sendall(wire.encode(step_of()))
         assert worker.expect(Step).engine == 4
+
+
+@pytest.mark.timeout(30)
+def test_a_tokeniser_that_cannot_decode_is_not_blamed_on_the_engine() -> None:
+    """The text process must end: it could not add text to the next steps either."""
+
+    class Undecodable(IdsOnly):
+        def decode(self, token_ids: list[int]) -> str:
+            raise ValueError("no such token")
+
+    with pairs() as (ours, theirs, engines, their_engines):
+        link = Link(theirs)
+        service = TextService(Undecodable(), link.send)
+        service.handle(Encode("r"))
+        with (
+            Worker(Link(ours), engines).connect(3) as engine,
+            contextlib.closing(EngineStreams(their_engines)) as streams,
+        ):
+            engine.sendall(wire.encode(step_of(Delta("r", 0, 0, (5,)))))
+            ours.setblocking(False)
+            with pytest.raises(ValueError, match="no such token"):
+                serve(link, streams, service)
 
 
 def test_an_engine_that_breaks_the_protocol_fails_and_the_next_is_served() -> None:
