@@ -44,13 +44,13 @@ async def run(
 async def reconcile_until_fenced(
     store: Store, keys: Keys, view: View, lock: Lock, clock: Callable[[], float]
 ) -> None:
-    """Reconcile on each change and each due time; returns once another controller holds the lock."""
+    """Reconcile on each change and at each `wake_at`; returns once another controller holds the lock."""
     failures = 0
     history = History()
     while True:
         listing, snapshot, now = view.listing, view.snapshot, clock()
         wait_s: float | None = None
-        # A listing from before the lock was taken shows the previous holder.
+        # Skip a listing from before this controller took the lock: it shows the previous holder.
         if listing is not None and listing.revision >= lock.fence:
             current = listing.entries.get(lock.key)
             if current is None or current.create_revision != lock.fence:
@@ -85,7 +85,7 @@ async def _write(actions: tuple[Action, ...], store: Store, keys: Keys, lock: Lo
     for batch in batches(actions):
         revision = await store.txn(*fenced(batch, keys, lock, modified))
         if revision is None:
-            log.debug("refused: the view lags behind; the next one decides again")
+            log.debug("refused: the view lags behind; the next view brings a new decision")
             return
         modified = revision
         for action in batch:

@@ -21,7 +21,8 @@ from phalanx.v1 import control_pb2
 class Deployments:
     """The deployments in the store, as ControlService changes them.
 
-    Owns: nothing; the store does. A method returns once the view includes its write: the next read shows it.
+    Owns: nothing; the state is in the store. A method returns once the view includes its write, so that the
+    next read shows it.
     """
 
     def __init__(self, store: Store, keys: Keys, view: View, clock: Callable[[], float]) -> None:
@@ -37,7 +38,7 @@ class Deployments:
 
         Args:
             spec: The desired shape.
-            etag: The etag that the stored deployment must have; empty accepts every one, and none.
+            etag: The etag that the stored deployment must have; empty skips this check.
             validate_only: Check everything and write nothing.
 
         Raises:
@@ -98,7 +99,7 @@ def _record(
     old: DeploymentRecord | None,
     now: float,
 ) -> DeploymentRecord:
-    """The record that `spec` asks for: `old` itself when nothing differs, else the next revision."""
+    """The record for `spec`: equal to `old` when the spec is the same, else with the next revision."""
     asked = DeploymentRecord(
         name=spec.name,
         revision=old.revision if old else 1,

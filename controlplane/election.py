@@ -2,7 +2,7 @@
 
 The lock is a key that a controller creates under a lease. The lease alone is no mutual exclusion: a
 paused controller may wake up after its lease has ended. `controlplane.fencing` guarantees that its writes
-fail. The deadline kept here makes it stop before the lease can end.
+then fail. The deadline in this file makes a running controller stop before its lease can end.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _MARGIN = 0.1
 async def hold_lock(store: Store, key: str, value: bytes, ttl_s: int = 3) -> AsyncIterator[Lock]:
     """Wait until this controller holds the lock, hold it within the context, release it on exit.
 
-    When the lock is lost, the body is cancelled at its current await and the context ends without an error.
-    So the body should run until then. Lost means that the lease has ended, or may end soon because it
-    could not be refreshed.
+    The lock is lost when the lease has ended, or may end soon because it could not be refreshed. Then the
+    body is cancelled at its current await, and the context ends without an error. So the body should run
+    until that moment.
     """
     lock, deadline = await _acquire(store, key, value, ttl_s)
     log.info("lock acquired", extra={"fence": lock.fence})

@@ -1,12 +1,12 @@
-"""Fences former controllers out: each write succeeds only for the controller that holds the lock now. Pure.
+"""Fences former controllers: a write succeeds only for the controller that holds the lock now. Pure.
 
 Every transaction of the active controller compares two revisions of the lock's key:
 
-- its create_revision, the fencing token. Another controller that takes the lock creates the key anew, so a
-  former controller's writes fail, even while its own lease lives.
+- its create_revision, the fencing token. The next controller creates the key anew, so the writes of a former
+  controller fail, even while its own lease lives.
 - its mod_revision in the snapshot that the decision was made on. Every write rewrites the key, so a
-  decision that was made before the controller's own last write fails instead of giving a worker to two
-  replicas.
+  decision from before the controller's own last write fails. Without this check it could give one worker to
+  two replicas.
 
 `controlplane.election` takes the lock. `controlplane.active_controller` writes with it.
 """

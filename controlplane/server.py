@@ -57,7 +57,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             )
             deployment = self._views(record).deployments[record.name]
             if request.validate_only and changed:
-                deployment.ClearField("etag")  # nothing is stored that could have it
+                deployment.ClearField("etag")  # an etag names a stored version; this one is not stored
             return control_pb2.ApplyDeploymentResponse(deployment=deployment, changed=changed)
 
     async def GetDeployment(
@@ -134,7 +134,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     # Writes to the context instead of yielding: when a client leaves, gRPC cancels the handler at its await.
     async def Watch(self, request: control_pb2.WatchRequest, context: Context) -> None:  # type: ignore[override]
-        """Stream the cluster's state; changes that follow each other quickly come as one response."""
+        """Stream the cluster's state. Changes in quick succession may come as one response."""
         seen: Listing | None = None
         while True:
             await self._view.newer(seen)
@@ -149,7 +149,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             await context.write(response)
 
     def _views(self, applied: DeploymentRecord | None = None) -> Views:
-        """The cluster as messages; with `applied`, as it is with this record of its deployment."""
+        """The cluster as messages. `applied` replaces the stored record of its deployment."""
         if self._view.listing is None:
             raise PhalanxError("STORE_UNAVAILABLE", "this controller has not reached the store yet")
         snapshot = self._view.snapshot

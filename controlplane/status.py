@@ -46,8 +46,9 @@ class Views:
 
 
 def views(snapshot: Snapshot, now: float) -> Views:
-    """The messages of everything in the snapshot, at `now` in seconds since the Unix epoch."""
-    # With every replica suspect, the decision names what is missing now. The controller itself waits first.
+    """A message for everything in the snapshot; `now` is in seconds since the Unix epoch."""
+    # A suspicion since time 0 has expired. So this decision names lost workers at once, while the active
+    # controller still gives them `SUSPECT_S` to register again.
     decision = reconcile(snapshot, now, History(suspect_since=dict.fromkeys(snapshot.replicas, 0.0)))
     replicas = {name: _replica(snapshot, name, decision, now) for name in sorted(snapshot.replicas)}
     return Views(
@@ -102,7 +103,7 @@ def _deployment_state(
     replicas: dict[str, control_pb2.Replica],
     decision: Decision,
 ) -> tuple[control_pb2.DeploymentState.ValueType, str]:
-    """The state and its reason: those of the deployment's replicas that are worst off."""
+    """The worst state of the deployment's replicas, and the reasons of the replicas in that state."""
     lacking = {name: f"{name} {decision.shortages[name]}" for name in names if name in decision.shortages}
     degraded: list[str] = []
     failed: list[str] = []

@@ -1,4 +1,4 @@
-"""Checks of a deployment before it is stored."""
+"""Checks that a deployment must pass before it is stored."""
 
 from __future__ import annotations
 

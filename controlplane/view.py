@@ -25,12 +25,12 @@ class View:
 
     @property
     def listing(self) -> Listing | None:
-        """What the store contained last; None until the store has answered once."""
+        """The latest listing; None until the store has answered once."""
         return self._listing
 
     @property
     def snapshot(self) -> Snapshot:
-        """The listing as records; empty until the store has answered once."""
+        """The latest listing as records; empty until the store has answered once."""
         return self._snapshot
 
     async def follow(self) -> None:

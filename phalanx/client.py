@@ -38,8 +38,8 @@ class Client:
 
     Owns: the channels, and which gateway answered last. Does not own: streams, which belong to their callers.
 
-    When a stream's gateway fails, the client resumes the stream at the next gateway, after the last event it
-    received.
+    When the gateway of a stream fails, the client resumes the stream at the next gateway, after the last
+    received event.
     """
 
     def __init__(self, target: str, *others: str) -> None:
@@ -171,7 +171,9 @@ class Client:
                                 begun, failing_since = event.started, 0.0
                                 yield event
                             continue
-                        failing_since = 0.0  # not after Started alone: each attempt may fail right after it
+                        failing_since = (
+                            0.0  # Started alone does not reset it: every attempt may fail right after Started
+                        )
                         delivered[event.chunk.choice] += event.chunk.token_ids
                         yield event
                         if event.HasField("finished"):
@@ -220,7 +222,7 @@ class Client:
         cursor: str,
         timeout_s: float | None,
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-        """Send the request again with its seed, check it against `delivered`, and go on after `cursor`."""
+        """Repeat the request with its seed, compare its tokens with `delivered`, continue after `cursor`."""
         same = inference_pb2.GenerateRequest()
         same.CopyFrom(request)
         same.sampling.seed = seed
@@ -234,7 +236,7 @@ class Client:
                 if all(len(anew[choice]) >= len(ids) for choice, ids in delivered.items()):
                     break
             if any(anew[choice][: len(ids)] != ids for choice, ids in delivered.items()):
-                message = "the cluster lost the request, and sent again it got other tokens"
+                message = "the cluster lost the request, and the repeated request got other tokens"
                 raise _DivergedError("UNKNOWN_REQUEST", message)
             async with aclosing(self._resume(turn, token, cursor, timeout_s)) as events:
                 async for event in events:

@@ -1,9 +1,10 @@
 """Decides what each desired replica needs, and when a failed one may be formed again. Pure.
 
-- A failed replica that had served is formed again at once. So is one that failed once before it was ready.
-- Each further epoch that fails before it is ready waits longer, counted from when that epoch was formed.
-  A permanent failure waits the longest.
-- While the store is suspected of having lost the leases of a replica's workers (`lost_workers`), they have
+- When an epoch fails after it was ready, the next one follows at once. The same holds for the first of
+  several consecutive epochs that fail before they are ready.
+- After each further one the wait grows. It counts from when the failed epoch was formed. After a permanent
+  failure it is `BACK_OFF_CAP_S` from the start.
+- When many leases ended together, the store may have lost them (`lost_workers`). Then the workers have
   `SUSPECT_S` to register again before other workers take their ranks.
 """
 
@@ -20,7 +21,7 @@ BACK_OFF_CAP_S = 30.0
 
 
 def assess(cycle: Cycle) -> None:
-    """Fill `needs` and `retries`, and `free` with the workers that no replica keeps."""
+    """Fill `needs`, `retries`, and `free` with the workers that no replica keeps."""
     cycle.needs = {replica: _need(cycle, replica) for replica in cycle.desired}
     kept = [replica for replica, need in cycle.needs.items() if need is not Need.FORM]
     reserved = {worker for replica in kept + cycle.frozen for worker in cycle.members(replica)}
@@ -32,7 +33,7 @@ def assess(cycle: Cycle) -> None:
 def retry_at(assignment: AssignmentRecord, permanent: bool, now: float) -> float:
     """When the next epoch may follow an epoch that failed before it was ready."""
     if assignment.formed_at > now:
-        return now  # the clock was set back: do not wait until it is there again
+        return now  # the clock was set back: do not wait until it reaches `formed_at` again
     if permanent:
         return assignment.formed_at + BACK_OFF_CAP_S
     if assignment.failures == 0:
@@ -59,6 +60,6 @@ def _need(cycle: Cycle, replica: str) -> Need:
         due = retry_at(current.assignment, cycle.health[replica].permanent, cycle.now)
         if due > cycle.now:
             cycle.retries[replica] = due
-            # Only the smaller layout has failed: the desired one may be tried at once.
+            # The failure is that of the smaller layout. The desired layout may be tried at once.
             return Need.FORM if degraded else Need.WAIT
     return Need.FORM

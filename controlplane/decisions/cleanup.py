@@ -10,22 +10,22 @@ from phalanx.store.records import ReadyRecord
 
 
 def removed_replicas(cycle: Cycle) -> list[str]:
-    """Undesired replicas, the highest index first, and replicas that lost their workers to others."""
+    """Undesired replicas, highest index first, then failed ones whose workers others took in this cycle."""
     undesired = [name for name in cycle.epochs if name not in cycle.desired and name not in cycle.frozen]
     undesired.sort(key=lambda name: (split_name(name)[0], -split_name(name)[1]))
     taken = {member.worker for form in cycle.formed.values() for member in form.assignment.members}
-    robbed = [
+    displaced = [
         replica
         for replica in cycle.shortages
         if replica in cycle.snapshot.replicas
         and cycle.needs[replica] is Need.FORM
         and taken.intersection(cycle.members(replica))
     ]
-    return undesired + robbed
+    return undesired + displaced
 
 
 def ready_marks(cycle: Cycle) -> list[MarkReady]:
-    """Epochs that are ready for the first time."""
+    """A mark for each epoch that has become ready and is not marked yet."""
     return [
         MarkReady(ReadyRecord(replica, cycle.snapshot.replicas[replica].epoch, cycle.now))
         for replica in cycle.desired
@@ -37,7 +37,7 @@ def ready_marks(cycle: Cycle) -> list[MarkReady]:
 
 
 def stale_shards(cycle: Cycle, removed: list[str]) -> list[PruneShard]:
-    """Shard statuses whose replica is gone, or has fewer ranks now."""
+    """The shard statuses of replicas that are gone or have fewer ranks now."""
     num_ranks = {
         replica: len(cycle.members(replica)) for replica in cycle.snapshot.replicas if replica not in removed
     }

@@ -1,4 +1,4 @@
-"""The state of one reconcile cycle: what is true of the cluster, and what the cycle has decided so far.
+"""The state of one reconcile cycle: facts about the cluster, and the decisions of the cycle so far.
 
 Owns: the workers that are still free and the assignments to be written.
 Does not own: the rules. They are functions of a `Cycle`, one file each.
@@ -20,10 +20,10 @@ from phalanx.store.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a cycle passes on to the next: since when a condition has held, in seconds since the Unix epoch.
+    """The times that a cycle leaves to the next one: since when a condition holds, in Unix seconds.
 
-    `short_since`: replicas that have served and lack workers. `suspect_since`: replicas whose workers
-    vanished together with most others. `missing_since`: workers of replicas that are not registered.
+    `short_since`, by replica: it has served and lacks workers. `suspect_since`, by replica: its workers
+    vanished together with most others. `missing_since`, by worker: it is assigned and not registered.
     """
 
     short_since: Mapping[str, float] = field(default_factory=dict)

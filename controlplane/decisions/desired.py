@@ -34,7 +34,7 @@ def frozen_replicas(snapshot: Snapshot) -> list[str]:
 
 
 def unreadable_assignments(snapshot: Snapshot) -> dict[str, int]:
-    """The epochs of the replicas whose assignment cannot be decoded, by controller or worker."""
+    """The epoch of each replica whose assignment cannot be decoded. Its workers cannot decode it either."""
     paths = {path: path.split("/") for path in snapshot.unreadable}
     return {
         parts[1]: snapshot.unreadable[path]

@@ -1,8 +1,8 @@
-"""Forms replicas: gives each one that is missing or failed workers and a new epoch. Pure.
+"""Forms replicas: assigns workers to a replica, which begins its next epoch. Pure.
 
-A replica is formed as soon as there are enough free workers. A failed replica without enough workers
-keeps its assignment, because its workers may come back. Other replicas may take the workers that it
-has left; then its assignment is removed (`cleanup`).
+A missing or failed replica is formed as soon as there are enough free workers. A failed replica without
+enough workers keeps its assignment, because its workers may come back. Meanwhile other replicas may take its
+remaining workers; then its assignment is removed (`cleanup`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from phalanx.store.records import AssignmentRecord, DeploymentRecord, MemberReco
 
 
 def form_missing(cycle: Cycle) -> bool:
-    """Form every missing or failed replica that free workers are enough for; whether any was formed."""
+    """Form every missing or failed replica for which free workers suffice; whether any was formed."""
     progress = False
     for replica, need in cycle.needs.items():
         if need is Need.FORM and replica not in cycle.formed:
@@ -28,7 +28,7 @@ def form_missing(cycle: Cycle) -> bool:
 
 
 def form_whole(cycle: Cycle, replica: str, candidates: dict[str, WorkerRecord]) -> bool:
-    """Form a replica in its desired layout if `candidates` are enough; the others of them stay free."""
+    """Form a replica in its desired layout if there are enough `candidates`; the unused ones stay free."""
     members = place(cycle.desired[replica], candidates, cycle.members(replica))
     if isinstance(members, Shortage):
         cycle.shortages[replica] = members.reason
@@ -40,7 +40,7 @@ def form_whole(cycle: Cycle, replica: str, candidates: dict[str, WorkerRecord]) 
 def form_smaller(
     cycle: Cycle, replica: str, shapes: Sequence[DeploymentRecord], candidates: dict[str, WorkerRecord]
 ) -> bool:
-    """Form a replica in the first of `shapes` that `candidates` are enough for and that fits their memory."""
+    """Form a replica in the first of `shapes` that `candidates` can run: enough workers, enough memory."""
     layouts = {(layout.tp, layout.pp): layout for layout in cycle.desired[replica].fallbacks}
     for shape in shapes:
         members = place(shape, candidates, cycle.members(replica))

@@ -40,7 +40,7 @@ def health(snapshot: Snapshot, replica: str) -> Health:
     shards = [snapshot.shard(replica, rank) for rank in range(len(assignment.members))]
     failed = [shard for shard in shards if shard and shard.state is ShardState.FAILED]
     if failed:
-        # A shard that fails because of a peer quotes the peer's reason, so the shortest reason is the cause.
+        # A shard that fails because of a peer quotes the peer's reason: the shortest reason is the first one.
         first = min(failed, key=lambda shard: (not shard.permanent, len(shard.reason), shard.rank))
         return Health(ReplicaState.FAILED, f"shard {first.rank}: {first.reason}", first.permanent)
     if all(shard and shard.state is ShardState.READY for shard in shards):

@@ -1,6 +1,6 @@
-"""Which workers are missing, since when, and whether the store is the likelier cause. Pure.
+"""Which assigned workers are missing, since when, and whether the store is the likely cause. Pure.
 
-Many leases that end together point to a store that was unreachable or lost them: the workers may be
+When many leases end together, the store was probably unreachable or has lost them: the workers may be
 alive. Times are in seconds since the Unix epoch.
 """
 
@@ -16,7 +16,7 @@ SUSPECT_S = 3.0  # a live worker registers again within a second after the store
 
 
 def missing_since(snapshot: Snapshot, previous: Mapping[str, float], now: float) -> dict[str, float]:
-    """Since when each worker of a replica has not been registered; `previous` is the last result."""
+    """Since when each assigned worker has been missing; `previous` is the last result."""
     return {
         worker: min(previous.get(worker, now), now)
         for worker in _assigned_workers(snapshot)
@@ -27,10 +27,9 @@ def missing_since(snapshot: Snapshot, previous: Mapping[str, float], now: float)
 def suspect_since(
     snapshot: Snapshot, missing_since: Mapping[str, float], previous: Mapping[str, float], now: float
 ) -> dict[str, float]:
-    """Since when each replica has lacked workers that vanished together with most others.
+    """Since when each replica is suspect: its workers vanished together with most others.
 
-    `previous` is the last result. The lost registrations of these replicas are suspected to be the
-    store's fault.
+    The store is then the suspected cause. `previous` is the last result.
     """
     recent = {worker for worker, since in missing_since.items() if since + TOGETHER_S >= now}
     num_before = len(_assigned_workers(snapshot)) - len(missing_since) + len(recent)

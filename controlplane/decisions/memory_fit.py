@@ -1,7 +1,7 @@
 """Decides whether a layout fits into the memory of the workers that would run it. Pure.
 
-An unknown size counts as fitting: the weights of a model that the controller cannot read, or the memory of
-a device that its worker does not report. An engine that does not fit after all fails when it starts.
+An unknown size counts as fitting. The controller may be unable to read the model, and a worker may not report
+the memory of its device. An engine that does not fit after all fails when it starts.
 """
 
 from __future__ import annotations

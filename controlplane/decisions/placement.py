@@ -1,8 +1,8 @@
 """Decides which workers form a replica. Pure.
 
-The host of the previous epoch has the weights in its page cache, and collectives are fastest within one
-host. So placement keeps the previous workers that are left, then prefers their hosts, then the host with
-the fewest free workers that are still enough (best fit).
+The hosts of the previous epoch have the weights in their page cache, and collectives are fastest within one
+host. So placement keeps the free workers of the previous epoch and prefers their hosts. After these it takes
+the host with the fewest free workers that are enough (best fit).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def place(
 def _by_preference(
     candidates: Sequence[WorkerRecord], needed: int, hosts: Collection[str]
 ) -> list[WorkerRecord]:
-    """Candidates on `hosts` first, then host by host: best fit, else the most free workers first."""
+    """Candidates on `hosts` first, then host by host: the best fit, or without one the host with the most."""
     room = Counter(worker.host for worker in candidates)
 
     def rank(worker: WorkerRecord) -> tuple[bool, bool, int, str, str]:

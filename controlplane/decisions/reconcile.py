@@ -1,4 +1,4 @@
-"""From the cluster as it is to the actions that bring it closer to the desired one. Pure.
+"""From a snapshot of the cluster to the actions that bring it closer to its desired state. Pure.
 
 Owns: the order of the decisions. Does not own: the rules of each decision (the file that it is
 imported from), the writing (`controlplane.fencing`, `controlplane.active_controller`).
@@ -35,9 +35,9 @@ _NO_HISTORY = History()
 class Decision:
     """What to write, and what is still missing and why.
 
-    `shortages`: the reason, by replica that is not as desired. `retries`: when each failed replica that has
-    to wait may be formed, in seconds since the Unix epoch. `history`: for the next call. `wake_at`: when to
-    reconcile again even if nothing changes.
+    `shortages`: by replica, why it is not as desired. `retries`: by failed replica, when it may be formed
+    again, in seconds since the Unix epoch. `history`: for the next call. `wake_at`: when to reconcile again
+    even if the cluster does not change.
     """
 
     actions: tuple[Action, ...]
@@ -54,7 +54,7 @@ def reconcile(snapshot: Snapshot, now: float, history: History = _NO_HISTORY) ->
     """
     cycle = Cycle(snapshot, now, history)
     assess(cycle)
-    # Each step may free workers that an earlier step lacked: repeat until none makes progress.
+    # A later step may free workers that an earlier step lacked: repeat until no step makes progress.
     while form_missing(cycle) or form_degraded(cycle) or reshape(cycle):
         pass
     removed = removed_replicas(cycle)

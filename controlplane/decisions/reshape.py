@@ -1,7 +1,7 @@
 """Decides when a replica changes its shape: to the deployment's new one, or from degraded to larger. Pure.
 
-- A replica of an outdated shape that does not serve is reshaped at once. Serving ones are reshaped one at
-  a time per deployment, and only while every replica of the new shape is ready.
+- A replica of an outdated shape that does not serve is reshaped at once. A serving one is reshaped only while
+  every replica of the new shape is ready, so each deployment reshapes one at a time.
 - A degraded replica that has served for `GROW_AFTER_S` is formed in a larger layout as soon as one can be
   placed, unless another replica is about to be degraded onto the same workers.
 """
@@ -19,7 +19,7 @@ GROW_AFTER_S = 10.0  # hysteresis: a worker that comes and goes must not restart
 
 
 def reshape(cycle: Cycle) -> bool:
-    """Reshape every replica that may change its shape now; whether any was formed."""
+    """Form each replica that may change its shape now; whether any was formed."""
     outdated = [replica for replica, need in cycle.needs.items() if need is Need.RESHAPE]
     serving = {replica for replica in outdated if cycle.health[replica].state is ReplicaState.READY}
     progress = False
@@ -32,7 +32,7 @@ def reshape(cycle: Cycle) -> bool:
 
 
 def _reshape_one(cycle: Cycle, replica: str, candidates: dict[str, WorkerRecord], serving: bool) -> bool:
-    """Form a replica in its desired shape, or a degraded one at least in a larger layout than it has."""
+    """Form a replica in its desired shape, or else a degraded one in a larger layout than it has."""
     runs = cycle.snapshot.replicas[replica].assignment.deployment
     degraded = is_degraded(runs, cycle.desired[replica])
     if degraded and serving and not _may_grow(cycle, replica):

@@ -21,7 +21,7 @@ from phalanx.cli.failure import USAGE, Failure
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     help="A YAML file of deployments, one per document; - reads standard input.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would change.")
+@click.option("--dry-run", is_flag=True, help="Show what would change, and change nothing.")
 @options.controller
 @options.state_dir
 def apply(path: Path, dry_run: bool, controller: str | None, state_dir: Path) -> None:

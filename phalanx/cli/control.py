@@ -13,7 +13,7 @@ from phalanx.cli.local import processes
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
-_PAGE_SIZE = 1000  # the most that a server returns at once
+_PAGE_SIZE = 1000  # the maximum of a server
 
 
 def controller_of(state_dir: Path, override: str | None) -> str:

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from phalanx.cli.demo_training import Progress
 
 END = "<|end|>"
-CHARS_PER_S = 40_000  # corpus size per second of training; two cores train on fewer, so no text repeats much
+# Corpus size per second of training. Two cores train on fewer characters, so few texts are used twice.
+CHARS_PER_S = 40_000
 _TOKENIZER_CHARS = 1_000_000
-_SAVE_S = 1.5  # part of the given time that is reserved for writing
+_SAVE_S = 1.5  # reserved for writing the files
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
 _MAX_DIGITS = 0.1  # a file with a larger share of digits is a table, not code
 _PARTIAL = ".partial"

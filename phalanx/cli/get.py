@@ -76,13 +76,13 @@ KINDS = {
 @options.controller
 @options.state_dir
 def get(kind: str, name: str | None, output_format: str, controller: str | None, state_dir: Path) -> None:
-    """List deployments, replicas, workers or gateways, or show the one with the name NAME."""
+    """List deployments, replicas, workers or gateways, or show only the one with the name NAME."""
     rows = fetch(kind, controller_of(state_dir, controller), name)
     click.echo(output.render(rows, KINDS[kind].columns, output_format))
 
 
 def fetch(kind: str, target: str, name: str | None = None) -> list[dict[str, Any]]:
-    """All things of a kind in `KINDS`, or the one of this name, from the controller at `target`.
+    """All things of a kind in `KINDS`, or only the one named `name`, from the controller at `target`.
 
     Raises:
         Failure: with the exit code NOT_FOUND when nothing has the name.

@@ -25,7 +25,7 @@ class LazyGroup(click.Group):
     """A group whose commands are named in `_COMMANDS`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Every command, in the order in which one uses them."""
+        """Every command, in the order of typical use."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -36,7 +36,7 @@ async def roll_out(controller: str, gateway: str, spec: Any, say: Say, applied: 
 
 
 async def _persist(attempt: Callable[[], Any]) -> None:
-    """Retry until the attempt succeeds. Raises Failure for an error that a retry does not help against."""
+    """Retry until the attempt succeeds. Raises Failure for an error that a retry cannot cure."""
     import grpc
 
     from phalanx.runtime import rpc
@@ -54,7 +54,7 @@ async def _persist(attempt: Callable[[], Any]) -> None:
 
 
 async def _warn_of_others(stub: Any, name: str, say: Say) -> None:
-    """Warn of deployments that are in the cluster already, as in an etcd that was used before."""
+    """Warn of other deployments: an etcd that was used before may still have some."""
     from phalanx.v1 import control_pb2
 
     request = control_pb2.ListDeploymentsRequest()
@@ -82,7 +82,7 @@ async def _until_ready(stub: Any, name: str, say: Say) -> None:
 
 
 async def _until_routable(stub: Any, name: str, replicas: int) -> None:
-    """Wait until the gateway reaches this many replicas: it learns of a ready one a moment later."""
+    """Wait until the gateway reaches this many replicas: it may learn of one after the controller."""
     from phalanx.v1 import inference_pb2
 
     request = inference_pb2.ListModelsRequest(filter=f'name = "{name}"')

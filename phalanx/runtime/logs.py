@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line on standard error. Log no prompts and no tokens."""
+"""Structured logs: one JSON object per line on standard error. Never log prompts or tokens."""
 
 from __future__ import annotations
 

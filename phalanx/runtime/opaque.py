@@ -1,4 +1,4 @@
-"""Opaque strings, such as cursors and page tokens: clients get them and only hand them back."""
+"""Opaque strings, such as cursors and page tokens: a client sends them back as it received them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Pages of a list, as https://google.aip.dev/158 describes them. Pure.
 
-A page token has the name of the last item of its page. A client that follows the tokens gets every item
-exactly once, at whichever processes it asks; items that are added or removed meanwhile may be missing.
+A page token contains the name of the last item of its page. So any process that serves the list can continue
+it. A client that follows the tokens gets every item exactly once; an item that is added or removed meanwhile
+may be missing.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class ListRequest(Protocol):
 
 
 def page(items: Mapping[str, Item], request: ListRequest, fields: Fields) -> tuple[list[Item], str]:
-    """One page of `items`, which are by name, and the token of the next page ("" after the last).
+    """One page of `items` in the order of their names, and the token of the next page ("" on the last).
 
     Raises:
         PhalanxError: INVALID_ARGUMENT: the page size is negative, the filter is not one over `fields`, or
-            this list and filter did not return the token.
+            the token is of another list or filter.
     """
     if request.page_size < 0:
         raise PhalanxError("INVALID_ARGUMENT", "page_size must not be negative", param="page_size")

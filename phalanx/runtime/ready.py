@@ -1,4 +1,4 @@
-"""Tells the process that started this one that it serves, and on which addresses."""
+"""Tells the parent process that this process serves, and at which addresses."""
 
 from __future__ import annotations
 

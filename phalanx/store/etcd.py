@@ -159,9 +159,9 @@ class EtcdStore:
                     if response.compact_revision:
                         raise _StaleError(f"compacted at revision {response.compact_revision}")
                     if response.created and response.header.revision < revision:
-                        # The member lags behind, or etcd was restored from an older state: then
-                        # `revision` names another history, and this watch would wait for its return.
-                        # A linearizable list tells which.
+                        # The member lags behind, or etcd was restored from a backup. After a restore,
+                        # this watch would stay silent until etcd reaches `revision` again. A
+                        # linearizable list is right in both cases.
                         raise _StaleError(f"etcd is at {response.header.revision}, the watch at {revision}")
                     if response.canceled:
                         raise StoreUnavailableError(f"etcd cancelled the watch: {response.cancel_reason}")

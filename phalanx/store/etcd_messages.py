@@ -43,9 +43,9 @@ def to_entry(kv: Any) -> Entry:
 
 
 def to_changes(response: Any, after: int) -> tuple[Mapping[str, Entry | None], int]:
-    """What a watch response changed since revision `after`, and the revision that it leads to.
+    """The changes in a watch response after revision `after`, and the revision of the last one.
 
-    That is the last event's revision. The header's revision may be newer than events still to come.
+    The header's revision is no substitute: it may be newer than events that are still to come.
     """
     changed: dict[str, Entry | None] = {}
     revision = after
@@ -81,7 +81,9 @@ def from_operation(operation: Operation) -> Any:
 def to_error(error: grpc.aio.AioRpcError | asyncio.InvalidStateError) -> StoreError:
     """The store error for a failed call."""
     if isinstance(error, asyncio.InvalidStateError):
-        return StoreUnavailableError(f"etcd: {error}")  # grpc.aio: a write after the connection broke
+        return StoreUnavailableError(
+            f"etcd: {error}"
+        )  # grpc.aio raises it for a write after the connection broke
     message = f"etcd: {error.details() or error.code().name}"
     if error.code() is grpc.StatusCode.NOT_FOUND and "lease" in message:
         return LeaseLostError(message)

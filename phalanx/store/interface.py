@@ -17,7 +17,7 @@ class StoreError(Exception):
 
 
 class StoreUnavailableError(StoreError):
-    """The store cannot be reached now. A write that raised this may or may not have happened."""
+    """The store cannot be reached now. A write that raises this may have been applied."""
 
 
 class LeaseLostError(StoreError):
@@ -43,9 +43,9 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A listing, and its difference from the listing before; `None` marks a deleted key.
+    """A listing, and its difference from the listing before it; `None` marks a deleted key.
 
-    A key that was rewritten with the same value is in `changed` too, because its `mod_revision` moved.
+    `changed` includes a key that was rewritten with the same value: its `mod_revision` differs.
     """
 
     listing: Listing
@@ -108,7 +108,7 @@ class Store(Protocol):
         ...
 
     def watch(self, prefix: str) -> AsyncGenerator[Change, None]:
-        """The current listing (every entry in `changed`), then the changes. Never ends.
+        """Yields the current listing, with every entry in `changed`, then each change. Never ends.
 
         Several changes may come as one, but none is lost.
 

@@ -13,7 +13,7 @@ class Keys:
 
     @property
     def root(self) -> str:
-        """The prefix of everything that processes watch."""
+        """The prefix of all keys that processes watch."""
         return f"/phalanx/{self.cluster}/"
 
     @property

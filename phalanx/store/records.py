@@ -87,7 +87,7 @@ class GatewayRecord:
 
 @dataclass(frozen=True, slots=True)
 class MemberRecord:
-    """The worker, and its incarnation, that holds a rank."""
+    """The worker of one rank, and its incarnation."""
 
     worker: str
     incarnation: str
@@ -169,7 +169,7 @@ def encode(record: Record) -> bytes:
     return _to_message(record).SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(4096)  # every change of one record decodes the whole listing again
+@functools.lru_cache(4096)  # a change of one record makes a new snapshot, which decodes every record
 def decode(cls: type[R], value: bytes) -> R:
     """The record in `value`.
 

@@ -1,4 +1,4 @@
-"""Keeps one worker or gateway registered: a lease, and the keys under it.
+"""Keeps one worker or gateway registered, by a lease and the keys under it.
 
 Owns: the lease, the registration and, for a worker, the key with its shard's status.
 Does not own: the content of the status (the worker's supervisor), the reaction to it (the controller).
@@ -85,7 +85,7 @@ class Registration:
             log.warning("lease left to expire", extra={"reason": repr(error)})
 
     async def _register(self) -> None:
-        # Each attempt takes a new lease: the last one may have expired, and no write under it can succeed.
+        # Each attempt takes a new lease: the last one may have expired, and then every write under it fails.
         sent_at = self._clock()
         self._lease = await self._store.grant(LEASE_TTL_S)
         await self._write_process(self._lease)
@@ -123,11 +123,11 @@ class Registration:
         self.renew_at = sent_at + ttl_s / 3
 
     async def _write_status(self, lease: int) -> None:
-        """Delete the statuses of ranks that this worker held before, and write the current one."""
+        """Delete the statuses of ranks that this worker had before, and write the current one."""
         status = self._status
         key = None if status is None else self._keys.shard(status.replica, status.rank)
         for old in [old for old in self._written_statuses if old != key]:
-            # Delete only this worker's write: the rank's next worker may have overwritten it.
+            # The condition: the rank's next worker may have overwritten the status, and that one must stay.
             await self._store.txn([Modified(old, self._written_statuses[old])], [Delete(old)])
             del self._written_statuses[old]
         if status is None or key is None:

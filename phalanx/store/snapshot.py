@@ -37,7 +37,7 @@ class ReplicaEpoch:
 class Snapshot:
     """The whole cluster at one revision. Mappings are by name; shards are by (replica, rank).
 
-    `unreadable`: the mod_revision of each record that cannot be decoded, by its key without the root.
+    `unreadable`: by key without the root, the mod_revision of each record that cannot be decoded.
     """
 
     revision: int = 0

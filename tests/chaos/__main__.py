@@ -164,12 +164,12 @@ class Memory:
                         series.append((time.monotonic(), _resident_mb(process["pid"])))
             await asyncio.sleep(2.0)
 
-    def growth(self, after_s: float = 20.0, least_s: float = 60.0) -> dict[str, dict[str, float]]:
-        """For each boot that lived long: MB once it was warm, and at its end."""
+    def growth(self, after_s: float = 20.0, min_s: float = 60.0) -> dict[str, dict[str, float]]:
+        """For each boot that lived at least `min_s`: its memory in MB after `after_s`, and at its end."""
         table = {}
         for name, series in self.samples.items():
             warm = [mb for at, mb in series if at >= series[0][0] + after_s]
-            if len(warm) > 1 and series[-1][0] - series[0][0] >= least_s:
+            if len(warm) > 1 and series[-1][0] - series[0][0] >= min_s:
                 table[name] = {
                     "seconds": series[-1][0] - series[0][0],
                     "warm_mb": warm[0],
@@ -184,7 +184,7 @@ def _resident_mb(pid: int) -> float:
 
 
 async def suffer(cluster: Cluster, options: argparse.Namespace) -> tuple[list[Repetition], Verdict, Load]:
-    """Run all repetitions on one cluster."""
+    """Run all repetitions, or the soak, on one cluster."""
     gateways = [gateway["grpc"] for gateway in cluster.info()["gateways"]]
     references = await undisturbed(gateways, cluster.model, options.max_tokens)
     store = EtcdStore(cluster.info()["etcd"])
@@ -248,7 +248,7 @@ def summary(done: list[Repetition]) -> dict[str, dict[str, float]]:
             if values:
                 row[f"{name}_median_ms"] = round(statistics.median(values) * 1000, 1)
                 row[f"{name}_p99_ms"] = round(percentile(values, 0.99) * 1000, 1)
-                row[f"{name}_most_ms"] = round(max(values) * 1000, 1)
+                row[f"{name}_max_ms"] = round(max(values) * 1000, 1)
         table[fault] = row
     return table
 

@@ -86,7 +86,7 @@ class Load:
 
     @property
     def under_way(self) -> list[Answer]:
-        """The streams that are far from their ends, once all have begun and most are far; before, none."""
+        """The streams far from their end; none before all have begun and 60 % are far from their end."""
         begun = [answer for answer in self.running.values() if len(answer.ids) >= 4]
         far = [answer for answer in begun if len(answer.ids) <= 0.7 * self.max_tokens]
         return far if len(begun) == self.streams and len(far) >= 0.6 * self.streams else []

@@ -37,7 +37,7 @@ class Observer:
                     self.ready.setdefault((name, assigned.epoch), now)
                 elif (name, assigned.epoch) in self.ready:
                     self.failed.setdefault((name, assigned.epoch), (now, "a shard's status is gone"))
-                # An epoch that was replaced without a FAILED status has been noticed, too.
+                # A new epoch without a FAILED status before it means that the fault was noticed, too.
                 for replica, epoch in list(self.ready):
                     if replica == name and epoch < assigned.epoch:
                         self.failed.setdefault((name, epoch), (now, "formed anew"))

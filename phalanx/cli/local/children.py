@@ -14,8 +14,8 @@ _ETCD_POLL_S = 0.05
 async def reading(fd: int) -> AsyncIterator[asyncio.StreamReader]:
     """Read from a pipe, and close it on exit.
 
-    The transport closes it. If the descriptor were closed under the transport, the event loop would go on
-    polling its number, and would take the events of the next pipe that gets the same number.
+    The transport closes the descriptor. If other code closed it, the event loop would continue to poll its
+    number, and would mix up this pipe with the next one that gets the same number.
     """
     reader = asyncio.StreamReader()
     pipe = os.fdopen(fd, "rb", buffering=0)

@@ -89,7 +89,7 @@ class Keeper:
         return 1 if self._failed else 0
 
     async def _step(self, group: asyncio.TaskGroup) -> bool:
-        """Wait for one event and handle it; False when every process is gone."""
+        """Wait for one event and handle it; returns False once every process is gone."""
         loop = asyncio.get_running_loop()
         event: Event = Tick()
         with contextlib.suppress(TimeoutError):
@@ -164,7 +164,7 @@ class Keeper:
         self._events.put_nowait(Exited(program.name, reason))
 
     async def _retire(self) -> None:
-        """Delete the deployment from an etcd that is not ours, then end the controller. Never raises."""
+        """Delete the deployment from an external etcd, then end the controller. Never raises."""
         deployment = retire.noted(self._state_dir)
         if deployment is not None and CONTROLLER in self._known:
             line = [sys.executable, "-P", "-m", "phalanx.cli.local.retire"]
@@ -213,7 +213,7 @@ class Keeper:
             self._progress_fd = None
 
     async def _watch_tether(self, tether_fd: int) -> None:
-        """Stop the cluster when the command that started it ends without a release."""
+        """Stop the cluster when the command that started it ends without releasing it."""
         async with reading(tether_fd) as pipe:
             if not await pipe.read(1):
                 self._events.put_nowait(StopAsked())

@@ -30,7 +30,7 @@ def sign(fd: int) -> None:
 
 
 def holder(state_dir: Path) -> int | None:
-    """The pid that last signed the lock. That process may be gone."""
+    """The pid in the lock file; None without one. That process may be gone."""
     try:
         text = (state_dir / FILE).read_text()
     except FileNotFoundError:

@@ -18,7 +18,7 @@ def exit_reason(name: str, code: int, path: Path) -> str:
 
 
 def last_words(path: Path) -> str:
-    """The last line of a log. Of a structured line only an error, since other events name no cause."""
+    """The message in the last line of a log; empty for a structured line that is no error."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))

@@ -20,7 +20,7 @@ from phalanx.cli.local.stop import stop
 
 
 class Starter:
-    """A supervisor process on a tether: a pipe whose end tells it to stop when this process ends.
+    """A supervisor process on a tether: a pipe that closes when this process ends, which stops the cluster.
 
     Owns: the supervisor process until `release`. Does not own: the processes that the supervisor starts.
     """
@@ -57,7 +57,7 @@ class Starter:
             yield json.loads(line)
 
     def release(self) -> None:
-        """Let the cluster go on after this process ends."""
+        """Let the cluster run on when this process ends."""
         os.write(self._tether, b"\n")
 
     def stop(self) -> None:

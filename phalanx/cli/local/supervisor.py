@@ -75,7 +75,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """A program ended before it served: the start failed and the cluster stops."""
+    """A program ended before it served: the start has failed, and the cluster stops."""
 
     reason: str
 
@@ -111,11 +111,11 @@ class _State:
 
 @dataclass(slots=True)
 class ProcessSupervisor:
-    """Takes events and the time in seconds; returns decisions in order."""
+    """Takes events, each with the time in seconds; returns decisions in order."""
 
     programs: Sequence[Program]
     stopping: bool = False
-    up: bool = False
+    up: bool = False  # every program has served
     _states: dict[str, _State] = field(init=False)
     _stage: int = -1
     _done: bool = False
