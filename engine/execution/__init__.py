@@ -1,5 +1,5 @@
 """Executes plans on one rank.
 
-`step_input.py` turns a plan into tensors. `runner.py` runs forward and sampling. `decoder.py` is the model.
-`cuda_graphs.py` replays decode steps that were captured before.
+`runner.py` runs the forward pass and the sampling. `step_input.py` turns a plan into tensors. `decoder.py` is
+the model, `rope.py` its rotary position embedding. `cuda_graphs.py` captures decode steps and replays them.
 """

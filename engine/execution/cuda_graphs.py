@@ -1,11 +1,13 @@
-"""CUDA graphs of decode steps: one launch replays the hundreds of kernels that a GPU would wait for.
+"""CUDA graphs of decode steps: one launch replays hundreds of kernels.
+
+Launched one by one, the kernels would be shorter than the time to launch them, and the GPU would wait.
 
 Shapes: S sequences, n sequences of a bucket, V vocabulary.
 
 A captured graph holds a step of n sequences with one query each, from token ids to sampled tokens. Its inputs
-are at fixed addresses, in one tensor. A smaller batch is padded with rows that attention skips. When a bucket
-is captured depends only on the number of decode steps, so all tensor parallel ranks capture a bucket at the
-same step: their collectives are in the graph.
+are at fixed addresses, in one tensor. A smaller batch is padded with rows that attention skips. The number of
+decode steps alone decides when a bucket is captured. So all tensor parallel ranks capture it at the same
+step, as they must: the graph contains their collectives.
 """
 
 from __future__ import annotations
@@ -20,32 +22,32 @@ from engine.execution.step_input import SlotTensors, StepInput, StepTensors
 from engine.kernels.gpu.sample import SPEC_INTS, pack, sample
 from engine.kernels.transfer import to_device
 
-# Decode steps before the first capture: the warm-up runs about half of them, and the first requests after the
-# start do not wait for captures.
+# Decode steps before the first capture. The warm-up runs about half of them. The other half keeps the first
+# requests after the start from waiting for a capture.
 _STEPS_BEFORE_CAPTURE = 64
 _STEPS_BETWEEN_CAPTURES = 16
 _GREEDY = (0,) * SPEC_INTS
 
 Work = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 Capture = Callable[[Work], tuple[Callable[[], None], tuple[torch.Tensor, torch.Tensor]]]
-"""Captures the device work of a function. Returns a replay function, and the results that a replay fills."""
+"""Captures the device work of a function; returns a function that replays it, and the tensors it fills."""
 
 
 def bucket_sizes(max_size: int) -> tuple[int, ...]:
-    """Batch sizes to capture, up to `max_size`: dense among small ones, where padding costs most."""
+    """The batch sizes to capture, up to `max_size`. Small ones are dense: there padding costs the most."""
     sizes = [1, 2, 4, *range(8, 33, 8), *range(48, 129, 16), *range(160, 257, 32), *range(320, 2049, 64)]
     return (*(size for size in sizes if size < max_size), max_size)
 
 
 class CaptureSchedule:
-    """When each bucket is captured: one at a time, the smallest first, not during the first steps."""
+    """When each bucket is captured: one at a time, the smallest first, none during the first steps."""
 
     def __init__(self, buckets: tuple[int, ...]) -> None:
         self._buckets_left = list(buckets)
         self._steps = 0
 
     def next_bucket(self) -> int | None:
-        """Count a decode step; the bucket to capture in it, if any."""
+        """Count a decode step; returns the bucket to capture in it, or None."""
         self._steps += 1
         if (
             not self._buckets_left
@@ -94,9 +96,9 @@ class DecodeGraphs:
         self._logits_SV: torch.Tensor | None = None  # of the last step: all graphs write to this one tensor
 
     def run(self, step_input: StepInput) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Replay a decode step: its logits [S, V] and sampled ids [S]; None if no graph is captured for it.
+        """Replay a decode step. Returns its logits [S, V] and sampled ids [S], or None if no graph fits.
 
-        The next step overwrites both. The ids are stored in the slot tensors.
+        The next replay overwrites both. The replay also stores the ids in the slot tensors.
         """
         rows = len(step_input.token_ids)
         if step_input.max_queries != 1 or len(step_input.specs) != rows or step_input.prompts:
@@ -114,7 +116,7 @@ class DecodeGraphs:
         return graph.logits_nV[:rows], graph.ids_n[:rows]
 
     def _capture_bucket(self, bucket: int) -> CapturedGraph:
-        """Capture a step of padding rows only: a capture also runs the step, which must change nothing."""
+        """Capture a step of padding rows only: the capture also runs the step, which must change nothing."""
         empty = pad(StepInput([], [], [], [], []), bucket)
         device = self._slot_tensors.last_token_ids.device
         numbers = to_device(empty.numbers + _packed_specs(empty), device)
@@ -151,7 +153,7 @@ def pad(step_input: StepInput, rows: int) -> StepInput:
 
 
 def _packed_specs(padded: StepInput) -> list[int]:
-    """The specs of all rows; padding rows sample greedily, and nobody reads their tokens."""
+    """The specs of all rows. Padding rows sample greedily; their tokens are not read."""
     return pack(padded.specs) + [*_GREEDY] * (len(padded.token_ids) - len(padded.specs))
 
 
@@ -167,7 +169,7 @@ class CudaGraphCapture:
         """See `Capture`."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            work()  # compile kernels and allocate workspaces, which a capture must not do
+            work()  # compiles kernels and allocates workspaces, which must not happen during a capture
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads, for example NCCL's, may call CUDA during the capture.

@@ -67,7 +67,7 @@ class Decoder:
         return x_TD if delta_TD is None else x_TD.add_(delta_TD)
 
     def logits(self, rows_S: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-        """The last stage's float32 logits [S, the model's vocabulary] of some rows."""
+        """The float32 logits [S, the model's vocabulary] of some rows of the last stage's `x_TD`."""
         assert self._weights.final_norm is not None
         assert self._weights.head is not None
         x_SD = x_TD[rows_S]
@@ -82,8 +82,8 @@ class Decoder:
     def _moe(self, y_TD: torch.Tensor, moe: Moe) -> torch.Tensor:
         """This rank's share of the experts of every token, weighted and summed.
 
-        A token's experts are added in the order of their numbers, so that the sum does not depend on the
-        experts of other tokens.
+        A token's experts are added in the order of their numbers. So the sum does not depend on the experts
+        of other tokens.
         """
         logits_TX = self._kernels.linear(y_TD, moe.router)
         weights_TC, experts_TC = route(logits_TX, moe.config.per_token, normalised=moe.config.normalised)
@@ -111,9 +111,9 @@ class Decoder:
 
 
 def route(logits_TX: torch.Tensor, per_token: int, *, normalised: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Route each token by the router's logits: weights and expert numbers, both [T, per_token].
+    """Choose each token's experts by the router's logits; returns weights and expert numbers [T, per_token].
 
-    All arithmetic is by row or by element. The weights of a row are added one by one, because the order in
+    A row's result must not depend on other rows. So the weights of a row are added one by one: the order in
     which `sum` adds them may depend on the number of rows.
     """
     weights_TC, experts_TC = torch.softmax(logits_TX.float(), dim=-1).topk(per_token, dim=-1)

@@ -29,7 +29,7 @@ def frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
             return inverse / rope.factor
         case "llama3":
             return _llama3(rope, inverse)
-    return inverse  # "dynamic" equals the default up to max_position_embeddings, and no more is served
+    return inverse  # "dynamic" equals the default up to max_position_embeddings; longer ones are refused
 
 
 def _llama3(rope: RopeConfig, inverse: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def _yarn(rope: RopeConfig, wavelengths: torch.Tensor) -> torch.Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
     if low == high:
-        high += 0.001  # as transformers: avoids a division by zero
+        high += 0.001  # as in transformers, against a division by zero
     stretched = ((torch.arange(half).float() - low) / (high - low)).clamp(0, 1)
     unchanged = 1 - stretched
     return 1.0 / (rope.factor * wavelengths) * (1 - unchanged) + 1.0 / wavelengths * unchanged

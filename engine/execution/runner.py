@@ -1,7 +1,7 @@
 """One rank's execution of plans: forward, then sample.
 
-Owns: the order of plans on this rank, the model, the KV cache. Does not own: any decision; all of them come
-with the plans.
+Owns: the order of plans on this rank, the model, the KV cache. Does not own: any decision; the plans contain
+them all.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class _ForwardOutput(NamedTuple):
-    """What the last stage computes: float32 logits [S, V] of the rows that sample; None if no row does."""
+    """The results of the last stage."""
 
-    logits_SV: torch.Tensor | None
+    logits_SV: torch.Tensor | None  # float32, of the rows that sample; None if no row does
     ids_S: torch.Tensor | None = None  # sampled by a CUDA graph, which has stored them in the slot tensors
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     tensors: StepTensors | None = None  # the step's input; None if a CUDA graph ran it
@@ -52,7 +52,7 @@ class Runner:
         max_model_len: int,
         capture: Capture | None = None,
     ) -> None:
-        """With `capture`, decode steps are captured in CUDA graphs; the model must have one stage then."""
+        """With `capture`, which needs a model of one stage, decode steps are captured in CUDA graphs."""
         self._epoch = engine.epoch
         self._step = 0
         self._parallel = parallel
@@ -76,7 +76,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> PendingSample | None:
-        """Start to execute a plan; returns the sampled tokens on the sampling rank, None on the others.
+        """Start to execute a plan; returns its pending sample on the sampling rank, None on the others.
 
         Raises:
             EngineError: PLAN_REFUSED, when the plan is of another epoch or not the next one.
@@ -110,7 +110,7 @@ class Runner:
         return _ForwardOutput(logits_SV, None, prompt_logprobs, tensors)
 
     def _run_stage(self, tensors: StepTensors) -> torch.Tensor | None:
-        """This stage's layers: hidden states [T, D] of the last stage; other stages send theirs on."""
+        """Run this stage. The last stage returns its hidden states [T, D], others send theirs to the next."""
         grid, x_TD = self._parallel.grid, None
         if not grid.is_first_stage:
             shape = (tensors.num_tokens, self._hidden_size)
@@ -124,7 +124,7 @@ class Runner:
     def _sample(
         self, plan: StepPlan, specs: Sequence[SampleSpec], output: _ForwardOutput
     ) -> PendingSample | None:
-        """Sample the next tokens on the sampling rank, and with `sample_on_device` on its whole stage."""
+        """Sample on the sampling rank; with `sample_on_device`, on all ranks of its stage."""
         logits_SV, ids_S, prompt_logprobs, tensors = output
         if plan.sample_on_device and logits_SV is not None and tensors is not None:
             # Each rank needs the ids on its own device: they are the pending tokens of the next step.
@@ -136,5 +136,5 @@ class Runner:
 
 
 def _decode_logits(model: Decoder, tensors: StepTensors) -> torch.Tensor:
-    """Logits of the rows that sample, of a model with one stage."""
+    """A step's logits of the rows that sample, for a model with one stage."""
     return model.logits(tensors.sample_rows_S, model.forward(tensors))

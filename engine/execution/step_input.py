@@ -22,7 +22,7 @@ class StepInput:
     """A step's input as integers on the host; `StepTensors` are the same numbers on the device.
 
     `sequences` has four numbers per sequence, see `AttentionInput`. `sample_rows` are the rows whose next
-    token is sampled, `specs` say how. `prompts` are rows to score.
+    token is sampled, and `specs` say how. `prompts` are the rows that give log-probabilities of a prompt.
     """
 
     token_ids: list[int]
@@ -43,7 +43,7 @@ class StepInput:
 
     @property
     def numbers(self) -> list[int]:
-        """These lists one after the other, so that one copy takes all of them."""
+        """All `device_lists` in one list, so that one copy transfers them."""
         return [*chain(*self.device_lists)]
 
 
@@ -61,7 +61,7 @@ class SlotTensors:
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """A step's input on the device. sample_rows_S: the rows whose next token is sampled."""
+    """A step's input on the device. `sample_rows_S`: the rows whose next token is sampled."""
 
     token_ids_T: torch.Tensor
     attention: AttentionInput
@@ -69,7 +69,7 @@ class StepTensors:
 
     @staticmethod
     def of(step_input: StepInput, numbers: torch.Tensor, slot_tensors: SlotTensors) -> StepTensors:
-        """Split `numbers`, the device copy of `step_input.numbers`, and fill in pending tokens."""
+        """Split `numbers`, the device's copy of `step_input.numbers`, and fill in the pending tokens."""
         parts = torch.split(numbers, [len(each) for each in step_input.device_lists])
         token_ids_T, positions_T, slots_T, sequences, sample_rows_S = parts
         if step_input.has_pending_tokens:
@@ -91,7 +91,7 @@ class StepTensors:
         return int(self.token_ids_T.shape[0])
 
     def store_sampled(self, ids_S: torch.Tensor, slot_tensors: SlotTensors) -> None:
-        """Keep sampled ids on the device, for the pending tokens of the next step."""
+        """Store sampled ids on the device: the next step reads its pending tokens there."""
         slots_S = self.attention.slots_T[self.sample_rows_S]
         slot_tensors.last_token_ids[slots_S] = ids_S.to(slot_tensors.last_token_ids.dtype)
 
@@ -99,8 +99,8 @@ class StepTensors:
 class StepInputBuilder:
     """Applies plans in order and builds each step's input.
 
-    Owns: what this rank knows of each slot: its sequence, its block table, its last sampled token. Does not
-    own: any decision; all of them come with the plans.
+    Owns: this rank's state of each slot: its sequence, its block table, its last sampled token. Does not own:
+    any decision; the plans contain them all.
     """
 
     def __init__(self, slots: int, blocks_per_sequence: int, device: torch.device) -> None:
@@ -114,7 +114,7 @@ class StepInputBuilder:
         return StepTensors.of(step_input, to_device(step_input.numbers, self._device), self.slot_tensors)
 
     def build(self, plan: StepPlan) -> StepInput:
-        """Apply what a plan says about slots and blocks, and lay out the rows of its chunks."""
+        """Apply a plan's changes to slots and block tables, and lay out the rows of its chunks."""
         for slot in plan.freed_slots:
             del self._sequences[slot]
             self._num_blocks[slot] = 0
@@ -123,7 +123,7 @@ class StepInputBuilder:
         result = StepInput([], [], [], [], [])
         specs: list[SampleSpec] = []
         prompts: list[PromptRows] = []
-        table_indices: list[int] = []  # into the flat block tables, of the blocks that this plan adds
+        table_indices: list[int] = []  # where the blocks that this plan adds go in the flat block tables
         blocks: list[int] = []
         table_len = self.slot_tensors.block_tables.shape[1]
         for index, chunk in enumerate(plan.chunks):

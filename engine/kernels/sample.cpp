@@ -37,7 +37,7 @@ int by_likelihood(const void* a, const void* b) {
   return x->id < y->id ? -1 : 1;
 }
 
-// The last token that is kept, in the order of likelihood.
+// The last token that stays, in the order of likelihood.
 struct Cut {
   float scaled = -__builtin_inff();
   int32_t id = INT32_MAX;
@@ -69,8 +69,8 @@ Token* sorted_bucket(const float* logits, long V_, const Spec& spec, float top, 
   return tokens;
 }
 
-// The cut of min-p, then top-k, then top-p, each of the tokens that are left. Each one cuts the end of the order, so
-// one cut describes all three.
+// Where min-p, then top-k, then top-p cut. Each one applies to the tokens that the one before leaves, and cuts the end
+// of the order. So one Cut describes all three.
 Cut find_cut(const float* logits, long V_, const Spec& spec, float top) {
   Cut cut;
   cut.scaled = top + spec.log_min_p;

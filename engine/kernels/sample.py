@@ -1,4 +1,6 @@
-"""How a token is sampled from a row of logits: the definition, in torch. Other kernels must choose the same.
+"""How a token is sampled from a row of logits: the definition, in torch.
+
+Every other implementation must sample the same token: C++ (sample.cpp) and Triton (gpu/sample.py).
 
 Shapes: S rows, V vocabulary.
 
@@ -47,7 +49,7 @@ def sample_tokens(logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch
 
 
 def truncate(logits_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Divide logits by the temperature, and set those that min-p, top-k or top-p exclude to minus infinity.
+    """Divide logits by the temperature, and set the ones that min-p, top-k or top-p exclude to -infinity.
 
     Top-p applies to the tokens that top-k leaves. The most likely token is never excluded.
     """
@@ -63,7 +65,7 @@ def truncate(logits_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch
         scaled_SV = scaled_SV.masked_fill(drop_SV, -torch.inf)
     if all(p.top_k == 0 and p.top_p == 1 for p in params):
         return scaled_SV
-    # From here on in sorted order. Min-p needed no sort, since it cuts at a value.
+    # Top-k and top-p cut in sorted order. Min-p needs no sort, because it cuts at a value.
     sorted_SV, order_SV = scaled_SV.sort(dim=-1, descending=True, stable=True)
     vocab = scaled_SV.shape[1]
     top_k_S1 = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
@@ -107,7 +109,7 @@ def _mix64(x: int) -> int:
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finaliser on int64 elements: a product may overflow, its low 32 bits are right."""
+    """MurmurHash3's 32-bit finaliser on int64 elements. A product may overflow; its low 32 bits are right."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & _MASK32
     x = x ^ (x >> 13)

@@ -1,6 +1,6 @@
-"""Copies integers between host and device without blocking the host or the device.
+"""Copies integers between host and device without blocking either of them.
 
-Only CUDA is asynchronous here. On any other device every function copies at once.
+Only CUDA copies asynchronously. On any other device, every function copies at once.
 """
 
 from __future__ import annotations

@@ -3,16 +3,16 @@
 Shapes: S rows, V vocabulary.
 
 Where is EOS suppressed? Here, by `min_tokens`: until the output has that many tokens, `_ban` sets the logits
-of the sequence's `ends` to minus infinity. `ends` are EOS and the stop ids, but not EOS if `ignore_eos` is
-set (`engine.scheduling.sequence.new_sequence`). `ignore_eos` suppresses nothing: EOS is sampled like any
-token, and the scheduler does not end the sequence there (`engine.scheduling.scheduler`).
+of the sequence's `ends` to minus infinity. `ends` are the stop ids and, without `ignore_eos`, EOS
+(`new_sequence` in engine/scheduling/plan_draft.py). `ignore_eos` suppresses nothing: EOS is sampled like any
+token, and does not end the sequence (`Sequence.finish_reason` in engine/scheduling/sequence.py).
 
 The order is that of vLLM:
 1. the grammar's mask;
 2. bad words, and `ends` before `min_tokens`;
 3. logit bias;
 4. repetition penalty, then frequency and presence penalty.
-Temperature and truncation come after, in `engine.kernels.sample`. All arithmetic is float32 and element by
+Temperature and truncation follow in engine/kernels/sample.py. All arithmetic is in float32 and element by
 element, so that a row gets the same bits in every batch.
 
 The result is a function of ids alone: those of the prompt and of the output. So a preempted or replayed
@@ -70,7 +70,7 @@ class _TokenCounts:
 
 @dataclass(slots=True)
 class _SequenceState:
-    """What the logits processors of one sequence depend on."""
+    """The state of one sequence's logits processors."""
 
     sequence: NewSequence
     output: list[int]
@@ -83,8 +83,8 @@ class _SequenceState:
 class LogitsProcessors:
     """The logits processors of all running sequences.
 
-    Owns: the tokens that they depend on, for each slot that has some. Does not own: grammars. A slot without
-    logits processors costs one dictionary lookup per step.
+    Owns: for each slot with logits processors, the tokens that they depend on. Does not own: grammars. A slot
+    without logits processors costs one dictionary lookup per step.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class LogitsProcessors:
                 self._slots[sequence.slot] = _begin(sequence)
 
     def append_token(self, slot: int, token: int) -> None:
-        """Note a token that was sampled for a slot."""
+        """Append a sampled token to the output of the sequence in a slot."""
         state = self._slots.get(slot)
         if state is not None:
             state.output.append(token)
@@ -114,7 +114,7 @@ class LogitsProcessors:
         Args:
             logits_SV: float32; not changed.
             rows: (slot, output position of the token to sample), one per row.
-            masks: of the rows that follow a grammar.
+            masks: one for each row that follows a grammar.
         """
         processed = [(row, *rows[row]) for row in range(len(rows)) if rows[row][0] in self._slots]
         if not processed and not masks:
@@ -128,7 +128,7 @@ class LogitsProcessors:
             self._bias(logits_SV, processed)
             self._penalise(logits_SV, processed)
             for mask in masks:
-                # The output must follow the grammar: if the rest bans all it allows, only the mask counts.
+                # The output must follow the grammar: if the others ban all that it allows, only the mask counts.
                 logits_V = logits_SV[row_of[mask.slot]]
                 if mask.slot in self._slots and logits_V.amax() == -torch.inf:
                     _forbid(logits_V.copy_(raw_SV[row_of[mask.slot]]), mask)

@@ -1,6 +1,6 @@
 """Log-probabilities of sampled tokens and of prompt tokens, from the model's unchanged logits.
 
-Shapes: S rows, V vocabulary. Logits processors, temperature and truncation do not count.
+Shapes: S rows, V vocabulary. Logits processors, temperature and truncation do not change them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _MAX_ROWS_AT_ONCE = 64
 class PromptRows:
     """Rows of a step whose logits give the log-probabilities of a prompt's next tokens.
 
-    `chunk` is the index of the plan's chunk. The logits of the step's row `first_row` + i score the token
-    `targets[i]`. `logprobs`: the number of alternatives for each.
+    `chunk` is the index of the plan's chunk. Row `first_row` + i of the step gives the log-probability of the
+    token `targets[i]`. `logprobs` is the number of alternatives for each.
     """
 
     chunk: int
@@ -38,8 +38,8 @@ def score_prompts(
     Args:
         prompts: the rows to score.
         logits: computes float32 logits [S, V] of some of the step's rows [S]. It is called for a few rows at
-            a time, so that memory does not grow with the prompt. Every tensor parallel rank makes the same
-            calls, because each call is a collective.
+            a time, so that memory does not grow with the prompt. Each call is a collective: every tensor
+            parallel rank must make the same calls.
     """
     scored = []
     for prompt in prompts:

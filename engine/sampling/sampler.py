@@ -2,8 +2,8 @@
 
 Shapes: S rows, V vocabulary.
 
-`engine.sampling.logits_processors` changes logits before sampling (penalties, bias, min_tokens, grammar).
-`engine.kernels.sample` defines temperature, top-k, top-p, min-p and the noise.
+engine/sampling/logits_processors.py changes logits before sampling (penalties, bias, min_tokens, grammar).
+engine/kernels/sample.py defines temperature, top-k, top-p, min-p and the noise.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from engine.sampling.logits_processors import LogitsProcessors
 from engine.sampling.logprobs import log_probabilities
 
 PendingSample = Callable[[], Sampled]
-"""The sampled tokens of a step, which the device may still compute: the call waits for them."""
+"""The sampled tokens of a step. The device may still compute them: the call waits for it."""
 SampleTokens = Callable[[torch.Tensor, Sequence[SampleSpec]], torch.Tensor]  # logits [S, V] to ids [S]
 
 
 class Sampler:
     """Samples for the plans of one epoch, in order.
 
-    Owns: the state that sampling depends on besides the logits. Does not own: the model, the plans, the
+    Owns: the logits processors, with the tokens that they depend on. Does not own: the model, the plans, the
     kernel that samples.
     """
 
@@ -51,10 +51,10 @@ class Sampler:
 
         Args:
             plan: the step; its new and freed slots are applied first.
-            logits_SV: float32; None where no row samples.
+            logits_SV: float32; None if no row samples.
             specs: how each row is sampled.
-            ids_S: tokens that were sampled on the device from these logits, if they were.
-            prompt_logprobs: passed on.
+            ids_S: tokens that the device has sampled from these logits already; None if it has not.
+            prompt_logprobs: become part of the result.
         """
         self._processors.update_slots(plan)
         if logits_SV is None:

@@ -1,9 +1,9 @@
-"""Samples a token per row on the GPU, as `engine.kernels.sample` defines it, without sorting or the host.
+"""Samples a token per row on the GPU, as engine/kernels/sample.py defines it, without sorting or the host.
 
-Shapes: S rows, V vocabulary. One Triton program has one row. Where the definition sorts, this searches: the
-value of the k-th largest logit, or of the logit where the probabilities reach top-p, is found by bisection
-over the float32 numbers, mapped to integers of the same order. Each step of the bisection counts the logits
-at or above the middle, or sums their probabilities. Equal logits count in the order of their token ids.
+Shapes: S rows, V vocabulary. One Triton program samples one row. The definition sorts; this code searches for
+the value of the k-th largest logit, and for the value where the probabilities reach top-p. It bisects the
+float32 numbers, mapped to integers of the same order. Each step of the bisection counts the logits at or
+above the middle, or sums their probabilities. Equal logits are ordered by their token ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.kernels.sample import GREEDY_BELOW, SampleSpec, noise_key
 SPEC_INTS = 6  # int32 numbers of one packed SampleSpec
 _PACK = struct.Struct("<fffiII")
 _INTS = struct.Struct("<6i")
-# A larger tile of tokens would spill registers, and take long to compile.
+# A larger tile of tokens would spill registers and take long to compile.
 MAX_TILE, TILE_PER_WARP = 1 << 13, 512
 _BELOW_ALL = tl.constexpr(-0x7F800001)  # an order number below that of minus infinity
 
