@@ -1,7 +1,7 @@
 """The open replica streams: one per ready replica, opened again whenever it breaks.
 
 Owns: which streams are open, and the tasks that keep them open.
-Does not own: which streams should be open (`router.targets`), what frames mean (`dispatcher`).
+Does not own: which streams should be open (`router.targets`), the meaning of frames (`dispatcher`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ _RECONNECT_S = (0.05, 0.5)
 class ReplicaStreams:
     """The streams of one gateway.
 
-    `on_up` hears of a leader that answered, `on_frame` of each frame, and `on_down` of a stream that ended:
-    why, and whether a request on it may be the cause.
+    Args:
+        gateway: the gateway's name.
+        incarnation: the gateway's incarnation.
+        on_up: is called when a leader has answered.
+        on_frame: is called with each frame.
+        on_down: is called when a stream has ended, with the reason and whether a request may be the cause.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class ReplicaStreams:
         self._open[target].send(request)
 
     def send_if_open(self, target: Target, request: shard_pb2.ServeRequest) -> None:
-        """The same, and nothing happens where the stream is not open."""
+        """Like `send`, but do nothing if the stream is not open."""
         if stream := self._open.get(target):
             stream.send(request)
 
@@ -61,9 +65,12 @@ class ReplicaStreams:
     def keep(self, wanted: set[Target], group: asyncio.TaskGroup) -> None:
         """Keep exactly these streams open from now on. Their tasks run in `group`."""
         for target in self._keepers.keys() - wanted:
-            keeper = self._ending[target] = self._keepers.pop(target)
-            keeper.add_done_callback(self._forget)
+            keeper = self._keepers.pop(target)
             keeper.cancel()
+            # A keeper that still waits for an earlier one has opened nothing: the earlier one stays listed.
+            if target not in self._ending:
+                self._ending[target] = keeper
+                keeper.add_done_callback(self._forget)
         for target in wanted - self._keepers.keys():
             previous = self._ending.get(target)
             self._keepers[target] = group.create_task(self._keep_open(target, previous))
@@ -91,7 +98,7 @@ class ReplicaStreams:
             gateway=self._gateway, incarnation=self._incarnation, replica=target.replica, epoch=target.epoch
         )
         stream = self._open[target] = ReplicaStream(target, hello)
-        # What holds when this task is cancelled:
+        # The values for a cancelled task; every other end replaces them.
         reason, blame = PhalanxError("UNREACHABLE", "the replica has left the topology"), False
         try:
             reason = await stream.run(partial(self._on_up, target), partial(self._on_frame, target))

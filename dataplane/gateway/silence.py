@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataplane.gateway.router import Target
 
 SILENCE_TIMEOUT_S = 1.5
-"""A leader sends a frame every `dataplane.shard.leader.BEAT_S`, even when its engine is idle or hangs."""
+"""A leader sends a frame every `dataplane.shard.leader.HEARTBEAT_S`, even if its engine is idle or hangs."""
 OWN_PAUSE_S = 0.5
 """A longer gap between two ticks means that this gateway itself was paused and has frames left to read."""
 
@@ -19,7 +19,7 @@ class SilenceDetector:
 
     def __init__(self) -> None:
         self._last_frame: dict[Target, float] = {}
-        self._last_tick = 0.0
+        self._last_tick: float | None = None
 
     def heard(self, target: Target, now: float) -> None:
         """A stream has opened, or a frame has come on it."""
@@ -34,7 +34,8 @@ class SilenceDetector:
 
         0.0 while ticks come on time. Call it once per tick, before `timed_out`.
         """
-        gap_s, self._last_tick = now - self._last_tick, now
+        previous, self._last_tick = self._last_tick, now
+        gap_s = 0.0 if previous is None else now - previous
         if gap_s <= OWN_PAUSE_S:
             return 0.0
         self._last_frame = {target: last + gap_s for target, last in self._last_frame.items()}

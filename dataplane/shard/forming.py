@@ -1,10 +1,10 @@
 """The lives of an epoch: how a failed replica starts again without the store and without a controller.
 
-A controller may know of a better place, or that nobody wants the replica any more, so the leader first gives
-it time. Then the leader starts its engine anew and asks the workers of the other ranks to do the same.
+A controller may assign the replica to better workers, or remove it, so the leader first gives a controller
+time. Then the leader starts its engine anew and asks the workers of the other ranks to do the same.
 
 Owns: how long the leader waits, and the questions to other workers.
-Does not own: what a worker does with its rank (`supervisor`).
+Does not own: how a worker starts its rank (`supervisor`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Forming:
         worker: this worker's name.
         supervisor: knows this worker's rank.
         start_task: runs a coroutine for as long as the worker runs.
-        handle: takes events to the supervisor and does what it answers.
+        handle: gives events to the supervisor and carries out its instructions.
     """
 
     def __init__(
@@ -52,11 +52,15 @@ class Forming:
         self._worker, self._supervisor = worker, supervisor
         self._start_task, self._handle = start_task, handle
         self._quick_failures, self._failed_at = 0, -math.inf  # lives in a row that failed within LIVED_S
+        self._failed: tuple[str, int, int] | None = None  # replica, epoch and life that failed last
 
     def wait_for_controller(self, failed: ShardRecord) -> None:
         """Give a controller time after a failure of the replica that this worker leads."""
-        if failed.rank != 0 or failed.permanent:
+        life = failed.replica, failed.epoch, failed.life
+        # The status of a failed life is published again when its text process ends, too.
+        if failed.rank != 0 or failed.permanent or life == self._failed:
             return
+        self._failed = life
         now = time.monotonic()
         self._quick_failures = self._quick_failures + 1 if now - self._failed_at < LIVED_S else 0
         self._failed_at = now

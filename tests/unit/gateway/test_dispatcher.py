@@ -384,8 +384,8 @@ def test_a_request_that_finds_no_replica_is_told_so() -> None:
 def test_a_deadline_ends_a_running_request_and_cancels_its_attempt() -> None:
     dispatcher, request = Dispatcher(), journal("r")
     dispatcher.stream_up(UP, LEADER, 0.0)
-    dispatcher.open(request, 0.0, timeout_s=2.0)
-    assert dispatcher.tick(1.9) == []
+    dispatcher.open(request, 0.0, timeout_s=1.0)
+    assert ticks(dispatcher, 0.0, 0.9) == []
     assert any(isinstance(todo, instructions.CancelAttempt) for todo in dispatcher.tick(2.0))
     assert request.error is not None
     assert request.error.reason == "DEADLINE_EXCEEDED"
