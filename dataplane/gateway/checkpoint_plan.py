@@ -1,9 +1,9 @@
-"""Which checkpoints are due, what is in them, and how a request comes back from them. Pure.
+"""Checkpoints as values: which parts are due, what they contain, which request they restore. Pure.
 
-A request gets its first checkpoint part once it is `AFTER_S` old. Each later part has what was delivered
+A request gets its first checkpoint part once it is `AFTER_S` old. Each later part has the output
 since the part before.
 
-Owns: what of each live request is in the store.
+Owns: how much of each live request is in the store.
 Does not own: the store (`checkpoints`), requests (`journal`).
 """
 
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class _Progress:
-    """What of a request is in the store."""
+    """How much of a request is in the store."""
 
     at: float
     cursor: Cursor
@@ -52,7 +52,10 @@ class _Progress:
 
 
 class CheckpointPlan:
-    """What to write. `now` is in seconds on the monotonic clock, `wall` in seconds since the Unix epoch."""
+    """Decides which parts to write.
+
+    `now` is in seconds on the monotonic clock, `wall` in seconds since the Unix epoch.
+    """
 
     def __init__(self) -> None:
         self._written: dict[str, _Progress] = {}
@@ -119,7 +122,7 @@ class Restored:
 def restore(records: Sequence[state_pb2.CheckpointRecord], wall: float) -> Restored | None:
     """The request in a checkpoint's parts, which are in order; None if the first part is missing.
 
-    A gap between two parts ends what can be used: the tokens after the gap are generated again.
+    Parts after a gap are ignored: the tokens after the gap are generated again.
     """
     if not records or not records[0].model:
         return None

@@ -1,10 +1,10 @@
 """Checkpoints of long requests in the store, for the case that a gateway and a leader die together.
 
-Each gateway writes the checkpoints of its own live requests, and only the gateway writes any. All are under
-one lease, which outlives the gateway by `TTL_S`. The checkpoint of a request that has ended is deleted.
+Only gateways write checkpoints, each those of its own live requests. All keys of a gateway are under one
+lease, which outlives the gateway by `TTL_S`. The checkpoint of a request that has ended is deleted.
 
 Owns: this gateway's lease, the transactions, the keys that are still to be deleted.
-Does not own: what is due (`checkpoint_plan`), when a client may resume a request (`resumption`).
+Does not own: which parts are due (`checkpoint_plan`), when a client may resume a request (`resumption`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Checkpoints:
         return max(restored, key=lambda one: one.journal.tokens, default=None)
 
     async def run(self) -> None:
-        """Write what is due, every `_TICK_S`."""
+        """Write the parts that are due, every `_TICK_S`, until cancelled."""
         while True:
             await asyncio.sleep(_TICK_S)
             try:
@@ -89,7 +89,7 @@ class Checkpoints:
             except StoreUnavailableError as error:
                 log.debug("checkpoints wait for the store", extra={"reason": repr(error)})
             except StoreError:
-                log.exception("checkpoints not written")  # requests go on without
+                log.exception("checkpoints not written")  # requests continue without checkpoints
 
     async def _write(self) -> None:
         """Write the parts that are due and delete those of ended requests, many in one transaction."""

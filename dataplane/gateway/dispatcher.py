@@ -5,9 +5,9 @@ Does not own: streams (`replicas`), clients (`server`, `http`), spans and metric
 
 A live request either waits for a replica or has one attempt on a replica.
 
-What keeps a stale frame out: `frame` drops a whole frame unless its epoch is the epoch of the stream that is
-open now, and `_current` drops every part of it whose attempt is not the request's current attempt. An epoch
-is never used again, and no two attempts of a gateway have the same number.
+Stale output is dropped here. `frame` drops a whole frame unless its epoch is that of the open stream, and
+`_current` drops each part that is not of the request's current attempt. No epoch is used twice, and no two
+attempts of a gateway have the same number.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_EARLY_LOSSES = 4
 """So many attempts in a row lost early (`journal.EARLY_TOKENS`) end a request: it may kill replicas."""
 PLACEMENT_TIMEOUT_S = 120.0
 """How long a request waits for a replica before it ends with NO_REPLICA."""
-_ENDED_BY_CLIENT = ("CANCELLED", "TAKEN_OVER")  # not failures: the client wanted the end
+_ENDED_BY_CLIENT = ("CANCELLED", "TAKEN_OVER")  # the client wanted this end: not a failure
 
 
 @dataclass(slots=True)
@@ -184,7 +184,7 @@ class Dispatcher:
     # Time
 
     def tick(self, now: float) -> list[Instruction]:
-        """End what has timed out: silent streams, searches, requests past their deadline or never placed."""
+        """End everything that has timed out: silent streams, searches, requests late or without a replica."""
         self._searches.extend(self._silence.own_pause(now))
         out: list[Instruction] = [
             CloseSilent(target, f"silent for {SILENCE_TIMEOUT_S} s")
@@ -323,7 +323,7 @@ class Dispatcher:
         return [*out, Wake(journal)]
 
     def check_integrity(self) -> None:
-        """Assert what must hold between any two events."""
+        """Assert the invariants that hold between any two events."""
         sent = _count(
             (live.target.replica, len(live.journal.choices))
             for live in self._placements.values()

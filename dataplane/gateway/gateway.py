@@ -1,8 +1,8 @@
-"""The gateway: what client protocols call, and what carries the dispatcher's instructions out.
+"""The gateway behind both client protocols. It feeds the dispatcher and carries out its instructions.
 
 Owns: the live requests of this process, and their ends; the latest view of the cluster.
 Does not own: decisions (`dispatcher`), streams to replicas (`replicas`), client protocols (`server`, `http`),
-what is written to the store (`checkpoints`: this process writes the checkpoints of its own live requests).
+checkpoints in the store (`checkpoints`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Gateway:
             self._live_requests, self.dispatcher, self._checkpoints, self._register, self._end, self._do
         )
         self._draining = False
-        self._leaving = False  # a request that its client leaves now is not cancelled: it goes on elsewhere
+        self._leaving = False  # do not cancel requests any more: clients resume them at another gateway
         self._idle = asyncio.Event()  # no request is live; maintained for `drain`
 
     # Clients

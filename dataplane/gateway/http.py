@@ -26,7 +26,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def application(gateway: Gateway) -> web.Application:
-    """The routes. Run it with `handler_cancellation=True`, or a request goes on after its client has left."""
+    """The routes. Run it with `handler_cancellation=True`, so that a request ends when its client leaves."""
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_typed_errors])
     app[GATEWAY] = gateway
     app.router.add_post("/v1/completions", _completions)

@@ -1,4 +1,4 @@
-"""What the dispatcher decides: the instructions that the gateway carries out, in order."""
+"""The dispatcher's decisions: instructions that the gateway carries out, in order."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Distrust:
 
 @dataclass(frozen=True, slots=True)
 class CloseSilent:
-    """A replica's silence timeout has passed: close its stream. Its process hangs, or is cut off."""
+    """A replica's silence timeout has passed: close its stream. Its process hangs, or the network is cut."""
 
     target: Target
     reason: str

@@ -88,7 +88,7 @@ class Journal:
     def restore(cls, model: str, request: shard_pb2.Submit, eos_token_ids: Sequence[int]) -> Journal:
         """The journal of an accepted request that another gateway began.
 
-        `request` is what `pinned` returned there, with the output so far in `prior`.
+        `request` is the Submit that `pinned` returned there, with the output so far in `prior`.
         """
         template = shard_pb2.Submit()
         template.CopyFrom(request)
@@ -185,7 +185,7 @@ class Journal:
         self.attempt = Attempt(number, replica, leader, self.tokens)
 
     def pinned(self) -> shard_pb2.Submit:
-        """The request without its output. After acceptance, what a replay must not change is filled in."""
+        """The request without its output. After acceptance it fixes prompt ids, token budget and model."""
         submit = shard_pb2.Submit()
         submit.CopyFrom(self.template)
         submit.model_hash = self.model_hash

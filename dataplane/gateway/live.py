@@ -1,7 +1,7 @@
 """A live request and the single client that reads it.
 
 Owns: which client is the request's reader, the event that wakes the reader.
-Does not own: what the reader gets (`journal`), where the request runs (`dispatcher`).
+Does not own: tokens (`journal`), where the request runs (`dispatcher`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from phalanx.runtime.errors import PhalanxError
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-_DISPLACED = PhalanxError("TAKEN_OVER", "the stream goes on at another connection")
+_DISPLACED = PhalanxError("TAKEN_OVER", "another connection has resumed this stream")
 
 
 def duplicate_request(request_id: str) -> PhalanxError:
@@ -42,7 +42,7 @@ class LiveRequest:
     started: bool = False  # the first token has come
     target: Target | None = None  # the replica of its last attempt
     reader: int = 0
-    displaced: PhalanxError = _DISPLACED  # what the reader that was displaced last is told
+    displaced: PhalanxError = _DISPLACED  # the error for the reader that was displaced last
 
     def displace_reader(self, why: PhalanxError = _DISPLACED) -> None:
         """End the current reader with `why`. The next to call `chunks` is the new one."""

@@ -110,7 +110,7 @@ async def _serve_when_informed(gateway: Gateway, health: rpc.Health) -> None:
     "--resumable/--no-resumable",
     default=True,
     show_default=True,
-    help="Whether another gateway can continue this one's streams, from what leaders and etcd keep of them.",
+    help="Whether clients can resume streams at another gateway; leaders and etcd then keep their output.",
 )
 @click.option("--ready-fd", type=int, help="Inherited descriptor to announce the addresses on.")
 def main(

@@ -16,8 +16,8 @@ from phalanx.runtime.errors import PhalanxError
 class ReplicaStream:
     """One call: `run` opens it, `send` queues requests, `close` ends it.
 
-    Owns: the channel and the call. Does not own: what frames mean, whether the stream is opened again
-    (`replicas`).
+    Owns: the channel and the call.
+    Does not own: the meaning of frames (`dispatcher`), whether the stream is opened again (`replicas`).
     """
 
     def __init__(self, target: Target, hello: shard_pb2.GatewayHello) -> None:
@@ -60,8 +60,8 @@ class ReplicaStream:
             except grpc.aio.AioRpcError as error:
                 return rpc.to_error(error)
             except asyncio.CancelledError:
-                # gRPC raises this when `close` cancels the call, asyncio when this task is cancelled: only
-                # that goes on.
+                # gRPC raises this when `close` cancels the call, asyncio when this task is cancelled. Raise
+                # it again only for the task.
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     raise
                 return PhalanxError("UNREACHABLE", self._closed)

@@ -1,7 +1,7 @@
-"""How a gateway comes by the request that a client resumes: its own, a replica's, or one from a checkpoint.
+"""Finds the request that a client resumes: at this gateway, on a replica, or in a checkpoint.
 
 Owns: the clients that wait until a search among the replicas has ended.
-Does not own: the search (`search`), what is in the store (`checkpoints`), the single reader (`live`).
+Does not own: the search (`search`), checkpoints (`checkpoints`), the single reader (`live`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class _Pending:
 
     found: asyncio.Future[LiveRequest | None]
     waiting: int = 0
-    certain: bool = True  # of a request that was not found: every replica has answered that it has none
+    certain: bool = True  # if nothing was found: every replica has answered no
 
 
 class Resumption:
-    """Finds requests for one gateway.
+    """Finds requests for one gateway, together with its dispatcher.
 
-    `register` makes a journal a live request, `end` ends one, `carry_out` does what the dispatcher says.
+    `register` makes a journal a live request, `end` ends one, `carry_out` takes its instructions.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Resumption:
         self._finish(journal.resume_key, live, certain=True)
 
     def not_held(self, resume_key: str, certain: bool) -> None:
-        """No replica holds a request that was searched for; `certain` if all of them have said so."""
+        """No replica holds a request that was searched for; `certain` if every replica has answered no."""
         self._finish(resume_key, None, certain=certain)
 
     async def _search(self, ticket: Ticket) -> _Pending:
@@ -119,17 +119,18 @@ class Resumption:
         try:
             restored = await self._checkpoints.load(ticket.key)
         except StoreUnavailableError as error:
-            message = "no replica holds the request, and the store, which may, cannot be asked"
+            message = "no replica holds the request, and the store cannot be asked for its checkpoint"
             raise PhalanxError("STORE_UNAVAILABLE", message) from error
         if restored is None and not certain:
-            message = "not every replica has said whether it holds the request; ask again"
+            message = "not every replica has answered whether it holds the request; resume again"
             raise PhalanxError("UNREACHABLE", message)
         if restored is None:
-            raise PhalanxError("UNKNOWN_REQUEST", "nobody holds this request any more; send it again")
+            message = "no replica and no checkpoint has this request any more; send it again"
+            raise PhalanxError("UNKNOWN_REQUEST", message)
         return restored
 
     def _adopt(self, restored: Restored, parent: str) -> LiveRequest:
-        """Make a request live that comes from its checkpoint, and replay it."""
+        """Make a request from its checkpoint live, and replay it."""
         journal = restored.journal
         if journal.request_id in self._live_requests:
             raise duplicate_request(journal.request_id)

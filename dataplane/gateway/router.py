@@ -72,7 +72,7 @@ class Route:
         return max(self.load, self.sent)
 
     def report(self, load: shard_pb2.Load) -> None:
-        """A frame has told the replica's load."""
+        """Take the load that the replica's latest frame reports."""
         self.load = load.running + load.waiting
         self.prefix_tokens, self.prefix_hits = load.prefix_tokens, load.prefix_hits
 

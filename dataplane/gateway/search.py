@@ -49,7 +49,7 @@ class Searches:
         ]
 
     def claim(self, resume_key: str, number: int, target: Target) -> bool:
-        """A replica holds the request: end the search. False if the replica was not asked or is too late."""
+        """End the search: a replica holds the request. False if it was not asked, or is too late."""
         search = self._by_key.get(resume_key)
         if search is None or search.asked.get(number) != target:
             return False

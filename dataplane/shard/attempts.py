@@ -1,4 +1,4 @@
-"""One attempt of a request on its leader, and one gateway's stream: what `requests` keeps of each."""
+"""One attempt of a request on its leader, and one gateway's stream: the state that `requests` has of each."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Ended:
 class Stream:
     """One gateway's stream: its attempts, and the load and step that the gateway last heard of.
 
-    `boot` is the gateway's incarnation. `tombstones` are attempts that were cancelled: a Submit that comes
-    after its cancel must not start.
+    `incarnation` is the gateway's. `tombstones` are attempts that were cancelled: a Submit that comes after
+    its cancel must not start.
     """
 
-    boot: str
+    incarnation: str
     load: Load = field(default_factory=Load)
     step: int = 0
     attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
@@ -61,12 +61,12 @@ class Attempt:
 
     id: str
     stream: int | None  # None: its stream has broken
-    boot: str  # incarnation of the gateway that has it, or had it last
+    incarnation: str  # of the gateway that has the attempt, or had it last
     submit: shard_pb2.Submit
     deadline: float | None
     live: set[int]  # choices whose end has not been sent to the gateway
-    outputs: list[shard_pb2.Delta]  # per choice: all that is generated; kept only if there is a resume key
-    keep_until: float | None = None  # set while no gateway has it, and when it has finished
+    outputs: list[shard_pb2.Delta]  # per choice; new output is added only with a resume key
+    keep_until: float | None = None  # the end of its retention; set for an orphan and for a finished attempt
     prompt_ids: tuple[int, ...] | None = None  # None until the text process has answered
     completion_tokens: int = 0
     timings: list[Timing] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Attempt:
         return self.prompt_ids or tuple(self.submit.token_ids.ids)
 
     def to_encode(self, model: ServedModel) -> Encode:
-        """What the text process is asked for: to tokenise the prompt and to follow the output."""
+        """The message that asks the text process to tokenise the prompt and to follow the output."""
         submit = self.submit
         text, messages = None, ()  # type: str | None, tuple[tuple[str, str], ...]
         if submit.WhichOneof("prompt") == "chat":
@@ -107,7 +107,7 @@ class Attempt:
         )
 
     def to_request(self, bad_words: tuple[tuple[int, ...], ...]) -> Request:
-        """What the engine is asked for, once the prompt's ids are known."""
+        """The engine's request, once the prompt's ids are known."""
         assert self.prompt_ids is not None
         return convert.to_request(self.id, self.submit, self.prompt_ids, bad_words)
 
@@ -125,7 +125,7 @@ class Attempt:
         return replay
 
     def to_ended(self, error: str) -> Ended:
-        """What a trace needs, now that the attempt is over."""
+        """The facts for its trace, now that the attempt is over."""
         return Ended(
             traceparent=self.submit.traceparent,
             request_id=self.submit.request_id,

@@ -1,7 +1,7 @@
 """A worker's running children: the engine and, on the leader, the text process.
 
 Owns: the processes, by number; the socket between the two. Does not own: when each should live
-(`supervisor`), whether one hangs (`monitor`), what messages mean (`worker`).
+(`supervisor`), whether one hangs (`monitor`), the meaning of messages (`worker`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Commands:
     """How children are started. Options that name sockets are appended.
 
-    Engines are forked where there is a `forkserver`.
+    Engines are forked if `forkserver` is set.
     """
 
     engine: tuple[str, ...] = (sys.executable, "-m", "engine.processes.rank")
@@ -38,8 +38,8 @@ class Children:
     Args:
         commands: what to run.
         start_task: runs a coroutine for as long as the worker runs.
-        handle: hears `Spawned` and `Exited`.
-        received: hears every message of every child, with the child's number.
+        handle: is called with `Spawned` and `Exited`.
+        received: is called with the number of a child and each message of it.
     """
 
     def __init__(

@@ -91,10 +91,10 @@ def to_delta(request_id: str, attempt: int, delta: engine.Delta) -> shard_pb2.De
     )
 
 
-def extend(output: shard_pb2.Delta, news: shard_pb2.Delta) -> None:
+def extend(output: shard_pb2.Delta, new_tokens: shard_pb2.Delta) -> None:
     """Append a choice's next tokens to all that it has generated. `to_prior` cleans the result."""
     cached_tokens = output.cached_tokens
-    output.MergeFrom(news)  # runs for every token; appending field by field takes five times as long
+    output.MergeFrom(new_tokens)  # runs for every token; appending field by field takes five times as long
     if cached_tokens:
         output.cached_tokens = cached_tokens
 

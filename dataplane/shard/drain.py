@@ -1,6 +1,6 @@
-"""How a worker leaves: it waits until its replica has no requests.
+"""Draining: a worker that leaves first waits until its replica has no requests.
 
-Requests that remain when its time is up are replayed elsewhere.
+Requests that remain at the end of its drain time are replayed on other replicas.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 from phalanx.store.records import ShardRecord, ShardState
 
-_UNROUTABLE_S = 0.5  # until every gateway has heard that this worker drains
+_UNROUTABLE_S = 0.5  # until every gateway knows that this worker drains
 _TICK_S = 0.1
 _MAX_UNANSWERED = 5  # questions in a row
 

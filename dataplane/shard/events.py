@@ -1,4 +1,4 @@
-"""Events that a worker's supervisor hears and instructions that it answers with: plain values."""
+"""Events for a worker's supervisor, and the instructions that it answers with: plain values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phalanx.store.records import ShardRecord
 
 @dataclass(frozen=True, slots=True)
 class RankAssigned:
-    """This boot of the worker holds `rank` of a replica in `epoch`.
+    """This incarnation of the worker holds `rank` of a replica in `epoch`.
 
     `life` counts how often the leader has started the replica again within the epoch. `addresses` are those
     of the ranks' workers, host:port.
@@ -39,7 +39,7 @@ class RankAssigned:
 
 @dataclass(frozen=True, slots=True)
 class RankUnassigned:
-    """This boot of the worker holds no rank."""
+    """This incarnation of the worker holds no rank."""
 
 
 @dataclass(frozen=True, slots=True)

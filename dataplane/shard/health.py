@@ -55,7 +55,7 @@ def judge(reading: Reading, first: Reading) -> Verdict:
         if xid in _FATAL_XIDS:
             return Verdict(f"the driver reports XID {xid}: {_FATAL_XIDS[xid]}")
     if reading.remap_failed:
-        return Verdict("rows of its memory are broken and there is no other place for them")
+        return Verdict("broken rows of its memory could not be remapped")
     if reading.uncorrected > first.uncorrected:
         return Verdict(f"{reading.uncorrected - first.uncorrected} errors of its memory were not corrected")
     if reading.shutdown_c and reading.temperature_c >= reading.shutdown_c - _SHUTDOWN_MARGIN_C:

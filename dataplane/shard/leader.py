@@ -18,12 +18,12 @@ from engine.ipc.wire import Encoded, Message, NotEncoded, Step
 from phalanx.internal.v1 import shard_pb2
 from phalanx.runtime.errors import PhalanxError
 
-BEAT_S = 0.25
+HEARTBEAT_S = 0.25
 """Between two frames that only tell gateways that this process runs."""
 
 
 class Leader:
-    """Does what the request book answers, until the epoch ends."""
+    """Carries out the request book's instructions, until the epoch ends."""
 
     def __init__(
         self,
@@ -54,17 +54,17 @@ class Leader:
         self._outboxes: dict[int, Outbox] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._beat = self._loop.call_later(BEAT_S, self._beats)
+        self._next_heartbeat = self._loop.call_later(HEARTBEAT_S, self._heartbeat)
 
     @property
     def pending(self) -> int:
         """Requests that have not ended."""
         return len(self._book)
 
-    def join(self, stream: int, boot: str) -> Outbox:
-        """A gateway's stream begins; `boot` is the gateway's incarnation."""
+    def join(self, stream: int, incarnation: str) -> Outbox:
+        """A gateway's stream begins; `incarnation` is the gateway's."""
         outbox = self._outboxes[stream] = Outbox()
-        self._do(self._book.join(stream, boot))
+        self._do(self._book.join(stream, incarnation))
         return outbox
 
     def leave(self, stream: int) -> None:
@@ -98,7 +98,7 @@ class Leader:
 
     def end(self, reason: str) -> None:
         """End every stream at once, so that gateways replay their requests elsewhere."""
-        self._beat.cancel()
+        self._next_heartbeat.cancel()
         self._do(self._book.end())
         for stream, outbox in list(self._outboxes.items()):
             outbox.close(
@@ -106,9 +106,9 @@ class Leader:
             )
             self.leave(stream)
 
-    def _beats(self) -> None:
-        self._beat = self._loop.call_later(BEAT_S, self._beats)
-        self._do(self._book.beat())
+    def _heartbeat(self) -> None:
+        self._next_heartbeat = self._loop.call_later(HEARTBEAT_S, self._heartbeat)
+        self._do(self._book.heartbeat())
 
     def _do(self, todo: Iterable[Instruction]) -> None:
         for instruction in todo:

@@ -1,7 +1,7 @@
-"""Notices what a worker cannot be told: a child that hangs, a pause of the worker itself, a failing GPU.
+"""Finds faults that send no message: a child that hangs, a pause of the worker itself, a failing GPU.
 
 Owns: the clock of the watchdogs, which children they watch.
-Does not own: deadlines (`watchdog`), judgement of a GPU (`health`), what follows (`supervisor`).
+Does not own: deadlines (`watchdog`), judgement of a GPU (`health`), the reaction (`supervisor`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Watches every child's beats, and the steps of the engine that serves.
+    """Watches the heartbeats of every child, and the steps of the engine that serves.
 
     Args:
-        handle: hears `Hung` and `WorkerPaused`.
+        handle: is called with `Hung` and `WorkerPaused`.
         send: sends a message to a child.
     """
 
@@ -54,7 +54,7 @@ class Monitor:
         self._watchdog = None
 
     def received(self, child: int, message: Message) -> None:
-        """A child has sent a message, whatever it says."""
+        """A child has sent a message of any kind."""
         now = time.monotonic()
         if pulse := self._pulses.get(child):
             if isinstance(message, EngineReady | TextReady):

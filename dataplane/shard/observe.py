@@ -1,4 +1,4 @@
-"""The cluster's state as events for one boot of a worker."""
+"""The cluster's state as events for one incarnation of a worker."""
 
 from __future__ import annotations
 

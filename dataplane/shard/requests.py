@@ -3,7 +3,7 @@
 Commands of gateways, answers and steps of the text process in; messages to the engine, to the text process
 and to gateways out. No sockets, no clock: `now` is an argument, in seconds on the monotonic clock.
 
-Owns: which attempts are live, which stream each belongs to, and what each gateway has last heard of the load.
+Owns: which attempts are live, which stream each belongs to, the load that each gateway was sent last.
 Does not own: tokens and KV (the engine), text (the text process), streams (`leader`), timers (`retention`).
 
 The life of an attempt: the text process tokenises its prompt and follows its output from then on; the engine
@@ -69,25 +69,27 @@ class RequestBook:
 
     @property
     def retained(self) -> int:
-        """Attempts that are live or whose output is kept."""
+        """Attempts that are live or whose output is retained."""
         return len(self._retained)
 
-    def join(self, stream: int, boot: str = "") -> list[Instruction]:
-        """A gateway opened a stream. `stream` is a number that no stream of this boot had before.
+    def join(self, stream: int, incarnation: str = "") -> list[Instruction]:
+        """A gateway opened a stream. No other stream of this worker's incarnation has the number `stream`.
 
-        `boot` is the gateway's incarnation. A gateway that comes back has given up its earlier attempts, even
-        if the end of its last stream is not known here yet.
+        `incarnation` is the gateway's. A gateway that comes back has given up its earlier attempts, even if
+        this worker does not know yet that its last stream has ended.
         """
         left = [
             each
             for each in self._retained
-            if boot and each.boot == boot and (each.stream is None or each.id in self._attempts)
+            if incarnation
+            and each.incarnation == incarnation
+            and (each.stream is None or each.id in self._attempts)
         ]
-        self._streams[stream] = Stream(boot, self._load, self._step)
+        self._streams[stream] = Stream(incarnation, self._load, self._step)
         return [ToGateway(stream, self._frame()), *self._drop_all(left)]
 
     def leave(self, stream: int, now: float) -> list[Instruction]:
-        """A stream is gone. Attempts that another gateway can ask for go on. Idempotent."""
+        """A stream is gone. Its attempts with a resume key go on as orphans, the others end. Idempotent."""
         left = self._streams.pop(stream, None)
         if left is None:
             return []
@@ -102,7 +104,7 @@ class RequestBook:
         return self._drop_all(list(self._retained))
 
     def submit(self, stream: int, submit: shard_pb2.Submit, now: float) -> list[Instruction]:
-        """Start an attempt. A live one with this key goes on; a cancelled one is refused."""
+        """Start an attempt. Does nothing if it is live already; refuses it if it was cancelled."""
         mine, key = self._streams[stream], (submit.request_id, submit.attempt)
         if key in mine.attempts:
             return []
@@ -116,7 +118,7 @@ class RequestBook:
         attempt = Attempt(
             id=f"{stream}/{submit.request_id}/{submit.attempt}",
             stream=stream,
-            boot=mine.boot,
+            incarnation=mine.incarnation,
             submit=submit,
             deadline=now + submit.deadline_ms / 1000 if submit.deadline_ms else None,
             live={choice for choice, output in enumerate(outputs) if not output.finish_reason},
@@ -132,7 +134,7 @@ class RequestBook:
         return [*dropped, ToText(attempt.to_encode(self._model))]
 
     def attach(self, stream: int, attach: shard_pb2.Attach, now: float) -> list[Instruction]:
-        """A gateway asks for a request that another had begun."""
+        """A gateway asks for a request that another gateway began."""
         attempt, frame = self._retained.get(attach.resume_key), self._frame()
         if attempt is None or not attempt.known_prompt_ids or not attempt.submit.resume_key:
             message = "this replica does not hold the request"
@@ -140,7 +142,7 @@ class RequestBook:
             return [ToGateway(stream, frame)]
         todo = self._displace(attempt, stream)
         mine = self._streams[stream]
-        attempt.stream, attempt.boot, attempt.submit.attempt = stream, mine.boot, attach.attempt
+        attempt.stream, attempt.incarnation, attempt.submit.attempt = stream, mine.incarnation, attach.attempt
         attempt.submit.takeovers += 1
         if attempt.id in self._attempts:
             attempt.keep_until = None
@@ -200,7 +202,7 @@ class RequestBook:
         return [ToEngine(SubmitRequest(attempt.to_request(answer.bad_words)))]
 
     def stepped(self, step: Step, now: float) -> list[Instruction]:
-        """A step of the engine with its text: one frame for every stream that has news."""
+        """A step of the engine with its text: one frame for every stream that has something new."""
         self._step, self._load = step.step, step.load
         todo: list[Instruction] = []
         frames: dict[int, shard_pb2.StepFrame] = {}
@@ -215,11 +217,11 @@ class RequestBook:
         for delta in step.deltas:
             attempt = self._attempts.get(delta.id)
             if attempt is not None and delta.choice in attempt.live:
-                news = convert.to_delta(*attempt.key, delta)
-                if attempt.submit.resume_key:  # otherwise nobody can ask for it
-                    convert.extend(attempt.outputs[delta.choice], news)
+                new_tokens = convert.to_delta(*attempt.key, delta)
+                if attempt.submit.resume_key:  # without one, no gateway can ask for the output
+                    convert.extend(attempt.outputs[delta.choice], new_tokens)
                 if frame := self._frame_of(frames, attempt):
-                    frame.deltas.append(news)
+                    frame.deltas.append(new_tokens)
                 todo += self._advance(attempt, delta, now)
         for refusal in step.failed:
             attempt = self._attempts.get(refusal.id)
@@ -229,12 +231,12 @@ class RequestBook:
                 todo += self._forget(attempt, refusal.reason)
         return self._send(frames) + todo
 
-    def beat(self) -> list[Instruction]:
-        """A frame for every stream: this process lives, whatever its engine does."""
+    def heartbeat(self) -> list[Instruction]:
+        """A frame for every stream: this process runs, even if its engine hangs."""
         return [ToGateway(stream, self._frame()) for stream in self._streams]
 
     def check_integrity(self) -> None:
-        """Assert what must hold between any two events."""
+        """Assert the invariants that hold between any two events."""
         listed = [attempt for stream in self._streams.values() for attempt in stream.attempts.values()]
         orphans = [attempt for attempt in self._attempts.values() if attempt.stream is None]
         assert len(listed) + len(orphans) == len(self._attempts), "every attempt has one stream, or none"
@@ -262,7 +264,7 @@ class RequestBook:
         return [ToGateway(had, frame)]
 
     def _advance(self, attempt: Attempt, delta: Delta, now: float) -> list[Instruction]:
-        """Do what follows from a delta that is in a frame already."""
+        """Update the attempt by a delta that is in a frame already."""
         todo: list[Instruction] = []
         if attempt.advance(delta):
             todo.append(ToEngine(CancelRequest(attempt.id, delta.choice)))
@@ -294,7 +296,7 @@ class RequestBook:
         return stop + self._forget(attempt, error)
 
     def _forget(self, attempt: Attempt, error: str) -> list[Instruction]:
-        """Remove an attempt that the engine does not run, or is told to end."""
+        """Remove an attempt that the engine does not run, or that the caller cancels there."""
         del self._attempts[attempt.id]
         self._retained.remove(attempt)
         if attempt.stream is not None and attempt.stream in self._streams:
@@ -302,7 +304,7 @@ class RequestBook:
         return [ToText(Forget(attempt.id)), attempt.to_ended(error)]
 
     def _send(self, frames: dict[int, shard_pb2.StepFrame]) -> list[Instruction]:
-        """A step's frames, and a frame with the load alone for a stream that has not heard of it."""
+        """A step's frames. A stream without one gets a frame with the load alone if its last load is old."""
         todo: list[Instruction] = []
         for number, stream in self._streams.items():
             stale = stream.load != self._load or self._step - stream.step >= LOAD_EVERY_STEPS

@@ -1,10 +1,11 @@
-"""Attempts by their names, and when each must be looked at again: deadlines and the ends of retention.
+"""Attempts by name, with a timer for each deadline and each end of retention.
 
-A live attempt whose stream breaks goes on as an orphan: its gateway may be dead, and another may ask for the
-request by its resume key. A finished attempt keeps its output for the same reason. Either is dropped when
-nobody has asked for it in time.
+A live attempt whose stream breaks goes on as an orphan: its gateway may be dead, and another gateway may ask
+for the request by its resume key. A finished attempt keeps its output for the same reason. Either is dropped
+at the end of its retention.
 
-Owns: which attempts are retained, and the timers. Does not own: what attempts do (`requests`), the clock.
+Owns: which attempts are retained, and the timers.
+Does not own: the course of attempts (`requests`), the clock.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ACKED_S = 5.0
 
 
 class Retention:
-    """Every attempt that is live or kept for another gateway. Times are seconds on the monotonic clock."""
+    """Every attempt that is live or retained for another gateway. Times are in monotonic seconds."""
 
     def __init__(self) -> None:
         self._attempts: dict[str, Attempt] = {}  # by name
@@ -60,13 +61,13 @@ class Retention:
         self._set_timer(attempt.keep_until, attempt)
 
     def next_timer(self) -> float | None:
-        """When `due` has something to say next."""
+        """The time of the next timer; None without one."""
         while self._timers and self._of(self._timers[0]) is None:
             heapq.heappop(self._timers)
         return self._timers[0][0] if self._timers else None
 
     def due(self, now: float) -> Iterator[Attempt]:
-        """Attempts with a timer that has run out, earliest first. They may be removed meanwhile."""
+        """Attempts whose timers have expired, earliest first. The caller may remove each one."""
         while self._timers and self._timers[0][0] <= now:
             attempt = self._of(heapq.heappop(self._timers))
             if attempt is not None:

@@ -1,7 +1,7 @@
-"""What a worker does with its children, epoch by epoch, as a pure state machine.
+"""The life of a worker's children, epoch by epoch, as a pure state machine.
 
-Events in, instructions out: no sockets, no processes, no clock. `dataplane.shard.worker` does what the
-instructions say, in order.
+Events in, instructions out: no sockets, no processes, no clock. `dataplane.shard.worker` carries out
+the instructions, in order.
 
 Owns: which children should live, what this shard's status is, when the leader serves.
 Does not own: processes (`children`), the store (`phalanx.store.registration`), requests (`requests`).
@@ -56,7 +56,7 @@ class _Child:
 
 
 class ShardSupervisor:
-    """The state machine of one boot of a worker, and of its shard: one rank of one replica at a time."""
+    """The state machine of one worker incarnation and its shard: one rank of one replica at a time."""
 
     def __init__(self, worker: str, incarnation: str, host: str, device: str) -> None:
         self._worker, self._incarnation = worker, incarnation
@@ -111,12 +111,12 @@ class ShardSupervisor:
                 return self._hung(child, status)
             case WorkerPaused(seconds):
                 # The replica may be elsewhere by now: nothing that this rank still sends may look current.
-                return self._fail(f"the worker stood still for {seconds:.1f} s", permanent=False)
+                return self._fail(f"the worker was paused for {seconds:.1f} s", permanent=False)
             case Stop():
                 return self._stop()
 
     def check_integrity(self) -> None:
-        """Assert what must hold between any two events."""
+        """Assert the invariants that hold between any two events."""
         failed = self._record is not None and self._record.state is ShardState.FAILED
         ready = self._record is not None and self._record.state is ShardState.READY
         assert (self._assignment is None) == (self._record is None), "a rank has a status"

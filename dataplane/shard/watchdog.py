@@ -5,12 +5,12 @@ an idle engine is asked to run a canary through all ranks. Silence past a deadli
 follows recent steps: a step of a 70B model on a CPU takes a thousand times as long as one of a small model on
 a GPU.
 
-`Pulse` watches any child by its beats, whatever the child is busy with.
+`Pulse` watches any child by its heartbeats, which come even while the child is busy.
 
 Pure: time is an argument, in seconds on the monotonic clock.
 
-Owns: what is expected, and by when. Does not own: the clock (`monitor`), the engine, what follows
-(`supervisor`).
+Owns: what is expected, and by when. Does not own: the clock (`monitor`), the engine, the
+reaction (`supervisor`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ PATIENCE = 8  # times the longest of the recent steps of this size
 UNKNOWN_S = 60.0  # for a step when there has been none yet
 PROBE_S = 0.4  # an engine that is idle for so long is asked for a canary, but
 PROBE_SHARE = 20  # canaries take at most one part in so many of the engine's time
-NO_BEAT_S = 5.0  # a ready child that sends nothing for so long is stopped
-LOADING_S = (
-    30.0  # the same before it is ready: imports and drivers hold the interpreter lock that a beat needs
-)
+NO_HEARTBEAT_S = 5.0  # a ready child that sends nothing for so long is stopped
+LOADING_S = 30.0
+"""The same before it is ready: imports and drivers hold the interpreter lock that the heartbeat needs."""
 _RECENT = 16  # steps of a size
 
 
@@ -58,14 +57,14 @@ class Pulse:
 
     def ready(self) -> None:
         """The child has said that it is ready."""
-        self._patience = NO_BEAT_S
+        self._patience = NO_HEARTBEAT_S
 
     def check(self, now: float) -> Silent | None:
-        """The verdict at `now`; to be asked every CHECK_S."""
+        """The verdict at `now`. Call it every CHECK_S."""
         since_last, self._checked = now - self._checked, now
         if since_last > PAUSE_S:
             self._due += since_last
-        return Silent("is stopped: it says nothing, not even that it runs") if now > self._due else None
+        return Silent("is stopped: it sends no heartbeat") if now > self._due else None
 
 
 class Watchdog:
@@ -106,7 +105,7 @@ class Watchdog:
         self._heard, self._probed = now, None
 
     def check(self, now: float) -> Probe | Silent | None:
-        """What to do at `now`; to be asked every CHECK_S."""
+        """The reaction at `now`, if any. Call it every CHECK_S."""
         since_last, self._checked = now - self._checked, now
         if since_last > PAUSE_S:
             # The engine may have sent messages all the while: every deadline moves by the pause.
@@ -128,7 +127,7 @@ class Watchdog:
         allowed = UNKNOWN_S if expected is None else max(MIN_HANG_S, PATIENCE * expected)
         if now - since <= allowed:
             return None
-        known = "" if expected is None else f"; {expected:.3f} s is the most that was to be expected"
+        known = "" if expected is None else f"; at most {expected:.3f} s was expected"
         return Silent(f"hangs: {what} has not ended for {now - since:.1f} s{known}")
 
     def _learn(self, tokens: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""A worker: one boot of a shard server, with one device, its children, its rank in the cluster, its server.
+"""A worker: one incarnation of a shard server, with its device, its children, its rank and its gRPC server.
 
 A token's way: engine → text process → `_received` here → `leader.Leader` → `requests.RequestBook` → a
 gateway's outbox → `server.ShardServer`.
@@ -77,7 +77,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a worker is called and where it runs. `listen` is host:port; port 0 takes a free one."""
+    """A worker's name and where it runs. `listen` is host:port; port 0 takes a free one."""
 
     name: str
     host: str
@@ -87,7 +87,7 @@ class Identity:
 
 
 class Worker:
-    """One boot of a shard server."""
+    """One incarnation of a shard server."""
 
     def __init__(self, identity: Identity, store: Store, commands: Commands | None = None) -> None:
         self.incarnation = uuid.uuid4().hex
@@ -116,7 +116,7 @@ class Worker:
     ) -> None:
         """Serve until `stop`; the requests of this worker's replica then have `drain_s` to end.
 
-        `on_listening` hears the address. Raises OSError when it cannot listen.
+        `on_listening` is called with the address. Raises OSError when it cannot listen.
         """
         server = rpc.server()
         shard_pb2_grpc.add_ShardServiceServicer_to_server(self._service, server)

@@ -111,8 +111,8 @@ class _Leader(Leader):
         )
         self.engine, self._test = engine, test
 
-    def join(self, stream: int, boot: str) -> Outbox:
-        outbox = super().join(stream, boot)
+    def join(self, stream: int, incarnation: str) -> Outbox:
+        outbox = super().join(stream, incarnation)
         self._test.outboxes.append(outbox)
         return outbox
 
@@ -181,7 +181,7 @@ class TestLeader:
         """Die without a word to anyone."""
         self.serving.engine.kill()
         await self._server.stop(None)
-        self.serving._beat.cancel()
+        self.serving._next_heartbeat.cancel()
 
     def pass_time(self, seconds: float) -> None:
         """Let the request book's timers run out that are due within `seconds`."""

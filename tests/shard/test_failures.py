@@ -105,7 +105,7 @@ async def test_a_step_of_an_earlier_engine_reaches_no_gateway(cluster: Cluster) 
 async def test_a_child_that_hangs_is_named_by_the_failure(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
-    monkeypatch.setattr(watchdog, "NO_BEAT_S", 60.0 if victim == "engine" else 1.5)
+    monkeypatch.setattr(watchdog, "NO_HEARTBEAT_S", 60.0 if victim == "engine" else 1.5)
     async with cluster.worker():
         epoch, shard = await cluster.form()
         async with cluster.gateway(epoch) as gateway:

@@ -16,7 +16,7 @@ WELL = Reading(temperature_c=60, shutdown_c=92)
     [
         (Reading(lost=True), "does not answer"),
         (Reading(xids=(31, 79)), "XID 79"),
-        (Reading(remap_failed=True), "no other place"),
+        (Reading(remap_failed=True), "could not be remapped"),
         (Reading(uncorrected=5), "3 errors"),
         (Reading(temperature_c=90, shutdown_c=92), "90 °C"),
     ],

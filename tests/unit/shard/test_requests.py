@@ -672,6 +672,6 @@ TestConversation.settings = settings(max_examples=100, stateful_step_count=40, d
 
 def test_every_stream_hears_that_its_leader_lives() -> None:
     requests = book(1, 2)
-    beats = requests.beat()
-    assert [beat.stream for beat in beats if isinstance(beat, ToGateway)] == [1, 2]
-    assert all(isinstance(beat, ToGateway) and beat.frame.epoch == 7 for beat in beats)
+    todo = requests.heartbeat()
+    assert [item.stream for item in todo if isinstance(item, ToGateway)] == [1, 2]
+    assert all(isinstance(item, ToGateway) and item.frame.epoch == 7 for item in todo)

@@ -203,7 +203,7 @@ def test_a_hang_of_an_engine_of_the_past_means_nothing() -> None:
 
 def test_a_worker_that_stood_still_gives_its_epoch_up() -> None:
     end, kill, publish = feed(serving_leader(), WorkerPaused(4.2))
-    assert end == EndServing(10, "the worker stood still for 4.2 s")
+    assert end == EndServing(10, "the worker was paused for 4.2 s")
     assert kill == Kill(1)
     assert isinstance(publish, Publish)
     assert publish.record.state is ShardState.FAILED

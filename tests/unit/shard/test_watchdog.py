@@ -9,7 +9,7 @@ from dataplane.shard.watchdog import (
     CHECK_S,
     LOADING_S,
     MIN_HANG_S,
-    NO_BEAT_S,
+    NO_HEARTBEAT_S,
     PATIENCE,
     PAUSE_S,
     PROBE_S,
@@ -215,14 +215,14 @@ def test_a_child_that_is_ready_and_stops_beating_is_given_up() -> None:
     pulse = Pulse(100.0)
     pulse.ready()
     pulse.heard(100.0)
-    assert not verdict(pulse, 100.0, NO_BEAT_S - 0.5)
-    pulse.heard(100.0 + NO_BEAT_S - 0.5)
-    assert verdict(pulse, 100.0 + NO_BEAT_S - 0.5, NO_BEAT_S + 0.5)
+    assert not verdict(pulse, 100.0, NO_HEARTBEAT_S - 0.5)
+    pulse.heard(100.0 + NO_HEARTBEAT_S - 0.5)
+    assert verdict(pulse, 100.0 + NO_HEARTBEAT_S - 0.5, NO_HEARTBEAT_S + 0.5)
 
 
 def test_a_worker_that_stood_still_does_not_blame_its_children() -> None:
     pulse = Pulse(100.0)
     pulse.ready()
     pulse.heard(100.0)
-    assert pulse.check(100.0 + 20 * NO_BEAT_S) is None
-    assert pulse.check(100.1 + 20 * NO_BEAT_S) is None
+    assert pulse.check(100.0 + 20 * NO_HEARTBEAT_S) is None
+    assert pulse.check(100.1 + 20 * NO_HEARTBEAT_S) is None
