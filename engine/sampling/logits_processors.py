@@ -128,7 +128,7 @@ class LogitsProcessors:
             self._bias(logits_SV, processed)
             self._penalise(logits_SV, processed)
             for mask in masks:
-                # The output must follow the grammar: if the others ban all that it allows, only the mask counts.
+                # If the others ban every token that the grammar allows, only the mask applies.
                 logits_V = logits_SV[row_of[mask.slot]]
                 if mask.slot in self._slots and logits_V.amax() == -torch.inf:
                     _forbid(logits_V.copy_(raw_SV[row_of[mask.slot]]), mask)

@@ -7,10 +7,10 @@ One step, in the order in which it is decided:
 - `priority`: the order in which sequences are served.
 - `demand`, `budget`: how much there is to compute, and how many tokens of it the step takes.
 - `preemption`: which sequences lose their blocks to others.
-- `prefix_match`, `prefix_hash`: which tokens are computed already, in blocks of the prefix cache.
+- `prefix_match`, `prefix_hash`: which tokens of a sequence are already computed, in cached blocks.
 - `block_tables`, `blocks`, `sliding_window`: the blocks of each sequence, the pool, and the blocks that an
   attention window no longer sees.
-- `plan_draft`: the plan while it is made.
-- `limits`, `validation`: what the engine can hold, and which requests it refuses.
-- `integrity`: checks that the state agrees with itself.
+- `plan_draft`: the plan while the scheduler makes it.
+- `limits`, `validation`: the sizes that the scheduler works with, and which requests the engine refuses.
+- `integrity`: checks that the scheduler's state is consistent.
 """

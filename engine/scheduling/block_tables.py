@@ -9,8 +9,8 @@ Does not own: which sequences run, and in which order (`scheduler`).
   (`free_blocks_out_of_window`).
 - A sequence that ends or is preempted releases all its blocks (`free`).
 
-A full block never changes. So sequences with the same beginning share it: those that find it by its hash, and
-the choices of one request. A sequence never writes to a shared block: if it continues in the middle of a
+A full block never changes. So sequences with the same beginning share it: sequences that find it by its hash,
+and the choices of one request. A sequence never writes to a shared block: if it continues in the middle of a
 computed block, it gets a copy of that block.
 """
 
@@ -60,8 +60,9 @@ class BlockTables:
     def match_prefix(self, sequence: Sequence, sibling: Sequence | None) -> PrefixMatch:
         """The longest prefix of a waiting sequence whose KV is in blocks already.
 
-        These are cached blocks, or blocks of `sibling`, for which `can_share_prompt` holds. The last token of
-        a sequence is never part of the match: it is always computed, for its logits.
+        The blocks are cached ones, or belong to `sibling`, with which the sequence must be able to share the
+        prompt (`can_share_prompt`). The match never includes the last token of the sequence: it is always
+        computed, for its logits.
         """
         if sequence.needs_prompt_logprobs:
             return NO_MATCH
@@ -79,8 +80,8 @@ class BlockTables:
     def start(self, sequence: Sequence, match: PrefixMatch) -> tuple[int, int] | None:
         """Begin the block table of a sequence with a prefix match.
 
-        Returns the copy of a block that ranks must make, as (source, destination). The source keeps a
-        reference until `release_copy_sources`, so that the same plan does not allocate it again.
+        Returns the copy of a block that ranks must make, as (source, target), or None. The source gets an
+        extra reference until `release_copy_sources`, so that the same plan does not allocate it.
         """
         for block in match.blocks:
             self._pool.share(block)
@@ -92,12 +93,12 @@ class BlockTables:
             return None
         self._pool.share(source)
         self._copy_sources.append(source)
-        (destination,) = self._pool.allocate(1)
-        sequence.blocks.append(destination)
-        return source, destination
+        (target,) = self._pool.allocate(1)
+        sequence.blocks.append(target)
+        return source, target
 
     def release_copy_sources(self) -> None:
-        """Call this when the plan that makes the copies is complete."""
+        """Drop the extra references of copy sources. Call this when the plan with the copies is complete."""
         if self._copy_sources:
             self._pool.release(self._copy_sources)
             self._copy_sources.clear()
@@ -105,7 +106,7 @@ class BlockTables:
     # While a sequence runs
 
     def allocate_until(self, sequence: Sequence, end: int) -> tuple[int, ...]:
-        """Allocate blocks for the tokens up to position `end`; returns the entries that ranks do not know."""
+        """Allocate blocks for the tokens before position `end`; returns the entries to send to the ranks."""
         count = self.num_missing_blocks_until(sequence, end)
         if count > 0:
             sequence.blocks += self._pool.allocate(count)
@@ -116,7 +117,7 @@ class BlockTables:
         return tuple(sequence.blocks[sent:])
 
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Note that a step has computed the next `num_tokens` tokens of a running sequence."""
+        """Update the table after a step has computed the next `num_tokens` tokens of a running sequence."""
         start = sequence.num_computed_tokens
         sequence.num_computed_tokens = end = start + num_tokens
         if self._prefix_cache and end // self._block_size > start // self._block_size:
@@ -132,7 +133,7 @@ class BlockTables:
         sequence.num_blocks_out_of_window = first
 
     def free(self, sequence: Sequence) -> None:
-        """Release all blocks of a sequence. Those with a hash can be found until they are evicted."""
+        """Release all blocks of a sequence. Cached blocks can be found until they are evicted."""
         self._pool.release(sequence.referenced_blocks)
         sequence.blocks = []
         sequence.num_blocks_out_of_window = sequence.num_blocks_sent = sequence.num_computed_tokens = 0
@@ -140,18 +141,18 @@ class BlockTables:
     # What a decision would cost or free, in blocks
 
     def num_missing_blocks_until(self, sequence: Sequence, end: int) -> int:
-        """Blocks that a running sequence must allocate for its tokens up to `end`; 0 or less for none."""
+        """Blocks that a running sequence must allocate for its tokens before `end`; none if 0 or less."""
         return -(-end // self._block_size) - len(sequence.blocks)
 
     def num_missing_blocks(self, sequence: Sequence) -> int:
-        """Blocks that a running sequence still allocates until all its known tokens are computed."""
+        """Blocks that a running sequence must still allocate to compute all its known tokens."""
         entries = len(sequence.blocks)
         return self._num_missing(sequence.num_tokens, entries, entries - sequence.num_blocks_out_of_window)
 
     def num_blocks_to_start(self, sequence: Sequence, match: PrefixMatch) -> int:
-        """Available blocks that a waiting sequence takes until all its known tokens are computed.
+        """Available blocks that a waiting sequence takes to compute all its known tokens.
 
-        A matched block that is evictable counts: the sequence makes it unavailable.
+        A matched block that is evictable counts too: with a reference it is no longer available.
         """
         referenced = len(match.blocks)
         missing = self._num_missing(
@@ -160,7 +161,7 @@ class BlockTables:
         return missing + sum(not self._pool.ref_count(block) for block in match.blocks)
 
     def num_blocks_freed_by(self, victims: Iterable[Sequence], excluding: Collection[int] = ()) -> int:
-        """Blocks without a reference once all `victims` are preempted, not counting those in `excluding`."""
+        """Blocks that lose their last reference if all `victims` are preempted, without `excluding`."""
         references = Counter(block for victim in victims for block in victim.referenced_blocks)
         return sum(
             count == self._pool.ref_count(block) and block not in excluding
@@ -217,11 +218,11 @@ class BlockTables:
         return first_block_in_window(position, self._window, self._block_size)
 
     def _num_missing(self, num_tokens: int, entries: int, referenced: int) -> int:
-        """Blocks that a table lacks for `num_tokens` tokens; a sliding window bounds how many at once."""
+        """Blocks that a table lacks for `num_tokens` tokens; a sliding window limits its blocks at any time."""
         missing = blocks_for(num_tokens, self._block_size) - entries
         return max(0, min(missing, self._max_blocks_per_sequence - referenced))
 
 
 def _num_shared_tokens(sequence: Sequence) -> int:
-    """Tokens of the prompt that a choice can take from a sibling: all, but for the sequence's last token."""
+    """Prompt tokens that a choice can take from a sibling: all, except the last token of the sequence."""
     return min(sequence.prompt_len, sequence.num_tokens - 1)

@@ -1,7 +1,7 @@
 """The pool of fixed-size KV blocks: reference counts, and the prefix cache of full blocks.
 
 Owns: the reference count of each block, the free blocks, the hash of each cached block.
-Does not own: block tables (`block_tables`), what a hash stands for (`prefix_hash`), the memory of blocks.
+Does not own: block tables (`block_tables`), how a hash is computed (`prefix_hash`), the memory of blocks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ class BlockPool:
     """Blocks 0 to `size - 1`. Each one is referenced by block tables, evictable, or free.
 
     A block with a hash is cached: `find` returns it. When its last reference is released, a cached block
-    becomes evictable and any other block becomes free. `allocate` takes free blocks before it evicts one. It
-    takes the block freed last, so that the engine touches few pages of memory, and evicts the least
-    recently used block.
+    becomes evictable and any other block becomes free. `allocate` takes free blocks before it evicts one. Of
+    the free blocks it takes the one freed last, so that the engine touches few pages of memory. It evicts the
+    least recently used block.
 
-    `release` takes a table from its end. So the end of a chain is evicted before its beginning, and the
-    beginning can still be found.
+    `release` starts at the end of a table. So the end of a chain of blocks is evicted before its beginning,
+    and the beginning can still be found.
     """
 
     def __init__(self, size: int) -> None:
@@ -62,7 +62,7 @@ class BlockPool:
         self._ref_counts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference of each of these blocks of one table, given in the order of the table.
+        """Drop one reference of each block. The blocks are of one table, in the table's order.
 
         Raises:
             ValueError: a block has no reference.
@@ -79,7 +79,7 @@ class BlockPool:
                 self._evictable[block] = None
 
     def cache(self, block: int, block_hash: bytes) -> None:
-        """Give a full block its hash. Where another block has that hash already, the other one stays cached.
+        """Cache a full block under its hash. If another block is cached under that hash, nothing changes.
 
         Raises:
             ValueError: the block has a hash, or no reference.
@@ -91,11 +91,11 @@ class BlockPool:
             self._cached[block_hash] = block
 
     def find(self, block_hash: bytes) -> int | None:
-        """The cached block with that hash."""
+        """The block that is cached under a hash, or None."""
         return self._cached.get(block_hash)
 
     def block_hash(self, block: int) -> bytes | None:
-        """The hash of a cached block."""
+        """The hash of a block; None if it is not cached."""
         return self._hashes[block]
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:

@@ -1,6 +1,7 @@
 """The token budget of a step: how many tokens it computes, and how many of them are prompt tokens.
 
-The budget decides how large the chunks of a prompt are. `Scheduler._schedule_running` cuts them.
+The budget limits how large the chunks of a prompt are. The scheduler cuts them, in
+engine/scheduling/scheduler.py (`Scheduler._schedule_running`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from engine.scheduling.limits import Limits
 
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
-    """Tokens of one plan, at most. Up to `prompt_tokens` of them are for prompts, the rest is for decodes."""
+    """The maximum tokens of one plan: `prompt_tokens` of them for prompts, the rest for decodes."""
 
     tokens: int
     prompt_tokens: int
@@ -27,11 +28,11 @@ def prompt_budget(
     A plan costs one unit per token, and `weight_tokens` units for reading the weights. While sequences
     decode, the time of a round is divided between decodes and prompts proportionally to the number of
     sequences, but prompts get at least half. So one prompt at most doubles the time of a step, and hundreds
-    of prompts get whole steps. A prompt token costs less than a decode, which needs logits too, so in
-    practice decodes get rather more than their part.
+    of prompts get whole steps. In practice decodes get more than their share, because they also need logits
+    and so cost more than prompt tokens.
 
-    A resumed prompt gets whole steps: its client waits in the middle of an answer, for all of the prompt's
-    tokens, while each client of a decode waits for one longer step at a time.
+    A resumed prompt gets whole steps. Its client waits in the middle of an answer until the whole prompt is
+    computed. The client of a decode waits only for one longer step at a time.
     """
     max_tokens = depth * limits.max_batch_tokens
     if limits.max_prefill_tokens and num_decodes:
@@ -43,10 +44,10 @@ def prompt_budget(
 
 
 def next_budget(limits: Limits, depth: int, demand: Demand) -> TokenBudget:
-    """The next plan's part of a round, where up to `depth` plans are in flight.
+    """The budget of the next plan. A round has `depth` plans: as many as may be in flight.
 
     All plans of a round get the same number of tokens, else the stages of a pipeline wait for the longest
-    plan. Decodes come first within a plan, but within a round a prompt may have a plan of its own.
+    plan. Within a plan decodes come first. Within a round, one plan may contain nothing but a prompt.
     """
     free_tokens = max(0, depth * limits.max_batch_tokens - demand.num_decodes)
     prompt_tokens = min(

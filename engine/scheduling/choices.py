@@ -3,9 +3,9 @@
 Owns: which sequences live, and which of them are held back.
 Does not own: the queues of running and waiting sequences (`scheduler`), the blocks (`block_tables`).
 
-The choices of a request have the same prompt. The first one to run computes it, and the others are held back.
-Then they wait like all sequences, and each one starts from the KV of a sibling: full blocks are shared, and
-the last block is copied.
+The choices of a request have the same prompt. The first one to run computes it, and the others are held back
+until then. Then they wait like all sequences. Each one starts from the KV of a sibling: it shares the full
+blocks and copies the last one.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Choices:
         return sequence in self.held_back.get(sequence.request.id, ())
 
     def hold_back(self, sequence: Sequence) -> None:
-        """Keep a sequence until `release`."""
+        """Hold a sequence back until `release`."""
         self.held_back.setdefault(sequence.request.id, []).append(sequence)
 
     def release(self, request_id: str) -> list[Sequence]:
-        """The choices of a request that were held back, and are not any more."""
+        """End the holding back of a request's choices; returns them."""
         return self.held_back.pop(request_id, [])
 
     def sibling_with_prompt(self, sequence: Sequence) -> Sequence | None:
@@ -59,7 +59,7 @@ class Choices:
         return None
 
     def sibling_computes_prompt(self, sequence: Sequence) -> bool:
-        """Whether a running choice of the same request is computing the prompt."""
+        """Whether a running choice of the same request has not yet computed the whole prompt."""
         return _takes_prompt_from_sibling(sequence) and any(
             sibling.slot is not None and sibling.num_computed_tokens < sibling.prompt_len
             for sibling in self.live[sequence.request.id]
@@ -69,7 +69,7 @@ class Choices:
 def _takes_prompt_from_sibling(sequence: Sequence) -> bool:
     """Whether a sequence may start from the KV of a sibling.
 
-    Not if it needs the log-probabilities of the prompt. Nor if the prompt has one token: a sequence always
-    computes its last token, so there is nothing to share.
+    It may not if it needs the log-probabilities of the prompt. With a prompt of one token there is nothing to
+    share, because a sequence always computes its last token.
     """
     return sequence.request.n > 1 and sequence.prompt_len > 1 and not sequence.needs_prompt_logprobs

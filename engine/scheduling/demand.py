@@ -1,4 +1,4 @@
-"""How much there is to compute: the running sequences by kind, and the sums that the budget is made from."""
+"""How much there is to compute: the running sequences by kind, and the sums that the budget depends on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Demand:
     Attributes:
         num_decodes: decodes, in flight or not.
         num_prompts: prompts, in flight or not.
-        num_prompt_tokens: tokens of prompts that could be computed by now: of all that run, and of as many
-            waiting ones as fill the next plans.
-        num_ready_tokens: those of them that the next plan may compute.
+        num_prompt_tokens: uncomputed tokens of prompts: of all running ones, and of as many waiting ones as
+            fill the next plans.
+        num_ready_tokens: the part of num_prompt_tokens that the next plan may compute.
         num_tokens_in_flight: prompt tokens in the plans in flight.
         num_resumed: prompts that have output already, because they were replayed or preempted.
     """
@@ -39,8 +39,8 @@ class RunningWork:
 
     Attributes:
         ready_decodes: decodes that the next plan may compute.
-        num_decodes: decodes, with those in flight.
-        prompts: all prompts.
+        num_decodes: all decodes, in flight or not.
+        prompts: all prompts, in flight or not.
         ready_prompts: prompts that the next plan may compute.
     """
 
@@ -51,10 +51,10 @@ class RunningWork:
 
 
 def classify_running(running: Iterable[Sequence], *, is_async: bool) -> RunningWork:
-    """Tell decodes from prompts.
+    """Divide the running sequences into decodes and prompts.
 
-    A sequence in flight is not ready: its next token is not known. But an async plan builds on the plan in
-    flight: there every sequence is ready, in the state that it has after that plan.
+    A sequence in flight is not ready, because its next token is not known. For an async plan every sequence
+    is ready: the plan continues from the state that the sequence has after the plan in flight.
     """
     ready_decodes: list[Sequence] = []
     prompts: list[Sequence] = []
@@ -77,10 +77,10 @@ def measure_demand(
     """Add up the demand.
 
     Args:
-        work: what runs.
+        work: the running sequences.
         next_waiting: the waiting sequences that could get a slot, in priority order.
         num_waiting: all waiting sequences.
-        max_tokens: tokens of all plans that can be in flight; waiting sequences beyond do not matter now.
+        max_tokens: tokens of all plans that can be in flight; waiting sequences beyond them are not counted.
         is_async: as in `classify_running`.
     """
     num_prompt_tokens = num_ready_tokens = num_tokens_in_flight = num_resumed = 0

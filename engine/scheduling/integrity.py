@@ -1,4 +1,4 @@
-"""Checks that the scheduler's state agrees with itself. Tests run them after every step."""
+"""Checks that the scheduler's state is consistent. Tests run them between steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.scheduling.sequence import Sequence
 
 
 def check_sequences(choices: Choices, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
-    """Check that each live sequence runs, waits or is held back, and has the state that goes with it."""
+    """Check that each live sequence runs, waits or is held back, and that its fields agree with that."""
     running, waiting = list(running), list(waiting)
     held_back = list(chain.from_iterable(choices.held_back.values()))
     sequences = list(chain.from_iterable(choices.live.values()))
@@ -47,7 +47,7 @@ def check_slots(running: Iterable[Sequence], free_slots: list[int], limits: Limi
 def check_plans_in_flight(
     choices: Choices, in_flight: Iterable[tuple[StepPlan, list[Sequence]]], limits: Limits
 ) -> None:
-    """Check that each sequence counts what the plans in flight compute and sample of it."""
+    """Check each sequence's numbers of tokens in flight and pending tokens against the plans in flight."""
     chunks_of: dict[int, list[SequenceChunk]] = {}
     for plan, sequences in in_flight:
         for chunk, sequence in zip(plan.chunks, sequences, strict=True):

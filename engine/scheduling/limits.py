@@ -1,4 +1,4 @@
-"""What an engine can hold, and how many tokens a step may compute."""
+"""The sizes that the scheduler works with: KV cache, running batch, step."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes of the KV cache, of the running batch and of a step.
+    """The sizes of the KV cache, the running batch and a step.
 
     Args:
-        vocab_size: token ids are below it.
+        vocab_size: number of token ids.
         max_model_len: tokens of the longest sequence, prompt and output together.
         eos_token_ids: the model's end-of-sequence tokens.
         kv_blocks: KV blocks in the pool; enough for at least one sequence of `max_model_len` tokens.
         block_size: tokens per KV block.
         max_batch_tokens: tokens of one step, over all sequences.
         max_running: sequences that have a slot at the same time.
-        window: keys that a query sees, its own included; the largest window of all layers, or None where a
-            layer has no window.
-        prefix_cache: whether full blocks are found again by their hash.
+        window: keys that a query sees, its own included: the largest window of all layers. None if a layer
+            has no window.
+        prefix_cache: whether full blocks are cached under their hash.
         max_prefill_tokens: prompt tokens in a step that also decodes; 0 lets `budget` choose.
-        weight_tokens: how many tokens take as long to compute as the weights take to read once. `budget`
-            sizes prompt chunks by it.
+        weight_tokens: the number of tokens whose computation takes as long as reading the weights once.
+            `budget` sizes prompt chunks by it.
         async_scheduling: whether a step is planned while the step before it still runs.
 
     Raises:
@@ -67,5 +67,5 @@ def blocks_per_sequence(length: int, window: int | None, in_flight: int, block_s
     blocks = -(-length // block_size)
     if window is None:
         return blocks
-    # One block more than the tokens fill: the window may begin with the last token of a block.
+    # One block more, because the window may begin with the last token of a block.
     return min(blocks, -(-(window + in_flight) // block_size) + 1)

@@ -13,9 +13,9 @@ from engine.scheduling.sequence import Sequence
 
 @dataclass(slots=True)
 class PlanDraft:
-    """The parts of one plan. A chunk that is added is in flight from then on.
+    """The parts of one plan. A chunk counts as in flight as soon as it is added.
 
-    `is_async`: the plan is made before the results of the plan in flight are known.
+    `is_async`: whether the plan is made before the results of the plan in flight are known.
     """
 
     epoch: int
@@ -28,14 +28,14 @@ class PlanDraft:
     sequences: list[Sequence] = field(default_factory=list)  # the sequence of each chunk
 
     def add_new_sequence(self, sequence: Sequence, eos_token_ids: Collection[int]) -> None:
-        """Tell the ranks about a sequence that takes a slot."""
+        """Add a sequence that takes a slot."""
         request, slot = sequence.request, slot_of(sequence)
         self.new_sequences.append(
             new_sequence(request, sequence.choice, sequence.output_ids, slot, eos_token_ids)
         )
 
     def add_chunk(self, sequence: Sequence, num_tokens: int, blocks: tuple[int, ...]) -> None:
-        """Compute the next `num_tokens` tokens of a running sequence, with these blocks new in its table."""
+        """Add the next `num_tokens` tokens of a running sequence, and `blocks`, the new ones of its table."""
         start = sequence.num_planned_tokens
         end = start + num_tokens
         slot = slot_of(sequence)
@@ -72,11 +72,11 @@ def slot_of(sequence: Sequence) -> int:
 def new_sequence(
     request: Request, choice: int, output_ids: Iterable[int], slot: int, eos_token_ids: Iterable[int]
 ) -> NewSequence:
-    """What ranks must know of a choice that takes a slot and has this output already.
+    """The description for the ranks of a choice that takes a slot and already has `output_ids`.
 
     Token ids are sent only where sampling depends on them. The log-probabilities of a prompt come with the
-    first token of the first choice. While that choice has no output, it computes its whole prompt, even if
-    a part of it is cached.
+    first token of choice 0. So while choice 0 has no output, it computes its whole prompt, even if a part of
+    the prompt is cached.
     """
     sampling = request.sampling
     output_ids = tuple(output_ids)

@@ -1,10 +1,10 @@
-"""Which running sequences are preempted, so that another one can go on or start.
+"""Which running sequences are preempted so that another one can continue or start.
 
 These functions only decide; `Scheduler` preempts the victims that they return.
 
 Victims are always the sequences with the lowest priority, as few as possible. A sequence in flight is never a
-victim: its results come first, and the decision is made again then. Nobody is preempted in vain: if all
-possible victims together are not enough, there are none.
+victim: its results come first, and then the scheduler decides again. No sequence is preempted in vain: if all
+possible victims together do not free enough, none is preempted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Victims = list[Sequence]
 def victims_to_continue(
     sequence: Sequence, num_missing_blocks: int, running: PriorityQueue, tables: BlockTables
 ) -> Victims | None:
-    """The victims that give a running sequence the blocks for its next chunk; None where it must wait."""
+    """The victims whose blocks a running sequence needs for its next chunk; None if it must wait."""
 
     def may_preempt(victim: Sequence) -> bool:
         return victim is not sequence and not victim.num_tokens_in_flight
@@ -37,7 +37,7 @@ def victims_to_continue(
 def victims_to_start(
     sequence: Sequence, match: PrefixMatch, running: PriorityQueue, tables: BlockTables, num_free_slots: int
 ) -> Victims | None:
-    """The victims that make room for a waiting sequence, all outranked by it; None where it must wait."""
+    """The victims whose place a waiting sequence takes; it outranks them all. None if it must wait."""
 
     def may_preempt(victim: Sequence) -> bool:
         return can_preempt(sequence, victim)
@@ -63,8 +63,8 @@ def has_room_to_start(
 ) -> bool:
     """Whether a waiting sequence can get a slot and all its blocks once `victims` are preempted.
 
-    Blocks that the other running sequences still miss for their known tokens are reserved for them. Without
-    this, a sequence would start and be preempted at once.
+    Blocks that other running sequences still need for their known tokens are reserved for them. Without this
+    rule, a sequence could be preempted right after its start.
     """
     if not num_free_slots and not victims:
         return False
@@ -79,7 +79,7 @@ def _fewest_victims(
     may_preempt: Callable[[Sequence], bool],
     is_enough: Callable[[Victims], bool],
 ) -> Victims | None:
-    """The shortest list of sequences from the end of `running` that is enough; None where none is."""
+    """The shortest list of sequences from the end of `running` that is enough; None if no list is."""
     victims: Victims = []
     candidates = reversed(running)
     while not is_enough(victims):

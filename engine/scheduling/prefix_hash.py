@@ -16,9 +16,12 @@ _ROOT = bytes(_HASH_BYTES)  # stands for the block before the first
 
 
 def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int) -> None:
-    """Append to `hashes`, those of a sequence's first full blocks, the hashes of the next full blocks.
+    """Append the hashes of a sequence's next full blocks.
 
-    `token_ids` are the tokens after the blocks that have a hash. An incomplete block at the end gets none.
+    Args:
+        hashes: of the sequence's first full blocks.
+        token_ids: the tokens after those blocks. An incomplete block at the end gets no hash.
+        block_size: tokens per block.
     """
     for end in range(block_size, len(token_ids) + 1, block_size):
         parent = hashes[-1] if hashes else _ROOT

@@ -12,8 +12,8 @@ from engine.scheduling.sliding_window import first_block_in_window
 class PrefixMatch:
     """The first `num_cached_tokens` tokens of a sequence, and the blocks that have their KV.
 
-    `blocks` are the table's entries from number `num_blocks_out_of_window` on. If the match ends inside a
-    block, the sequence continues in a copy of `copy_source`.
+    `blocks` are the entries of its block table from index `num_blocks_out_of_window` on. If the match ends
+    inside a block, the sequence continues in a copy of the block `copy_source`.
     """
 
     num_cached_tokens: int = 0
@@ -34,14 +34,14 @@ def longest_cached_prefix(
     """The longest prefix, in whole blocks, whose blocks inside the window are all cached.
 
     Args:
-        block_hashes: of the sequence's first blocks, none of which contains its last token.
+        block_hashes: of the sequence's first full blocks, without the one that contains its last token.
         find: returns the cached block with a hash.
         window: as in `Limits`. Blocks before the window may be missing: no query reads them.
         block_size: tokens per block.
     """
     blocks: list[int] = []
     num_matched = 0
-    num_consecutive = 0  # cached blocks without a gap, up to and including the present one
+    num_consecutive = 0  # cached blocks without a gap, up to and including the current one
     for end, block_hash in enumerate(block_hashes, start=1):
         block = find(block_hash)
         if block is None and window is None:

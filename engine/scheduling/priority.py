@@ -1,4 +1,4 @@
-"""Priority order: the one order in which sequences are served, and the reverse of the order of preemption."""
+"""Priority order: sequences are served in this order, and preempted in the reverse order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ORDER = attrgetter("order")
 
 
 def priority_order(priority: int, step: int, arrival: int) -> tuple[int, int]:
-    """The place of a sequence in priority order, for as long as it lives; the smallest is served first.
+    """The place of a sequence in priority order; the smallest is served first. It never changes.
 
     Args:
         priority: of the request; lower is served earlier.
@@ -23,13 +23,13 @@ def priority_order(priority: int, step: int, arrival: int) -> tuple[int, int]:
         arrival: number of the sequence, in the order of arrival.
 
     A sequence of priority p has the place of a sequence of priority 0 that arrives `p * AGING_STEPS` steps
-    later. So every sequence is overtaken only by a limited number of others, and none starves.
+    later. So only a limited number of later sequences overtake it, and no sequence starves.
     """
     return step + priority * AGING_STEPS, arrival
 
 
 def outranks(waiting: Sequence, running: Sequence) -> bool:
-    """Whether a waiting sequence may preempt a running one: its priority and its place are both better."""
+    """Whether a waiting sequence may preempt a running one: both its priority and its place are better."""
     return waiting.request.priority < running.request.priority and waiting.order < running.order
 
 

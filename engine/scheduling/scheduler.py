@@ -1,7 +1,8 @@
 """Decides what each step computes: continuous batching with chunked prefill.
 
 Owns: which sequences run and wait, their slots, the plans in flight.
-Does not own: the model, the clock (`now` is an argument), the KV blocks (`block_tables`), the run of a plan.
+Does not own: the model, the clock (`now` is an argument), the KV blocks (`block_tables`), the execution of a
+plan (engine/execution/runner.py).
 
 A choice of a request is a sequence. A step computes the next tokens of some sequences. It samples a token for
 each sequence whose last known token it computes. So prefill, decode and recomputation after a preemption
@@ -10,13 +11,13 @@ are the same operation.
 - **Where is a prompt cut into chunks?** In `_schedule_running`: a chunk takes the tokens that the step has
   left. `budget.next_budget` decides how many tokens a step has, and how many of them are for prompts.
 - **Who is served first?** Decodes, then prompts, both in priority order (`priority.priority_order`). The
-  first sequence in this order always goes on, so every sequence reaches its end.
+  first running sequence in priority order always makes progress, so every sequence ends.
 - **Who is preempted?** The running sequence with the lowest priority: for a running one that lacks blocks
   (`_make_room`), or for a waiting one that outranks it (`_preempt_for_waiting`). `preemption` picks the
   victims. A preempted sequence keeps its output, waits, and is computed again (`_preempt`).
 - **What is async scheduling?** A plan is made while the plan before it still runs (`_can_schedule_async`). In
-  it a decode continues from `PENDING_TOKEN`: the token that the earlier plan samples, whatever it is. If
-  the sequence ends with that token, the result of the later plan is dropped (`apply`).
+  the later plan a decode continues from `PENDING_TOKEN`, which stands for the token that the earlier plan
+  samples. If the sequence ends with that token, the later plan's result for it is dropped (`apply`).
 - **What does a sliding window free?** The blocks that no later query reads, after each step (`apply`, in
   `BlockTables.free_blocks_out_of_window`).
 - **What do the choices of a request share?** The KV of their prompt (`choices`, `BlockTables.match_prefix`).
@@ -58,7 +59,8 @@ class Scheduler:
     Args:
         limits: sizes of the KV cache, the running batch and a step.
         epoch: the number that all plans carry.
-        depth: plans in flight at most; with `limits.async_scheduling`, where it must be 1, one more.
+        depth: the maximum number of plans in flight. With `limits.async_scheduling` it must be 1, and one
+            more plan may be in flight.
 
     Raises:
         ValueError: async scheduling with a depth above 1.
@@ -84,7 +86,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence lives or a plan is in flight."""
+        """Whether a sequence is live or a plan is in flight."""
         return bool(self._choices.live or self._in_flight)
 
     @property
@@ -154,7 +156,7 @@ class Scheduler:
         """The next plan, or None if enough plans are in flight or nothing can be computed now.
 
         Raises:
-            EngineError: INTERNAL, if sequences live, nothing is in flight and nothing can be computed: a bug.
+            EngineError: INTERNAL, a bug: sequences are live, but nothing is in flight or can be computed.
         """
         is_async = len(self._in_flight) >= self._depth
         if is_async and not self._can_schedule_async():
@@ -182,7 +184,7 @@ class Scheduler:
         self._tables.release_copy_sources()
         if not draft.chunks:
             if self._choices.live and not self._in_flight:
-                raise EngineError("INTERNAL", "the scheduler cannot go on although sequences live")
+                raise EngineError("INTERNAL", "no sequence can be scheduled, although some are live")
             return None
         plan = draft.build(self._freed_slots, async_scheduling=self._limits.async_scheduling)
         self._step = plan.step
@@ -191,7 +193,7 @@ class Scheduler:
         return plan
 
     def apply(self, sampled: Sampled, now: float) -> tuple[Delta, ...]:
-        """Take in the results of the oldest plan in flight; returns the new tokens.
+        """Apply the results of the oldest plan in flight; returns the new tokens.
 
         Raises:
             EngineError: INTERNAL, if the results belong to another step.
@@ -208,7 +210,7 @@ class Scheduler:
             num_tokens = len(chunk.token_ids)
             sequence.num_tokens_in_flight -= num_tokens
             sequence.num_pending_tokens -= chunk.sample
-            if sequence.slot is None:  # cancelled or ended after it was planned
+            if sequence.slot is None:  # the sequence was cancelled or has ended since this plan was made
                 continue
             self._tables.advance(sequence, num_tokens)
             if self._choices.held_back and chunk.start < sequence.prompt_len <= sequence.num_computed_tokens:
@@ -221,23 +223,23 @@ class Scheduler:
         return tuple(deltas)
 
     def check_integrity(self) -> None:
-        """Check that the scheduler's state agrees with itself.
+        """Check that the scheduler's state is consistent.
 
         Raises:
-            AssertionError: it does not.
+            AssertionError: it is not.
         """
         check_sequences(self._choices, self._running, self._waiting)
         check_slots(self._running, self._free_slots, self._limits)
         check_plans_in_flight(self._choices, self._in_flight, self._limits)
         self._tables.check_integrity(list(self._running))
 
-    # What a plan computes
+    # The parts of a plan
 
     def _can_schedule_async(self) -> bool:
-        """Whether one more plan can be made on top of the plan in flight.
+        """Whether another plan can be made before the results of the plan in flight are known.
 
-        The plan in flight ends first in these cases: its tokens must be known to go on; choices are held back
-        until its results come; or a sequence may have to be preempted, but is in flight.
+        It cannot in these cases: the host must know the tokens of the plan in flight; choices are held back
+        until its results come; a sequence may have to be preempted, but is in flight.
         """
         if not self._limits.async_scheduling or len(self._in_flight) > self._depth or self._choices.held_back:
             return False
@@ -264,7 +266,7 @@ class Scheduler:
             if tokens == 0:
                 break
             if sequence.last_planned_step == draft.step or sequence.slot is None:
-                continue  # it is in this plan already, or was preempted for a sequence in this plan
+                continue  # it is already in this plan, or was preempted for a sequence in this plan
             chunk = min(sequence.num_unplanned_tokens, tokens)
             end = sequence.num_planned_tokens + chunk
             if self._make_room(sequence, end):
@@ -277,8 +279,8 @@ class Scheduler:
     ) -> int:
         """Start waiting sequences in priority order, until one has no room; returns how many tokens are left.
 
-        A sequence without room is not overtaken by later ones, else it could starve. With `before`, only
-        sequences that come before that one start.
+        No later sequence overtakes one without room, which could starve otherwise. With `before`, only
+        sequences that come before that one in priority order start.
         """
         while tokens > 0 and self._waiting:
             sequence = self._waiting.first
@@ -328,7 +330,7 @@ class Scheduler:
         """Make sure that a running sequence can get the blocks for its tokens up to `end`.
 
         A sequence that lacks blocks preempts the ones with the lowest priority. If one of those is in flight,
-        the sequence waits for a later plan. Results follow, so it does not wait for ever.
+        the sequence waits for a later plan. It does not wait for ever, because results arrive.
         """
         missing = self._tables.num_missing_blocks_until(sequence, end)
         if missing <= 0 or missing <= self._tables.num_available_blocks:
@@ -340,7 +342,7 @@ class Scheduler:
         return True
 
     def _preempt_for_waiting(self) -> None:
-        """Preempt lower priorities for the first waiting sequence, before the plan contains any of them."""
+        """Preempt running sequences that the first waiting one outranks, before the plan contains them."""
         if not self._waiting or not self._running:
             return
         first = self._waiting.first
@@ -357,11 +359,11 @@ class Scheduler:
     def _preempt(self, victims: Iterable[Sequence]) -> None:
         """Take slot and blocks from running sequences and requeue them.
 
-        They keep their tokens. What is not cached by the time that they start again is computed again.
+        They keep their tokens. When they start again, they compute the tokens that are no longer cached.
         """
         for sequence in victims:
             self._stop(sequence)
-            sequence.prompt_logprobs.clear()  # computed again with the prompt
+            sequence.prompt_logprobs.clear()  # they will be computed again with the prompt
             self._waiting.add(sequence)
 
     # The end of a sequence
@@ -377,12 +379,12 @@ class Scheduler:
         self._requeue_siblings(sequence.request.id)
 
     def _requeue_siblings(self, request_id: str) -> None:
-        """Queue the choices that were held back: their prompt is computed, or no choice computes it now."""
+        """Queue the choices that are held back: their prompt is computed, or no choice computes it now."""
         for sequence in self._choices.release(request_id):
             self._waiting.add(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, whether it runs, waits or is held back."""
+        """Remove a sequence that runs, waits or is held back."""
         if sequence.slot is not None:
             self._stop(sequence)
         elif not self._choices.is_held_back(sequence):

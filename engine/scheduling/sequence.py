@@ -14,17 +14,18 @@ from engine.request import Delta, FinishReason, PositionLogprobs, Request, Timin
 class Sequence:
     """One choice of a request: its tokens are the prompt, prior output and new output, in this order.
 
-    A sequence that runs has a slot and a block table, `blocks`. When it is preempted it loses both, and its
-    computed tokens with them; its output stays. Positions in `blocks` are counted from the beginning of the
-    sequence, so the first `num_blocks_out_of_window` entries stay although they are released.
+    A sequence that runs has a slot and a block table, `blocks`. A preempted sequence loses both, and its
+    computed tokens with them; it keeps its output. Entry i of `blocks` is for the tokens from position
+    i * block_size on. So the first `num_blocks_out_of_window` entries stay, although those blocks are
+    released.
 
-    `can_sample_on_device`: sampling needs nothing but the logits, and the client gets nothing but tokens. So
-    the next step can be planned before the host knows the sampled token.
+    With `can_sample_on_device`, sampling needs only the logits, and the client gets only tokens. So the next
+    step can be planned before the host knows the sampled token.
     """
 
     request: Request
     choice: int
-    order: tuple[int, int]  # place in priority order
+    order: tuple[int, int]  # its place in priority order
     queued_at: float
     output_ids: list[int]
     prompt_len: int = field(init=False)
@@ -34,7 +35,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_blocks_out_of_window: int = 0
     num_blocks_sent: int = 0  # entries of `blocks` that earlier plans have sent to the ranks
-    block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks, as far as needed yet
+    block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks, computed when needed
     slot: int | None = None  # None while the sequence waits
     num_tokens_in_flight: int = 0  # tokens that the plans in flight compute
     num_pending_tokens: int = 0  # tokens that the plans in flight sample
@@ -86,9 +87,9 @@ class Sequence:
     def append(
         self, token_id: int, logprobs: PositionLogprobs | None, now: float, eos_token_ids: Collection[int]
     ) -> Delta:
-        """Add a sampled token; returns what the client gets with it, and whether the sequence ends.
+        """Add a sampled token; returns the delta for the client, which also says whether the sequence ends.
 
-        The first token of an attempt brings what became known while the prompt was computed.
+        The delta of an attempt's first token also has the prompt's cached tokens and log-probabilities.
         """
         index = len(self.output_ids)
         self.output_ids.append(token_id)
@@ -130,7 +131,7 @@ class Sequence:
         return self.request.prompt_ids[start:end] + tuple(self.output_ids[: max(end - split, 0)])
 
     def finish_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
-        """Why the sequence ends with its last output token, or None if it goes on."""
+        """Why the sequence ends with its last output token; None if it continues."""
         request, last = self.request, self.output_ids[-1]
         if last in request.stop_token_ids:
             return "stop"

@@ -1,6 +1,6 @@
 """Which KV blocks of a sequence its attention window still sees.
 
-`BlockTables.advance` frees the other ones after each step, in `BlockTables.free_blocks_out_of_window`.
+After each step `BlockTables.advance` releases the blocks that it no longer sees.
 """
 
 from __future__ import annotations

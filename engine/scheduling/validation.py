@@ -16,7 +16,7 @@ MAX_PENALTY = 2.0  # presence and frequency penalties are between -MAX_PENALTY a
 MAX_BIAS = 100.0  # logit biases are between -MAX_BIAS and MAX_BIAS
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 1024
-MAX_PROMPT_LOGPROBS = 100_000  # alternatives included, over the whole prompt: they travel in one message
+MAX_PROMPT_LOGPROBS = 100_000  # of a whole prompt, alternatives included: all are sent in one message
 
 
 def validate(request: Request, limits: Limits) -> None:
