@@ -218,7 +218,7 @@ class BlockTables:
         return first_block_in_window(position, self._window, self._block_size)
 
     def _num_missing(self, num_tokens: int, entries: int, referenced: int) -> int:
-        """Blocks that a table lacks for `num_tokens` tokens; a sliding window limits its blocks at any time."""
+        """Blocks to allocate for `num_tokens` tokens; a sliding window limits how many are used at once."""
         missing = blocks_for(num_tokens, self._block_size) - entries
         return max(0, min(missing, self._max_blocks_per_sequence - referenced))
 

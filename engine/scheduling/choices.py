@@ -4,8 +4,8 @@ Owns: which sequences live, and which of them are held back.
 Does not own: the queues of running and waiting sequences (`scheduler`), the blocks (`block_tables`).
 
 The choices of a request have the same prompt. The first one to run computes it, and the others are held back
-until then. Then they wait like all sequences. Each one starts from the KV of a sibling: it shares the full
-blocks and copies the last one.
+until then. Then they wait like all sequences. Each one starts from the KV of a sibling: it shares full
+blocks, and gets a copy of the block in which it continues.
 """
 
 from __future__ import annotations
