@@ -48,7 +48,7 @@ class Running:
 
     @classmethod
     async def start(cls, name: str, store: MemoryStore) -> Self:
-        gateway = Gateway(name, f"boot of {name}", store, KEYS)
+        gateway = Gateway(name, f"incarnation of {name}", store, KEYS)
         server = rpc.server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
         address = rpc.bind(server, "127.0.0.1:0")
@@ -63,7 +63,7 @@ class Running:
         return cls(gateway, address, f"http://127.0.0.1:{runner.addresses[0][1]}", server, runner, task)
 
     async def kill(self) -> None:
-        """Die without a word to anyone. Idempotent."""
+        """Die without ending any request. Idempotent."""
         self.gateway._leaving = True  # a dead process cancels nothing
         self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

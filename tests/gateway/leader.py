@@ -22,7 +22,7 @@ MAX_MODEL_LEN = 4096
 
 
 def token(prompt_ids: list[int], seed: int, choice: int, position: int) -> int:
-    """What any replica generates: a function of the request and the position alone."""
+    """The token of any replica: a function of the request and the position alone."""
     return (sum(prompt_ids) * 7 + seed * 13 + choice * 131 + position * 17) % 1000
 
 
@@ -91,13 +91,13 @@ class ArithmeticEngine:
             finish="length" if is_last else None,
         )
 
-    def _step(self, **news: Any) -> None:
+    def _step(self, **parts: Any) -> None:
         self._steps += 1
-        self._loop.call_soon(self._stepped, Step(self._steps, Load(), **news))
+        self._loop.call_soon(self._stepped, Step(self._steps, Load(), **parts))
 
 
 class _Leader(Leader):
-    """Notes the commands that gateways give."""
+    """Records the commands of gateways."""
 
     def __init__(self, test: TestLeader, serving: BeginServing) -> None:
         engine = ArithmeticEngine(test)
@@ -117,7 +117,7 @@ class _Leader(Leader):
         return outbox
 
     def command(self, stream: int, request: shard_pb2.ServeRequest) -> None:
-        # A copy: tests look at what was sent, and the request book changes what it got.
+        # A copy: tests read the command as it was sent, and the request book changes its own.
         copy = shard_pb2.ServeRequest.FromString(request.SerializeToString())
         match copy.WhichOneof("frame"):
             case "submit":
@@ -178,7 +178,7 @@ class TestLeader:
             outbox.put(frame)
 
     async def kill(self) -> None:
-        """Die without a word to anyone."""
+        """Die without closing any stream."""
         self.serving.engine.kill()
         await self._server.stop(None)
         self.serving._next_heartbeat.cancel()

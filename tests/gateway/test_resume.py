@@ -1,4 +1,4 @@
-"""Gateways that die or leave: their clients go on at another one."""
+"""Gateways that die or leave: their clients resume at another gateway."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def test_gateway_and_leader_may_die_together(
         await until(lambda: any(part.tokens == 5 for part in writer._plan._written.values()))
         await rig.first.kill()
         await leader.kill()
-        # In the life of a cluster the controller does this.
+        # In a real cluster the controller does this.
         again = await rig.add_leader("demo-0", wait=False)
         await reached(second, again)
 

@@ -1,4 +1,4 @@
-"""What must not spread: one request, one frame, one record, one moment."""
+"""One bad request, frame, record or moment must not harm the other requests."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ DEADLINE_S = 10.0
 
 
 class Gateway:
-    """One stream to a worker, as a gateway holds it."""
+    """One stream to a worker, as a gateway opens it."""
 
     def __init__(self, address: str, replica: str, epoch: int, name: str = "gateway-0") -> None:
         self._channel = rpc.channel(address)

@@ -28,7 +28,7 @@ class FakeEngine:
         self._text = None if text is None else Link(text)
         self._sock, self._link, self._step = sock, Link(sock), 0
         self._link.beat()
-        self._held: dict[str, set[int]] = {}
+        self._running: dict[str, set[int]] = {}
 
     def send(self, message: wire.Message) -> None:
         self._link.send(message)
@@ -55,13 +55,13 @@ class FakeEngine:
     def ready(self) -> None:
         self.send(wire.EngineReady("hash-1", self._max_model_len, 10000, (2,)))
 
-    def step(self, **news: object) -> None:
+    def step(self, **parts: object) -> None:
         self._step += 1
-        load = Load(running=len(self._held), kv_blocks_free=90, kv_blocks_total=100)
+        load = Load(running=len(self._running), kv_blocks_free=90, kv_blocks_total=100)
         self.send(wire.Began(1))
         self.send(wire.StepEnded())
         assert self._text is not None, "only rank 0 has requests"
-        self._text.send(wire.Step(self._step, load, **news))  # type: ignore[arg-type]
+        self._text.send(wire.Step(self._step, load, **parts))  # type: ignore[arg-type]
 
     def submit(self, request: wire.Request) -> None:
         first = request.prompt_ids[0]
@@ -72,14 +72,14 @@ class FakeEngine:
             choice for choice in range(request.n) if not (request.finished and request.finished[choice])
         ]
         done = {choice: len(request.prior[choice]) if request.prior else 0 for choice in choices}
-        self._held[request.id] = set(choices)
+        self._running[request.id] = set(choices)
         self.step(accepted=(request.id,))
         for _ in range(3 if first == HOLD else request.max_tokens):
-            for choice in sorted(self._held[request.id]):
+            for choice in sorted(self._running[request.id]):
                 position = done[choice]
                 last = position + 1 >= request.max_tokens
                 if last:
-                    self._held[request.id].discard(choice)
+                    self._running[request.id].discard(choice)
                 now = time.time()
                 delta = Delta(
                     request.id,
@@ -90,19 +90,19 @@ class FakeEngine:
                     timing=Timing(now, now, now, now) if last else None,
                 )
                 done[choice] += 1
-                if last and not self._held[request.id]:
-                    del self._held[request.id]
+                if last and not self._running[request.id]:
+                    del self._running[request.id]
                 self.step(deltas=(delta,))
-            if request.id not in self._held:
+            if request.id not in self._running:
                 return
 
     def cancel(self, cancel: wire.CancelRequest) -> None:
         if cancel.choice is None:
-            self._held.pop(cancel.id, None)
-        elif cancel.id in self._held:
-            self._held[cancel.id].discard(cancel.choice)
-            if not self._held[cancel.id]:
-                del self._held[cancel.id]
+            self._running.pop(cancel.id, None)
+        elif cancel.id in self._running:
+            self._running[cancel.id].discard(cancel.choice)
+            if not self._running[cancel.id]:
+                del self._running[cancel.id]
         self.step()
 
     def run(self) -> None:

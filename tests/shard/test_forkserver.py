@@ -1,4 +1,4 @@
-"""The fork server with real engines: they are forked, end as processes do, and outlive nobody."""
+"""The fork server with real engines: they are forked, end as processes do, and never outlive the server."""
 
 from __future__ import annotations
 

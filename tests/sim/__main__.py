@@ -27,13 +27,13 @@ def fixed_hashes(module: str, arguments: Sequence[str]) -> None:
         )
 
 
-def find(bug: str, most: int) -> int | None:
-    """How many seeds it takes to find a planted bug; None if `most` seeds do not find it."""
+def find(bug: str, max_seeds: int) -> int | None:
+    """How many seeds it takes to find a planted bug; None if `max_seeds` seeds do not find it."""
     with BUGS[bug]():
-        return next((seed + 1 for seed in range(most) if run(seed).violations), None)
+        return next((seed + 1 for seed in range(max_seeds) if run(seed).violations), None)
 
 
-def tell(outcome: Outcome) -> None:
+def report(outcome: Outcome) -> None:
     """Print a run with violations, and the call that repeats it."""
     print(f"seed {outcome.seed}: {outcome.violations[:5]}")
     print(f"  run({outcome.seed}, faults={outcome.faults})")
@@ -63,11 +63,12 @@ def main() -> None:
             totals["faults"] += len(outcome.faults)
             if outcome.violations:
                 bad += 1
-                tell(outcome)
+                report(outcome)
             if number % 1000 == 0:
                 print(f"{number} seeds, {number / (time.monotonic() - began):.1f} per second", flush=True)
     took = time.monotonic() - began
-    print(f"{options.seeds} seeds in {took:.0f} s, {options.seeds / took:.1f} per second: {bad} went wrong")
+    rate = options.seeds / took
+    print(f"{options.seeds} seeds in {took:.0f} s, {rate:.1f} per second: {bad} with violations")
     print(", ".join(f"{count} {name}" for name, count in totals.items()))
     sys.exit(1 if bad else 0)
 

@@ -54,11 +54,11 @@ def sampler_with_a_state() -> Iterator[None]:
     """Noise is keyed by the number of tokens that this engine has sampled, not by the output position."""
 
     def sample(before: Any) -> Any:
-        def counted(self: Rank, kept: int, seed: int, choice: int, position: int) -> int:
+        def counted(self: Rank, prefix_hash: int, seed: int, choice: int, position: int) -> int:
             sampled = self.__dict__.setdefault("sampled", {})
             count = sampled.get((seed, choice), 0)
             sampled[seed, choice] = count + 1
-            return int(before(self, kept, seed, choice, count))
+            return int(before(self, prefix_hash, seed, choice, count))
 
         return counted
 
@@ -82,7 +82,7 @@ def resumed_at_the_wrong_index() -> Iterator[None]:
 
 @contextlib.contextmanager
 def finish_dropped() -> Iterator[None]:
-    """A leader tells another gateway of a request without its finish reason, so the stream never ends."""
+    """A leader gives a request to another gateway without its finish reason, so the stream never ends."""
 
     def extend(before: Any) -> Any:
         def without(output: shard_pb2.Delta, news: shard_pb2.Delta) -> None:

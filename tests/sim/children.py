@@ -45,7 +45,7 @@ STEP_S = (0.01, 0.03)
 class SimChild:
     """See `dataplane.shard.process.Child` and `TextChild`: a process of its own that dies with its worker."""
 
-    world: World  # a class attribute, set before a run: the worker that creates a child knows no world
+    world: World  # set before each run: the worker that creates a child does not know the world
     numbers = itertools.count(1)
 
     def __init__(
@@ -59,7 +59,7 @@ class SimChild:
         sockets: Mapping[str, Callable[[Message], None]] | None = None,
     ) -> None:
         self._worker, self._start = current(), start
-        self._tell_text = (sockets or {}).get("--text-fd")
+        self._send_step = (sockets or {}).get("--text-fd")
         self._on_spawned, self._on_message = on_spawned, on_message
         self.pid = next(self.numbers)
         kind = "engine" if isinstance(start, StartEngine) else "text"
@@ -76,7 +76,7 @@ class SimChild:
         self._pass("down", self.process, self._take, message)
 
     def connect(self, engine: int) -> Callable[[Message], None]:
-        """What an engine of this number writes its steps to."""
+        """A function that sends a step of the engine with this number. See `TextChild.connect`."""
         self._engine, way = engine, f"engine {engine}"
         self._arrives[way] = 0.0
         return lambda step: self._pass(way, self.process, self._take_step, engine, step)
@@ -93,9 +93,9 @@ class SimChild:
         self.process.on_death.append(self._dead)
         self.world.children[self.pid] = self.process
         if isinstance(self._start, StartEngine):
-            self._program = SimEngine(self.world, self.process, self._say, self._tell_text)
+            self._program = SimEngine(self.world, self.process, self._send_up, self._send_step)
         else:
-            self._program = SimText(self._say)
+            self._program = SimText(self._send_up)
         self._on_spawned(self.pid)
         self.process.start(self._beat())
         self.send(self._start)
@@ -105,7 +105,7 @@ class SimChild:
 
     async def _beat(self) -> None:
         while True:
-            self._say(Beat())
+            self._send_up(Beat())
             await asyncio.sleep(BEAT_S)
 
     def _take(self, message: Message) -> None:
@@ -117,7 +117,7 @@ class SimChild:
         if engine == self._engine:
             self._program.take_step(engine, step)
 
-    def _say(self, message: Message) -> None:
+    def _send_up(self, message: Message) -> None:
         """Send from the child to the worker; messages arrive in order."""
         self._pass("up", self._worker, self._on_message, message)
 
@@ -133,19 +133,19 @@ class SimChild:
 class SimText:
     """A text process. Token ids of a prompt are its code points; the text of token t is "<t>"."""
 
-    def __init__(self, say: Callable[[Message], None]) -> None:
-        self._say, self._fake = say, FakeText(say)
+    def __init__(self, send_up: Callable[[Message], None]) -> None:
+        self._send_up, self._fake = send_up, FakeText(send_up)
 
     def take(self, message: Message) -> None:
         """A message of the worker."""
         if isinstance(message, StartText):
-            self._say(TextReady(5))
+            self._send_up(TextReady(5))
         else:
             self._fake.handle(message)
 
     def take_step(self, engine: int, step: Step) -> None:
         """A step of an engine."""
-        self._say(replace(self._fake.fill(step), engine=engine))
+        self._send_up(replace(self._fake.fill(step), engine=engine))
 
 
 class SimEngine:
@@ -155,14 +155,14 @@ class SimEngine:
         self,
         world: World,
         process: Process,
-        say: Callable[[Message], None],
-        tell_text: Callable[[Message], None] | None,
+        send_up: Callable[[Message], None],
+        send_step: Callable[[Message], None] | None,
     ) -> None:
-        self._world, self._process, self._say, self._tell_text = world, process, say, tell_text
+        self._world, self._process, self._send_up, self._send_step = world, process, send_up, send_step
         self._group: list[SimEngine] = []
         self._scheduler: Scheduler | None = None
         self._inbox: list[Message] = []
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._rank = Rank()
 
     def take(self, message: Message) -> None:
@@ -174,7 +174,7 @@ class SimEngine:
                 self._process.start(self._join(address))
             case _:
                 self._inbox.append(message)
-                self._news.set()
+                self._changed.set()
 
     async def _begin(self, config: EngineConfig) -> None:
         await asyncio.sleep(self._world.chance.uniform(*LOAD_S))
@@ -185,15 +185,15 @@ class SimEngine:
             self._group = self._world.groups.setdefault(address, [])
             self._group.append(self)
             if self._size > 1:
-                self._say(Rendezvous(address))
+                self._send_up(Rendezvous(address))
             await self._gather()
-            self._say(EngineReady("hash", MAX_MODEL_LEN, VOCABULARY, (EOS,), STEP_S[0]))
+            self._send_up(EngineReady("hash", MAX_MODEL_LEN, VOCABULARY, (EOS,), STEP_S[0]))
             await self._serve()
 
     async def _join(self, address: str) -> None:
         self._group = self._world.groups[address]
         self._group.append(self)
-        self._say(EngineReady("hash", MAX_MODEL_LEN, VOCABULARY, (EOS,)))
+        self._send_up(EngineReady("hash", MAX_MODEL_LEN, VOCABULARY, (EOS,)))
 
     async def _gather(self) -> None:
         while len(self._group) < self._size:
@@ -208,7 +208,7 @@ class SimEngine:
                 one._process.later(PIPE_S, one._give_up)
 
     def _give_up(self) -> None:
-        self._say(EngineFailed("PEER_LOST", "another rank is gone", permanent=False))
+        self._send_up(EngineFailed("PEER_LOST", "another rank is gone", permanent=False))
         self._process.later(PIPE_S * 2, self._process.die)
 
     async def _all_ranks(self) -> None:
@@ -234,8 +234,8 @@ class SimEngine:
         step = 0
         while True:
             if not self._inbox and not scheduler.has_work:
-                self._news.clear()
-                await self._news.wait()
+                self._changed.clear()
+                await self._changed.wait()
             inbox, self._inbox = self._inbox, []
             accepted: list[str] = []
             failed: list[Refusal] = []
@@ -256,17 +256,17 @@ class SimEngine:
             now = self._process.loop.time()
             plan = scheduler.schedule(now)
             if plan is not None:
-                self._say(Began(plan.tokens))
+                self._send_up(Began(plan.tokens))
                 await asyncio.sleep(self._world.chance.uniform(*STEP_S))
                 await self._all_ranks()
                 sampled = self._rank.run(plan)
                 deltas += scheduler.apply(sampled, self._process.loop.time())
-                self._say(StepEnded())
+                self._send_up(StepEnded())
             elif probed:
                 await self._all_ranks()
             if plan is not None or accepted or failed or deltas:
                 step += 1
-                assert self._tell_text is not None, "only rank 0 serves"
-                self._tell_text(Step(step, scheduler.load, tuple(accepted), tuple(deltas), tuple(failed)))
+                assert self._send_step is not None, "only rank 0 serves"
+                self._send_step(Step(step, scheduler.load, tuple(accepted), tuple(deltas), tuple(failed)))
             if probed:
-                self._say(Alive())
+                self._send_up(Alive())

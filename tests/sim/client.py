@@ -12,12 +12,12 @@ from tests.sim.model import STOP_PIECE, expected
 from tests.sim.net import End
 from tests.sim.world import World
 
-_ELSEWHERE = ("UNREACHABLE", "STORE_UNAVAILABLE")
+_RESUME_ELSEWHERE = ("UNREACHABLE", "STORE_UNAVAILABLE")
 _FINISH = {"stop": types_pb2.FINISH_REASON_STOP, "length": types_pb2.FINISH_REASON_LENGTH}
 
 
 class SimClient:
-    """The client of one request. It behaves like `phalanx.client.Client`, with more patience."""
+    """The client of one request. It behaves like `phalanx.client.Client`, but never gives up."""
 
     def __init__(self, world: World, number: int) -> None:
         chance = world.chance
@@ -47,7 +47,7 @@ class SimClient:
             except PhalanxError as error:
                 if error.reason == "UNKNOWN_REQUEST" and self.cursor:
                     self.token = ""
-                elif error.reason not in _ELSEWHERE:
+                elif error.reason not in _RESUME_ELSEWHERE:
                     self.error = error.reason
                     self._world.note(f"{self.process} ends with {error.reason}: {error.message}")
             turn += 1

@@ -21,8 +21,8 @@ class Process:
 
     def __init__(self, loop: SimLoop, name: str) -> None:
         self.loop, self.name = loop, name
-        self.alive, self.standing = True, False
-        self.held: list[asyncio.Handle] = []
+        self.alive, self.stopped = True, False
+        self.waiting: list[asyncio.Handle] = []
         self.context = contextvars.copy_context()
         self.context.run(_CURRENT.set, self)
         self.on_death: list[Callable[[], None]] = []
@@ -38,22 +38,22 @@ class Process:
         """Call a function of this process after a delay, unless the process is dead by then."""
         self.loop.call_later(delay_s, call, *arguments, context=self.context)
 
-    def stand(self) -> None:
+    def stop(self) -> None:
         """SIGSTOP."""
-        self.standing = True
+        self.stopped = True
 
-    def wake(self) -> None:
+    def resume(self) -> None:
         """SIGCONT."""
-        self.standing = False
-        for handle in self.held:
+        self.stopped = False
+        for handle in self.waiting:
             self.loop.put_back(handle)
-        self.held.clear()
+        self.waiting.clear()
 
     def die(self) -> None:
         """SIGKILL. Calls the functions in `on_death`, by which others notice."""
         if self.alive:
             self.alive = False
-            self.held.clear()
+            self.waiting.clear()
             for call in self.on_death:
                 call()
 
@@ -119,7 +119,7 @@ class SimLoop(asyncio.BaseEventLoop):
             heapq.heappop(scheduled)._scheduled = False
         if not ready:
             if not scheduled:
-                raise RuntimeError("everything waits for something that cannot come")
+                raise RuntimeError("deadlock: no callback is ready and no timer is set")
             self._now = max(self._now, scheduled[0]._when)
         while scheduled and scheduled[0]._when <= self._now:
             handle = heapq.heappop(scheduled)
@@ -133,8 +133,8 @@ class SimLoop(asyncio.BaseEventLoop):
             if process is not None:
                 if not process.alive:
                     continue
-                if process.standing:
-                    process.held.append(handle)
+                if process.stopped:
+                    process.waiting.append(handle)
                     continue
             self.steps += 1
             handle._run()

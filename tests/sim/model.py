@@ -25,25 +25,25 @@ LIMITS = Limits(
 )
 
 
-def _kept(token: int, before: int) -> int:
-    return zlib.crc32(array("I", (token, before)).tobytes())
+def _hash(token: int, prefix_hash: int) -> int:
+    return zlib.crc32(array("I", (token, prefix_hash)).tobytes())
 
 
-def draw(kept: int, seed: int, choice: int, position: int) -> int:
-    """The token at an output position; `kept` is the hash of all tokens before it (the model's KV)."""
-    return zlib.crc32(array("Q", (kept, seed, choice, position)).tobytes()) % VOCABULARY
+def token_at(prefix_hash: int, seed: int, choice: int, position: int) -> int:
+    """The token at an output position; `prefix_hash` is the hash of all tokens before it: the model's KV."""
+    return zlib.crc32(array("Q", (prefix_hash, seed, choice, position)).tobytes()) % VOCABULARY
 
 
 def expected(
     prompt: Sequence[int], seed: int, choice: int, max_tokens: int, stop: bool
 ) -> tuple[list[int], str, str]:
     """The tokens, text and finish reason of an undisturbed run. With `stop`, STOP_PIECE ends it."""
-    kept = 0
+    prefix_hash = 0
     for token in prompt:
-        kept = _kept(token, kept)
+        prefix_hash = _hash(token, prefix_hash)
     output: list[int] = []
     while True:
-        token = draw(kept, seed, choice, len(output))
+        token = token_at(prefix_hash, seed, choice, len(output))
         output.append(token)
         text = "".join(f"<{token}>" for token in output)
         if stop and f"<{token}>" == STOP_PIECE:
@@ -52,16 +52,16 @@ def expected(
             return output, text, "stop"
         if len(output) == max_tokens:
             return output, text, "length"
-        kept = _kept(token, kept)
+        prefix_hash = _hash(token, prefix_hash)
 
 
 class Rank:
-    """Executes plans as the sampling rank does. Its KV cache holds, for each place of a block, a hash."""
+    """Executes plans as the sampling rank does. Its KV cache has one hash for each position of a block."""
 
     def __init__(self) -> None:
         self._cache: dict[tuple[int, int], int] = {}
         self._tables: dict[int, list[int]] = {}
-        self._joins: dict[int, tuple[int, int, int]] = {}  # seed, choice, length of the prompt
+        self._sequences: dict[int, tuple[int, int, int]] = {}  # by slot: seed, choice, length of the prompt
         self.step = 0
 
     def run(self, plan: StepPlan) -> Sampled:
@@ -70,32 +70,37 @@ class Rank:
         self.step = plan.step
         for slot in plan.freed_slots:
             del self._tables[slot]
-        for join in plan.new_sequences:
-            self._tables[join.slot] = []
-            self._joins[join.slot] = join.sampling.seed, join.choice, join.prompt_len
+        for sequence in plan.new_sequences:
+            self._tables[sequence.slot] = []
+            self._sequences[sequence.slot] = (
+                sequence.sampling.seed, sequence.choice, sequence.prompt_len,
+            )  # fmt: skip
         for source, target in plan.copies:
-            for slot in range(BLOCK_SIZE):
-                self._cache[target, slot] = self._cache.get((source, slot), -1)
-        kept = [self._compute(row) for row in plan.chunks]
+            for offset in range(BLOCK_SIZE):
+                self._cache[target, offset] = self._cache.get((source, offset), -1)
+        hashes = [self._compute(chunk) for chunk in plan.chunks]
         sampled = [
-            self._draw(row, before) for row, before in zip(plan.chunks, kept, strict=True) if row.sample
+            self._sample(chunk, prefix_hash)
+            for chunk, prefix_hash in zip(plan.chunks, hashes, strict=True)
+            if chunk.sample
         ]
         return Sampled(plan.step, tuple(sampled), (None,) * len(sampled))
 
-    def _compute(self, row: SequenceChunk) -> int:
-        table = self._tables[row.slot]
-        table.extend(row.blocks)
-        start = row.start
-        before = self._cache[table[(start - 1) // BLOCK_SIZE], (start - 1) % BLOCK_SIZE] if start else 0
-        for position, token in enumerate(row.token_ids, start=start):
-            before = _kept(token, before)
-            self._cache[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = before
-        return before
+    def _compute(self, chunk: SequenceChunk) -> int:
+        """Add a chunk to the cache; returns the hash of its sequence so far."""
+        table = self._tables[chunk.slot]
+        table.extend(chunk.blocks)
+        last = chunk.start - 1
+        prefix_hash = self._cache[table[last // BLOCK_SIZE], last % BLOCK_SIZE] if chunk.start else 0
+        for position, token in enumerate(chunk.token_ids, start=chunk.start):
+            prefix_hash = _hash(token, prefix_hash)
+            self._cache[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = prefix_hash
+        return prefix_hash
 
-    def _draw(self, row: SequenceChunk, before: int) -> int:
-        seed, choice, prompt_len = self._joins[row.slot]
-        return self.sample(before, seed, choice, row.start + len(row.token_ids) - prompt_len)
+    def _sample(self, chunk: SequenceChunk, prefix_hash: int) -> int:
+        seed, choice, prompt_len = self._sequences[chunk.slot]
+        return self.sample(prefix_hash, seed, choice, chunk.start + len(chunk.token_ids) - prompt_len)
 
-    def sample(self, kept: int, seed: int, choice: int, position: int) -> int:
+    def sample(self, prefix_hash: int, seed: int, choice: int, position: int) -> int:
         """Sample a token."""
-        return draw(kept, seed, choice, position)
+        return token_at(prefix_hash, seed, choice, position)

@@ -56,7 +56,7 @@ class Network:
         await asyncio.sleep(self._delay())
         server = self._servers.get(address)
         if server is None or not server[0].alive:
-            raise ConnectionError(f"nobody listens at {address}")
+            raise ConnectionError(f"no process listens at {address}")
         if self.is_cut(process, server[0]):
             await asyncio.sleep(CONNECT_S)
             raise ConnectionError(f"{address} does not answer")

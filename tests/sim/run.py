@@ -1,4 +1,4 @@
-"""One simulated run: inject faults, drawn from a seed or given as a list; then check that all is well.
+"""One simulated run: inject faults, random by a seed or given as a list; then check the invariants.
 
 A run with violations prints its faults as a list. `run(seed, faults=...)` repeats it: a regression test.
 """
@@ -31,11 +31,11 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault `at` seconds after the first request, for `seconds`. The number `whom` picks the victim."""
+    """A fault `at` seconds after the first request, for `seconds`. The number `victim` picks the process."""
 
     at: float
     kind: str
-    whom: int = 0
+    victim: int = 0
     seconds: float = 0.0
 
 
@@ -55,8 +55,8 @@ class Outcome:
     stale: int = 0
 
 
-def draw_faults(chance: random.Random) -> list[Fault]:
-    """Draw 1 to 4 random faults."""
+def random_faults(chance: random.Random) -> list[Fault]:
+    """1 to 4 random faults."""
     faults = []
     for _ in range(chance.randint(1, 4)):
         at = round(chance.uniform(0.0, FAULTS_WITHIN_S), 3)
@@ -68,7 +68,7 @@ def draw_faults(chance: random.Random) -> list[Fault]:
 def run(seed: int, faults: Sequence[Fault] | None = None) -> Outcome:
     """Simulate one seed."""
     chance = random.Random(f"faults {seed}")
-    outcome = Outcome(seed, list(draw_faults(chance) if faults is None else faults))
+    outcome = Outcome(seed, list(random_faults(chance) if faults is None else faults))
     world = World(seed)
     logging.disable(logging.ERROR)
     with simulated(world):
@@ -93,7 +93,7 @@ async def _live(world: World, outcome: Outcome) -> None:
     await _until(world, world.is_whole, 30.0, "the cluster did not get up")
     began = world.loop.time()
     for fault in outcome.faults:
-        world.loop.call_at(began + fault.at, Do(world).do, fault)
+        world.loop.call_at(began + fault.at, FaultInjector(world).inject, fault)
     clients = [SimClient(world, number) for number in range(6)]
     for client in clients:
         work = client.process.start(client.run())
@@ -161,18 +161,18 @@ def _judge(world: World, outcome: Outcome, clients: list[SimClient]) -> None:
         world.violations.append(f"{len(left) - len(alive)} checkpoints without a lease")
 
 
-class Do:
+class FaultInjector:
     """Injects faults."""
 
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def do(self, fault: Fault) -> None:
+    def inject(self, fault: Fault) -> None:
         """Inject a fault, and schedule its end."""
         world, kind = self._world, fault.kind
-        worker = world.worker_names[fault.whom % len(world.worker_names)]
-        gateway = world.gateway_names[(fault.whom >> 4) % len(world.gateway_names)]
-        controller = world.controller_names[(fault.whom >> 6) % len(world.controller_names)]
+        worker = world.worker_names[fault.victim % len(world.worker_names)]
+        gateway = world.gateway_names[(fault.victim >> 4) % len(world.gateway_names)]
+        controller = world.controller_names[(fault.victim >> 6) % len(world.controller_names)]
         world.note(f"{kind} ({worker}, {gateway}, {controller}) for {fault.seconds} s")
         match kind:
             case "crash worker":
@@ -186,7 +186,7 @@ class Do:
             case "pause controller":
                 self._pause(controller, fault.seconds)
             case "clock jumps":
-                world.skew[controller] = fault.seconds * (20 if fault.whom % 3 else -20)
+                world.skew[controller] = fault.seconds * (20 if fault.victim % 3 else -20)
             case "crash engine" | "stop engine" | "crash text" | "stop text":
                 self._hurt_child(fault)
             case "pause worker":
@@ -236,18 +236,18 @@ class Do:
 
     def _pause(self, name: str, seconds: float) -> None:
         process = self._world.processes[name]
-        process.stand()
-        self._world.loop.call_later(seconds, process.wake)
+        process.stop()
+        self._world.loop.call_later(seconds, process.resume)
 
     def _hurt_child(self, fault: Fault) -> None:
         how, kind = fault.kind.split()
         mine = [child for _, child in sorted(self._world.children.items()) if f"/{kind}" in child.name]
         if not mine:
             return
-        child = mine[fault.whom % len(mine)]
+        child = mine[fault.victim % len(mine)]
         self._world.note(f"  {child}")
         if how == "stop":
-            child.stand()
+            child.stop()
         else:
             child.die()
 

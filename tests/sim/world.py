@@ -397,7 +397,7 @@ class World:
         process.start(active_controller.run(store, KEYS, view, record, clock=clock))
 
     def store_goes(self, *, frozen: bool) -> None:
-        """Make the store unreachable. With `frozen` its leases stand still meanwhile, else they run out."""
+        """Make the store unreachable. With `frozen`, its leases do not expire meanwhile."""
         self.store_away = True
         self._frozen_since = self.loop.time() if frozen else None
 

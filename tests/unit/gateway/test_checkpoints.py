@@ -187,7 +187,7 @@ async def test_a_lost_lease_means_that_all_is_written_again(monkeypatch: pytest.
 
 
 class SlowStore(MemoryStore):
-    """A store whose answers to transactions come once `answer` is set; what was asked is done before."""
+    """A store that carries out each transaction at once and answers it once `answer` is set."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The dispatcher under generated event orders: whatever breaks, every stream is exactly its own."""
+"""The dispatcher under generated orders of events: each client gets exactly the tokens of its request."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def output(submit: shard_pb2.Submit, choice: int, begin: int, end: int) -> dict[
 
 NAMES = st.sampled_from(["demo-0", "demo-1", "demo-2"])
 ORPHAN = 0
-"""The attempt number of what another gateway began and nobody has attached."""
+"""The attempt number of a request that another gateway began and no gateway has attached."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class FakeReplica:
         return next((key for key, one in self.attempts.items() if one.resume_key == resume_key), None)
 
     def renumber(self, key: tuple[str, int], attempt: int) -> None:
-        """An attempt changes hands."""
+        """Give an attempt the number that another gateway chose."""
         submit, made = self.attempts.pop(key), self.made.pop(key)
         submit.attempt = attempt
         self.attempts[key[0], attempt], self.made[key[0], attempt] = submit, made
@@ -106,8 +106,8 @@ class FakeReplica:
                 if size <= 0:
                     continue
                 if not is_orphan:
-                    news = output(submit, choice, made, made + size)
-                    frame.deltas.add(request_id=key[0], attempt=key[1], choice=choice, **news)
+                    fields = output(submit, choice, made, made + size)
+                    frame.deltas.add(request_id=key[0], attempt=key[1], choice=choice, **fields)
                 self.made[key][choice] = made + size
             if min(self.made[key]) == budget and not is_orphan:
                 self.drop(*key)
@@ -132,7 +132,7 @@ class FakeReplica:
 class Cluster(RuleBasedStateMachine):
     """Three replicas that come, go and repeat themselves; clients that come, go, and move between gateways.
 
-    The dispatcher is one gateway's. Another gateway is there only in what it leaves on replicas and takes.
+    The dispatcher is one gateway's. Other gateways only leave requests on replicas, and take some.
     """
 
     requests, orphans = Bundle("requests"), Bundle("orphans")
@@ -146,7 +146,7 @@ class Cluster(RuleBasedStateMachine):
         self.journals: dict[str, Journal] = {}  # those of this gateway
         self.cancelled: set[str] = set()
         self.searched: set[str] = set()  # requests for which a search runs
-        self.asked: dict[str, set[Target]] = {}  # by resume key: those whose answer counts
+        self.asked: dict[str, set[Target]] = {}  # by resume key: replicas that were asked
         self.past: list[tuple[Target, shard_pb2.StepFrame]] = []
         for name in ("demo-0", "demo-1"):
             self.up(name)
@@ -173,7 +173,9 @@ class Cluster(RuleBasedStateMachine):
                         for replica in self.replicas.values()
                         if replica.target in asked and replica.holding(resume_key)
                     ]
-                    assert not certain or not holders, "a replica was asked and not heard"
+                    assert not certain or not holders, (
+                        "certain, and a replica that was asked holds the request"
+                    )
                 case instructions.CloseSilent(target, reason):
                     self.replicas[target.replica] = FakeReplica(target)
                     self.do(self.dispatcher.stream_down(target, reason, self.now))
@@ -183,7 +185,7 @@ class Cluster(RuleBasedStateMachine):
     def at(self, target: Target) -> FakeReplica:
         replica = self.replicas[target.replica]
         assert replica.up
-        assert replica.target == target, "something was sent to an epoch that is over"
+        assert replica.target == target, "a message to an epoch that is over"
         return replica
 
     def adopted(self, journal: Journal) -> None:
@@ -232,7 +234,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(request_id=orphans | requests, data=st.data())
     def adopt(self, request_id: str, data: st.DataObject) -> None:
-        """No replica holds the request, or none was heard in time: it comes back from its checkpoint."""
+        """No replica has answered in time that it holds the request: its checkpoint restores it."""
         if self.is_live(request_id) or request_id in self.searched:
             return
         n, max_tokens = self.begun[request_id]
@@ -273,7 +275,7 @@ class Cluster(RuleBasedStateMachine):
         replica = self.replicas[name]
         if not replica.up:
             replica.up = True
-            # A gateway that comes back has given up what it had there.
+            # A gateway that comes back has given up its earlier attempts.
             for key in [key for key in replica.attempts if key[1] != ORPHAN]:
                 replica.drop(*key)
             self.do(self.dispatcher.stream_up(replica.target, LEADER, self.now))
@@ -285,7 +287,7 @@ class Cluster(RuleBasedStateMachine):
             return
         target = replica.target
         if how == "cut":
-            # It lives on and holds what it had.
+            # The replica runs on with its attempts.
             replica.up, replica.answers = False, shard_pb2.StepFrame()
         else:
             epoch = target.epoch + (how == "formed again")
@@ -545,7 +547,7 @@ KEY = "k" * 32
 
 
 def held(tokens: int, attempt: int, *, finished: bool = False) -> shard_pb2.Attached:
-    """What a leader says that holds request "r"."""
+    """The answer of a leader that holds request "r"."""
     request = shard_pb2.Submit(
         request_id="r", attempt=attempt, resume_key=KEY, n=1, token_ids=types_pb2.TokenIds(ids=[1, 2]),
         stopping=types_pb2.Stopping(max_tokens=6), model_hash="m", deadline_ms=5000,
@@ -612,7 +614,7 @@ def test_a_search_does_not_wait_for_a_replica_that_is_silent_or_gone() -> None:
     dispatcher, (first, _) = sought()
     assert dispatcher.stream_down(OTHER, "killed", 0.1) == []
     assert ticks(dispatcher, 0.0, SEARCH_TIMEOUT_S + 0.1) == [instructions.NotHeld(KEY, certain=False)]
-    # It answers after all: nobody waits for it any more, and it may have the only copy.
+    # A late answer: no client waits for it any more. No cancel: the replica may have the only copy.
     frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(3, first.attempt)])
     assert dispatcher.frame(UP, frame, SEARCH_TIMEOUT_S) == []
     assert dispatcher.seek("nobody", KEY, 2.0) == [instructions.NotHeld(KEY, certain=False)]

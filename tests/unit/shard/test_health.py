@@ -45,7 +45,7 @@ def test_people_hear_of_what_is_not_yet_an_ailment() -> None:
 
 
 class FakeNvml:
-    """The library with one device that can tell only what `answers` has."""
+    """The library with one device that answers only the calls in `answers`."""
 
     class NVMLError(Exception):
         def __init__(self, value: int) -> None:

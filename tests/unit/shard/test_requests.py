@@ -70,7 +70,7 @@ def started(requests: RequestBook, stream: int = 1, **fields: object) -> str:
 
 
 def asked(todo: list[Instruction]) -> Encode:
-    """What the text process is asked for; nothing goes to the engine before its answer."""
+    """The message to the text process. The engine gets nothing before the answer."""
     (encode,) = text(todo)
     assert isinstance(encode, Encode)
     assert not any(isinstance(message, SubmitRequest) for message in engine(todo))
@@ -78,7 +78,7 @@ def asked(todo: list[Instruction]) -> Encode:
 
 
 def queued(requests: RequestBook, todo: list[Instruction], *ids: int) -> Request:
-    """What the engine is asked for once the text process has answered."""
+    """The request that the engine gets once the text process has answered."""
     answer = requests.encoded(Encoded(asked(todo).id, ids))
     assert not text(answer)
     (message,) = engine(answer)
@@ -492,13 +492,14 @@ class Conversation(RuleBasedStateMachine):
         self.running: dict[str, dict[int, int]] = {}  # what the engine runs: id, choice -> next position
         self.news: dict[str, list[object]] = {"accepted": [], "deltas": [], "failed": []}
         self.with_text: list[Step] = []
-        self.expected: dict[tuple[int, str, int], dict[int, int]] = {}  # what each gateway awaits
+        # Per attempt of a gateway: the next position of each live choice.
+        self.expected: dict[tuple[int, str, int], dict[int, int]] = {}
         self.over: set[tuple[int, str, int]] = set()
         self.ended: Counter[str] = Counter()
         self.keys: dict[str, str] = {}  # request id: resume key, of those that have one
         self.orphans: set[str] = set()  # request ids
-        self.passed: dict[str, list[int]] = {}  # tokens per choice that have come through the text process
-        self.closed: set[tuple[str, int]] = set()  # choices of which no more tokens pass
+        self.filled: dict[str, list[int]] = {}  # tokens per choice that have got their text
+        self.closed: set[tuple[str, int]] = set()  # choices that get no more tokens
         self.attached = 100  # attempt numbers
 
     def do(self, todo: list[Instruction]) -> None:
@@ -530,7 +531,7 @@ class Conversation(RuleBasedStateMachine):
     def receive(self, stream: int, frame: shard_pb2.StepFrame) -> None:
         for attached in frame.attached:
             prior, request_id = attached.request.prior, attached.request.request_id
-            assert [len(choice.token_ids) for choice in prior] == self.passed[request_id]
+            assert [len(choice.token_ids) for choice in prior] == self.filled[request_id]
             key = (stream, request_id, attached.attempt)
             self.orphans.discard(request_id)
             self.expected[key] = {
@@ -572,7 +573,7 @@ class Conversation(RuleBasedStateMachine):
         sent = submit(f"r{self.submitted}", n=n, deadline_ms=deadline_ms, **prompt)
         if data.draw(st.booleans()):
             sent.resume_key = self.keys[sent.request_id] = f"k{self.submitted}"
-        self.passed[sent.request_id] = [0] * n
+        self.filled[sent.request_id] = [0] * n
         self.expected[stream, sent.request_id, 1] = dict.fromkeys(range(n), 0)
         self.do(self.book.submit(stream, sent, self.now))
 
@@ -647,7 +648,7 @@ class Conversation(RuleBasedStateMachine):
             deltas.append(replace(delta, pieces=("x",), finish=finish))
             request_id = delta.id.split("/")[1]
             if (request_id, delta.choice) not in self.closed:
-                self.passed[request_id][delta.choice] += 1
+                self.filled[request_id][delta.choice] += 1
             if finish:
                 self.closed.add((request_id, delta.choice))
         self.do(self.book.stepped(Step(done.step, done.load, done.accepted, tuple(deltas)), self.now))
@@ -657,7 +658,7 @@ class Conversation(RuleBasedStateMachine):
         self.book.check_integrity()
         live = {key for key in self.expected if key not in self.over}
         assert len(self.book) == len(live) + len(self.orphans)
-        assert len(self.followed) == len(self.book), "the text process remembers what is over"
+        assert len(self.followed) == len(self.book), "the text process follows an attempt that is over"
         assert sum(self.ended.values()) == self.submitted - len(self.book)
         assert max(self.ended.values(), default=1) == 1
 

@@ -1,4 +1,4 @@
-"""The watchdog: what is a hang and what is only slow."""
+"""The watchdog: it tells a hang from a slow step."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def warm() -> Engine:
 
 
 def silence(engine: Engine, most: float) -> float:
-    """Seconds until the watchdog gives up on an engine that says nothing more."""
+    """Seconds until the watchdog gives up on an engine that sends nothing more."""
     start = engine.now
     assert engine.wait(most) is not None
     return engine.now - start
@@ -198,7 +198,7 @@ def test_an_engine_that_hangs_before_its_first_step_is_noticed_by_what_it_took_t
 
 
 def verdict(pulse: Pulse, since: float, seconds: float) -> bool:
-    """Whether a child that says nothing for so long is given up."""
+    """Whether a child that sends nothing for so long is taken for stopped."""
     checks = int(seconds / CHECK_S)
     return any(pulse.check(since + CHECK_S * (check + 1)) for check in range(checks))
 
