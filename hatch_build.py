@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent
 KERNELS = "engine/kernels"
 GENERATED = ("phalanx/v1", "phalanx/internal/v1")
 SOURCES = ("linear.cpp", "attention.cpp", "weights.cpp", "sample.cpp")
-# The instruction sets that engine/kernels/native.py chooses from, with their names for the compiler.
+# The instruction sets of engine/kernels/native_library.py, with their names for the compiler.
 CPUS = {"avx512_bf16": "x86_64_v4+avx512bf16", "avx512": "x86_64_v4", "avx2": "x86_64_v3"}
 FLAGS = [
     *("-target", "x86_64-linux-gnu.2.17", "-std=c++20", "-O3", "-fPIC", "-shared", "-s", "-lpthread"),

@@ -1,8 +1,8 @@
 """Step plans from the leader to every other rank, and sampled tokens back: one TCP connection per rank.
 
 A frame is a 4-byte little-endian length, then that many bytes. Plans do not travel over collectives, for two
-reasons. A rank may wait for its next plan for hours, where a collective would time out. And a closed
-connection tells at once that the other side has gone.
+reasons. A rank may wait for its next plan for hours, but a collective times out. And a rank notices a closed
+connection at once.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class PlanHub:
         deadline = time.monotonic() + _ACCEPT_TIMEOUT_S
         while len(self._ranks) < self._world - 1:
             check()
+            if time.monotonic() > deadline:
+                raise EngineError("RANK_LOST", "another rank of the replica has not connected in time")
             if not select.select([self._listener], [], [], _CHECK_INTERVAL_S)[0]:
-                if time.monotonic() > deadline:
-                    raise EngineError("RANK_LOST", "another rank of the replica has not come in time")
                 continue
             connection, _ = self._listener.accept()
             connection.settimeout(_HELLO_TIMEOUT_S)
@@ -175,10 +175,10 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytes:
 
 
 def _check_alive(readable: Iterable[socket.socket]) -> None:
-    """Raise if a connection can be read while no sample is due: its rank has gone."""
+    """Raise an error if a connection can be read although no sample is due: its rank has gone."""
     for connection in readable:
         _receive(connection)  # raises RANK_LOST
-        raise EngineError("INTERNAL", "a rank spoke out of turn")
+        raise EngineError("INTERNAL", "a rank sent a sample that no step asked for")
 
 
 def _gone() -> EngineError:

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _MAX_BYTES = {2: 1 << 20, 4: 512 << 10, 8: 256 << 10}
 """Maximum size of a tensor, by the number of ranks. Larger tensors go through NCCL: in a one-shot sum, every
 rank reads the parts of all ranks; in NCCL's ring it reads less than two. The limits are constants, not
-measured at each start: the two ways add in different orders, so a change of way may change a sum's bits."""
+measured at each start: the two ways add in different orders, so a switch may change a sum's bits."""
 _DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernel supports
 _SWITCH = "PHALANX_ONE_SHOT"  # an environment variable; 0 turns one-shot sums off
 
@@ -50,7 +50,7 @@ class PeerMemory(Protocol):
         ...
 
     def sum(self, shared: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' `x`, by way of `shared`, which has the shape and dtype of `x`."""
+        """The sum of all ranks' `x`. Copies `x` to `shared`, which has the same shape and dtype."""
         ...
 
 
@@ -120,9 +120,9 @@ def with_one_shot_sums(
         message = f"GPUs cannot share memory: {error!r}; {_SWITCH}=0 leaves sums to NCCL"
         raise EngineError("INTERNAL", message) from error
     if not all_agree("equal", equal):
-        _log.warning("%s: sums go through NCCL, since those in one kernel differ", name)
+        _log.warning("%s: sums go through NCCL: one-shot sums differ from NCCL's", name)
         return group
-    _log.info("%s: small sums are done in one kernel", name)
+    _log.info("%s: small sums go through the one-shot kernel", name)
     return one_shot
 
 

@@ -88,7 +88,7 @@ class Parallel:
         return self._to_device(self._previous_stage.receive(shape, dtype), device)
 
     def leave(self) -> None:
-        """Tell the other ranks that this rank ends. The end of a process shows tens of milliseconds later."""
+        """Tell the other ranks that this rank ends: they notice the end of a process tens of ms later."""
         for group in (self._tensor_parallel, self._previous_stage, self._next_stage):
             if group is not None:
                 group.leave()

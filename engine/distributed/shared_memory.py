@@ -133,7 +133,7 @@ def share_memory(
 
 
 def _create(size: int) -> int | None:
-    """A memfd. The kernel gives it a page when that page is first written."""
+    """A memfd. It takes no memory for a page until that page is first written."""
     try:
         fd = os.memfd_create(f"phalanx-{secrets.token_hex(16)}")
         os.truncate(fd, size)
@@ -152,11 +152,11 @@ def _location(fd: int) -> str:
 def _map(location: str, size: int) -> mmap.mmap:
     """Map the memory at a location. Raises OSError where this process cannot open it."""
     if not location:
-        raise OSError("rank 0 of the group has made none")
+        raise OSError("rank 0 of the group has no memory to share")
     _, path, target = location.split(" ", 2)
     # In another container the same path may lead to another file. Compare the link before opening it.
     if os.readlink(path) != target:
-        raise OSError(f"{path} leads to something else here")
+        raise OSError(f"{path} is another file in this process")
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         return mmap.mmap(fd, size)

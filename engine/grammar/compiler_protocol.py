@@ -1,4 +1,4 @@
-"""What an engine and its compiler process say to each other over a socket.
+"""The messages between an engine and its compiler process, over a socket.
 
 A frame is a 4-byte big-endian length, a tag of one byte, and UTF-8 text. The process first sends READY
 with its tokeniser's description, or UNAVAILABLE with a reason. Then it answers each COMPILE, whose text
@@ -24,7 +24,7 @@ def send(connection: socket.socket, tag: bytes, text: str) -> None:
 
 
 def receive(connection: socket.socket) -> tuple[bytes, str]:
-    """The next frame. Raises ConnectionError when the other side has gone, TimeoutError on its timeout."""
+    """The next frame. Raises ConnectionError when the other side has gone, TimeoutError if it is too slow."""
     length, tag = _HEAD.unpack(_receive_exactly(connection, _HEAD.size))
     return tag, str(_receive_exactly(connection, length), "utf-8")
 

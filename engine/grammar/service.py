@@ -1,8 +1,8 @@
 """The grammars of an engine: compiles them beside the engine's steps, and caches them.
 
 Compiling may take seconds, so it happens in a process of its own (`compiler_process.py`), which a thread
-talks to. A grammar that is too expensive is given up by ending that process, and a grammar that crashes
-the compiler crashes nothing else.
+talks to. A limit of that process's time and memory ends it at a grammar that is too expensive. A grammar that
+crashes the compiler crashes nothing else.
 
 Only the leader follows outputs through grammars. The other ranks get token masks with their plans. So a
 preemption changes nothing here, and a replay gives the prior output to a new matcher.
@@ -35,7 +35,7 @@ _MAX_CACHED_BYTES = 512 << 20
 class GrammarService:
     """All grammars of one engine. Its methods belong to one thread, the engine's.
 
-    Owns: the thread that compiles, and the cache of compiled and refused grammars.
+    Owns: the thread that compiles, and the cache of its results: compiled grammars and refusals.
     Does not own: requests, and the order of steps.
 
     Args:
@@ -69,9 +69,8 @@ class GrammarService:
         if grammar not in self._compiling:
             try:
                 check_grammar(grammar)
-            except RequestError as error:
-                self._verdicts[grammar] = error
-                return True
+            except RequestError:
+                return True  # `follow` raises it again: a refusal that costs no compiler needs no cache
             self._compiling.add(grammar)
             self._jobs.put(grammar)
             if self._thread is None:
@@ -80,7 +79,7 @@ class GrammarService:
         return False
 
     def follow(self, request: Request) -> MakeMatcher | None:
-        """What makes matchers of the request's grammar; None without a grammar. Waits until it is compiled.
+        """A maker of matchers for the request's grammar; None without a grammar. Waits for the compiler.
 
         Raises:
             RequestError: INVALID_GRAMMAR, GRAMMAR_TOO_COMPLEX, GRAMMAR_UNAVAILABLE, INTERNAL.
@@ -90,6 +89,8 @@ class GrammarService:
             return None
         while not self.ready(grammar):
             select.select([self], [], [])
+        if grammar not in self._verdicts:
+            check_grammar(grammar)
         self._verdicts.move_to_end(grammar)
         compiled = self._verdicts[grammar]
         if isinstance(compiled, RequestError):

@@ -13,8 +13,8 @@ MAX_SOURCE_BYTES = 64 << 10
 
 
 def check_grammar(grammar: Grammar) -> None:
-    """Refuse a grammar that no compiler is needed to refuse. Raises RequestError: INVALID_GRAMMAR."""
-    if len(grammar.source.encode()) > MAX_SOURCE_BYTES:
+    """Refuse a grammar that is invalid for every compiler. Raises RequestError: INVALID_GRAMMAR."""
+    if len(grammar.source.encode(errors="surrogatepass")) > MAX_SOURCE_BYTES:
         raise invalid_grammar(grammar, f"it has more than {MAX_SOURCE_BYTES} bytes")
     match grammar.kind:
         case "json_schema":
@@ -23,14 +23,14 @@ def check_grammar(grammar: Grammar) -> None:
                 raise invalid_grammar(grammar, problem)
         case "json_object":
             if grammar.source:
-                raise invalid_grammar(grammar, "any JSON object has no source")
+                raise invalid_grammar(grammar, "json_object takes no source")
         case "regex":
             if not grammar.source:
                 raise invalid_grammar(grammar, "it is empty")
         case "choice":
             texts = _parse_texts(grammar.source)
             if not texts or not all(isinstance(text, str) and text for text in texts):
-                raise invalid_grammar(grammar, "it must be texts, none of them empty")
+                raise invalid_grammar(grammar, "it must be a list of texts, none of them empty")
         case _:
             raise invalid_grammar(grammar, "its kind is unknown")
 

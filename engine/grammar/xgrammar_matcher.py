@@ -16,7 +16,7 @@ class XgrammarMatcher:
         compiled: the result of `GrammarCompiler.compile`.
         stop_token_ids: tokens that end the output. They are allowed only where the grammar may end.
         vocab_size: the model's.
-        output: what is generated already.
+        output: token ids that are generated already.
 
     Raises:
         RequestError: INVALID_GRAMMAR, when the output does not follow the grammar, or no token can follow.
@@ -48,7 +48,7 @@ class XgrammarMatcher:
         return bytes(self._mask_1W.numpy())
 
     def _update(self) -> None:
-        """Compute the mask and `finish`. An output that can neither end nor go on is cut off."""
+        """Compute the mask and `finish`. If no token is allowed, the output ends here, incomplete."""
         if self._matcher.is_terminated():
             self.finish = "stop"
             return

@@ -64,7 +64,7 @@ def best_native_library() -> NativeLibrary | None:
 
 
 def _multiplies_correctly(library: NativeLibrary) -> bool:
-    """Try a small product: a variant may meet CPUs on which nobody could test it."""
+    """Check a small product: this variant may never have been tested on such a CPU."""
     kernels = NativeKernels(library, torch.bfloat16)
     x = torch.arange(-48, 48, dtype=torch.float32).view(3, 32) / 16
     weight = (torch.arange(40 * 32).view(40, 32) % 17 - 8).float()
@@ -76,5 +76,5 @@ def _multiplies_correctly(library: NativeLibrary) -> bool:
 def _has_triton() -> bool:
     if find_spec("triton") is not None:
         return True
-    _log.warning("Triton is not installed: attention and all else run in plain torch, many times slower")
+    _log.warning("Triton is not installed: all kernels run in plain torch, many times slower")
     return False

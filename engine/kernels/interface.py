@@ -3,8 +3,8 @@
 Shapes: T tokens of a step, D hidden, F MLP, H query heads, K KV heads, E head size, B sequences of a step,
 S sampled rows, V vocabulary, P positions. H, K and F are this rank's share.
 
-With the native kernels, a row's result depends on that row alone, bit for bit: not on the batch, the chunks
-of its prompt or the number of threads. The other implementations promise this up to rounding.
+With the native kernels, the bits of a row's result depend on that row alone, not on the batch, on how its
+prompt is cut into chunks, or on the number of threads. With other kernels, results may differ by rounding.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class AttentionInput:
 
     Attributes:
         positions_T: the position of each token in its sequence.
-        slots_T: the slot of each token's sequence, which is its row of `tables`; -1 for padding.
+        slots_T: the slot of each token's sequence, which is the sequence's row of `tables`; -1 for padding.
         sequences_B4: for each sequence its slot, the first of its rows in the step, how many rows it has, and
             the position of the first.
         tables: the block table of each slot, [slots, blocks].
-        most_queries: maximum number of rows of a sequence.
+        max_queries: maximum number of rows of a sequence.
         single_queries: how many sequences have one row.
     """
 
@@ -70,7 +70,7 @@ class AttentionInput:
     slots_T: torch.Tensor
     sequences_B4: torch.Tensor
     tables: torch.Tensor
-    most_queries: int
+    max_queries: int
     single_queries: int
 
 
@@ -96,8 +96,8 @@ class Kernels(Protocol):
         """An empty matrix.
 
         Args:
-            rows: of the matrix.
-            columns: of the matrix.
+            rows: its number of rows.
+            columns: its number of columns.
             gated: the first half of the rows is a gate, the second half is up: for `swiglu`.
             quantise: use the quantised format, if these kernels have one.
         """
@@ -145,7 +145,7 @@ class Kernels(Protocol):
         ...
 
     def warm(self) -> None:
-        """Do once, after all matrices are made, what would delay the first request."""
+        """Measure and compile what would delay the first request. Called once all matrices are made."""
         ...
 
     def sample(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:

@@ -79,7 +79,7 @@ class NativeKernels:
     device = torch.device("cpu")
     activation_dtype = torch.float32
     capturable = False
-    torch_threads = 1  # waiting threads of torch would take the cores from the threads of these kernels
+    torch_threads = 1  # torch's threads spin while they wait, and would take cores from these kernels
 
     def __init__(
         self, library: NativeLibrary, dtype: torch.dtype, quantisation: str = "", *, threads: int = 1
@@ -197,7 +197,7 @@ def _pack_spec(spec: SampleSpec) -> _Spec:
 
 
 def _zeros(size: int, *, huge_pages: bool = False) -> torch.Tensor:
-    """Zero bytes. The kernel gives them memory page by page, when a page is first written."""
+    """Zero bytes. A page takes no memory until it is first written."""
     pages = mmap.mmap(-1, max(size, 1))
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)

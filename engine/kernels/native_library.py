@@ -63,11 +63,11 @@ def open_library(variant: str) -> NativeLibrary:
     library = ctypes.CDLL(str(Path(__file__).with_name(f"cpu_{variant}.so")))
     library.phalanx_panel_bytes.restype = ctypes.c_long
     library.phalanx_panel_bytes.argtypes = (ctypes.c_int, ctypes.c_long)
-    pointer, whole = ctypes.c_void_p, ctypes.c_long
-    library.phalanx_unpack.argtypes = (ctypes.c_int, pointer, pointer, pointer, whole, whole, ctypes.c_int)
-    library.phalanx_sample.argtypes = (pointer, pointer, pointer, whole, whole, ctypes.c_int)
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    library.phalanx_unpack.argtypes = (ctypes.c_int, pointer, pointer, pointer, long, long, ctypes.c_int)
+    library.phalanx_sample.argtypes = (pointer, pointer, pointer, long, long, ctypes.c_int)
     library.phalanx_add_rms_norm.argtypes = (
-        pointer, pointer, pointer, pointer, whole, whole, ctypes.c_float, ctypes.c_int,
+        pointer, pointer, pointer, pointer, long, long, ctypes.c_float, ctypes.c_int,
     )  # fmt: skip
     return NativeLibrary(variant, library)
 

@@ -12,8 +12,8 @@
 // messages written. Rank 1 raises its flag to the number of messages read.
 //
 // A waiting rank spins for a moment, then sleeps on the flag as a futex. It wakes every few milliseconds to check
-// that the other ranks are alive. A rank that ends in an orderly way sets `left`, because the kernel needs tens of
-// milliseconds to end a process.
+// that the other ranks are alive. A rank that ends in an orderly way sets `left`, because the operating system needs
+// tens of milliseconds to end a process.
 
 #include <limits.h>
 #include <linux/futex.h>

@@ -1,4 +1,4 @@
-"""Random weights for a model of which only config.json is there (`load_format: dummy`)."""
+"""Random weights, for a model directory that has only config.json (`load_format: dummy`)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from engine.weights.tensors import TensorSlice
 
 
 class DummySource:
-    """Implements `source.Source`. Numbers depend on a tensor's name and the place in it: all layouts agree.
+    """Implements `source.Source`. Matrices are uniform with variance 1 / columns, norms are 1, biases 0.
 
-    Matrices are uniform with variance 1 / columns, norms 1, biases 0.
+    A number depends only on the tensor's name and the place in it, so every layout has the same weights.
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor()  # NumPy generates without the interpreter's lock
+        self._pool = ThreadPoolExecutor()  # NumPy releases the interpreter lock while it generates
 
     def describe(self, name: str) -> str:
-        """No file."""
+        """These weights have no file."""
         return "random numbers"
 
     def order(self, name: str) -> tuple[str, int]:
-        """Any order is as good as another."""
+        """The same for all tensors: the order does not matter."""
         return "", 0
 
     def read(self, part: TensorSlice) -> torch.Tensor:

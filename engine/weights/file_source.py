@@ -17,7 +17,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class FileSource:
-    """Implements `source.Source` by reads at offsets: pages of a mapped file would count as our memory.
+    """Implements `source.Source`. Reads at offsets; pages of a mapped file would count as our memory.
 
     Owns: the open files. Does not own: which tensors are needed.
     """
@@ -53,7 +53,7 @@ class FileSource:
         buffer = torch.empty(size, dtype=torch.uint8)
         file = self._open(tensor.path)
         file.seek(tensor.offset + (part.rows.start - tensor.first_row) * tensor.row_bytes)
-        if size and file.readinto(buffer.numpy()) != size:  # type: ignore[attr-defined] # of unbuffered files
+        if size and file.readinto(buffer.numpy()) != size:  # type: ignore[attr-defined] # BinaryIO lacks it
             raise invalid_model(f"{tensor.path} is cut short: {part.name} ends before its last row")
         values = buffer.view(_DTYPES[tensor.dtype]).view(len(part.rows), *tensor.shape[1:])
         if part.columns is None:

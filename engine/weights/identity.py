@@ -14,8 +14,8 @@ from engine.weights.model_config import ModelConfig
 def model_hash(model_dir: str | Path, *, dummy: bool = False) -> str:
     """A hash of a model's configuration, tokeniser files, and a sample of its weights.
 
-    A sharded copy has the hash of its source. With `dummy`, weights do not count: the configuration
-    decides them.
+    A sharded copy has the hash of its source. With `dummy`, the weights follow from the configuration, so
+    they are not part of the hash.
     """
     directory = Path(model_dir)
     digest = hashlib.sha256()

@@ -36,7 +36,7 @@ def chunks(part: TensorSlice) -> Iterator[TensorSlice]:
     """Cut a slice into groups of rows, so that reading one needs a buffer of bounded size."""
     step = max(1, _ELEMENTS_PER_READ // max(1, math.prod(part.whole[1:])))
     if step > ROWS_PER_SEED:
-        step -= step % ROWS_PER_SEED  # otherwise two chunks generate the same random rows
+        step -= step % ROWS_PER_SEED  # else two chunks would both generate the group of rows between them
     for start in range(0, len(part.rows), step):
         yield replace(part, rows=part.rows[start : start + step])
 

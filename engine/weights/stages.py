@@ -48,9 +48,9 @@ def split(costs: tuple[int, ...], head: int, stages: int) -> tuple[range, ...]:
             for end in _ends(len(costs), stages, stage)
         }
     limit = min_max_cost[len(costs)]
-    # By the same: the least (sum of squares, starts of the stages). Starts are negative, so that among
-    # equal sums of squares the tuple with the latest starts is the least: then the first stages have the
-    # most layers.
+    # By the number of layers in the stages so far: the smallest pair of the sum of squared costs and the
+    # negated starts of the stages. Of equal sums, the pair with the latest starts is the smallest: then the
+    # first stages have the most layers.
     best_cuts: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     for stage in range(stages):
         best_cuts = {

@@ -1,9 +1,9 @@
-"""Compiles what an engine's steps launch, as they launch it, for a GPU that need not be here.
+"""Compiles every kernel that an engine's steps launch, for a GPU that need not be in this machine.
 
-The interpreter lets pass what the compiler does not: values that change their type, branches that disagree,
-arguments that are constants because they are 1. So a model runs on the CPU, and where it would launch a
-kernel, that is compiled for exactly those arguments, and not run: the numbers are nonsense. Run as a process
-of its own, since Triton decides at its import whether it interprets; prints what a test wants to know.
+Triton's interpreter accepts code that its compiler refuses: variables that change their type, branches with
+different types, arguments that become constants because they are 1. So a model runs on the CPU here, and
+each launch compiles the kernel for exactly its arguments instead of running it: the numbers are nonsense.
+Runs as a process of its own, since Triton decides at its import whether it interprets. Prints JSON.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from engine.weights.loader import load_weights
 from engine.weights.model_config import ModelConfig
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-PROCESSORS = 4  # few: sequences are split among them, in as many ways
-MOST_SHARED = 227 << 10  # bytes of a program on an H200
+PROCESSORS = 4  # few, so that a sequence's keys are split into few numbers of parts
+MAX_SHARED = 227 << 10  # bytes of shared memory of a program on an H200
 BLOCKS = 400
 SHAPES = {
     "llama": (Shape("llama", 1024, 2, 8, 8, 2816, 32000, tied=False), {}),
@@ -51,12 +51,12 @@ SHAPES = {
 }
 
 
-# By rows of a product: all that a tuner may have found best.
+# By the number of rows of a product: every kind of choice that a tuner can make.
 CHOSEN = dict(zip((1, 2, 4, 8, 16), (*gemv.CANDIDATES[3:6], None, gemv.CANDIDATES[9]), strict=True))
 
 
 class Hopper:
-    """Stands in for CUDA's driver, and keeps what is compiled."""
+    """Replaces CUDA's driver, and collects the compiled kernels."""
 
     def __init__(self) -> None:
         self.compiled: dict[str, str] = {}  # names by hash
@@ -71,20 +71,20 @@ class Hopper:
         return 0
 
     def keep(self, name: str, kernel: Any) -> None:
-        """Take note of a launch."""
-        assert kernel.metadata.shared <= MOST_SHARED, (name, kernel.metadata.shared)
+        """Add the kernel of a launch."""
+        assert kernel.metadata.shared <= MAX_SHARED, (name, kernel.metadata.shared)
         self.compiled[kernel.hash] = name
 
 
 def compile_only() -> Hopper:
-    """From now on no kernel is run."""
+    """Replace launches by compilation from now on."""
     hopper, real = Hopper(), JITFunction.run
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         assert all(0 < size <= (1 << 31 if axis == 0 else 65535) for axis, size in enumerate(grid)), grid
         hopper.keep(self.__name__, real(self, *arguments, grid=grid, warmup=True, **named))
         if self is sample._sample:
-            arguments[2].zero_()  # tokens are to be tokens
+            arguments[2].zero_()  # the sampled ids must be in the vocabulary
 
     driver.set_active(hopper)
     JITFunction.run = run
@@ -94,7 +94,7 @@ def compile_only() -> Hopper:
 def core_of(
     shape: Shape, changes: dict[str, object], quantisation: str, running: int, longest: int, step: int
 ) -> EngineCore:
-    """An engine of one rank that would run on a GPU, where products have been measured in an earlier life."""
+    """An engine of one rank for a GPU on which an earlier engine has measured the products."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_json(shape) | changes))
         config, grid = ModelConfig.load(folder), Grid(1, 1, 0)
@@ -120,7 +120,7 @@ def core_of(
 
 
 def run(core: EngineCore, sequences: int, length: int, tokens: int = 3) -> None:
-    """Some requests from their beginning to their end."""
+    """Serve some requests to their end."""
     for number in range(sequences):
         prompt = tuple(range(1 + number, 1 + number + length))
         core.submit(Request(str(number), prompt, SamplingParams(), tokens, ignore_eos=True), 0.0)
@@ -130,7 +130,7 @@ def run(core: EngineCore, sequences: int, length: int, tokens: int = 3) -> None:
 
 
 def main() -> None:
-    """Compile all that is launched; print how much of it, by the kernels' names, and what came late."""
+    """Print how often each kernel is compiled, which are compiled after the warm-up, and which never."""
     hopper, late, every = compile_only(), list[str](), dict[str, str]()
     for name, quantisation, running, longest, step in (
         ("llama", "", 11, 512, 128),

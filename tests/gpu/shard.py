@@ -28,9 +28,9 @@ class Shard:
         self.killed: list[int] = []
         self._record: ShardRecord | None = None
         self._child = 0
-        self._told(RankAssigned("d-0", 0, 1, str(directory), tp=1, pp=1))
+        self._handle(RankAssigned("d-0", 0, 1, str(directory), tp=1, pp=1))
 
-    def _told(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         for instruction in self._core.handle(event):
             match instruction:
                 case SpawnEngine(child, start):
@@ -43,17 +43,17 @@ class Shard:
         self._core.check_integrity()
 
     def engine_said(self, message: Message) -> None:
-        self._told(Received(self._child, message))
+        self._handle(Received(self._child, message))
 
     def engine_ended(self) -> None:
-        self._told(Exited(self._child, "has ended"))
+        self._handle(Exited(self._child, "has ended"))
 
     def abandoned(self, life: int) -> None:
-        self._told(ControllerTimedOut(1, life))
+        self._handle(ControllerTimedOut(1, life))
 
     @property
     def failure(self) -> str:
-        """Why the shard has failed, not for good."""
+        """The reason of the shard's failure, which must not be permanent."""
         assert self._record is not None
         assert self._record.state is ShardState.FAILED
         assert not self._record.permanent

@@ -77,12 +77,12 @@ def test_a_quantised_matrix_is_multiplied_as_what_it_holds(kind: str, m: int, bi
     matrix.write(0, weight[:30])
     matrix.write(30, weight[30:])
     assert matrix.nbytes == 40 * (96 + 4)
-    held = kernels.embed(torch.arange(40, device=DEVICE), matrix)
+    stored = kernels.embed(torch.arange(40, device=DEVICE), matrix)
     share = {"int8": 1 / 127, "fp8": 1 / 16}[kind]
-    assert (held - weight).abs().max() <= share * weight.abs().max()
+    assert (stored - weight).abs().max() <= share * weight.abs().max()
     x, b = values(m, 96), values(40, seed=2) if bias else None
     torch.testing.assert_close(
-        kernels.linear(x, matrix, b), torch.nn.functional.linear(x, held, b), rtol=1e-4, atol=1e-4
+        kernels.linear(x, matrix, b), torch.nn.functional.linear(x, stored, b), rtol=1e-4, atol=1e-4
     )
 
 

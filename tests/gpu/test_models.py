@@ -170,8 +170,8 @@ def test_captured_steps_give_the_next_step_its_pending_tokens(
     ]
     kernels = GpuKernels(DEVICE, FLOAT)
     plain, _ = core_of(model_dir, kernels, async_scheduling=False)
-    ahead, runner = core_of(
+    asynchronous, runner = core_of(
         model_dir, kernels, async_scheduling=True, capture=CudaGraphCapture() if GPU else by_hand
     )
-    assert outputs(ahead, requests) == outputs(plain, requests)
+    assert outputs(asynchronous, requests) == outputs(plain, requests)
     assert runner.plans_with_pending_tokens

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs
 
 def parts(size: int, number: int, device: torch.device) -> list[torch.Tensor]:
     """Every rank's numbers."""
-    draw = torch.Generator().manual_seed(number)
-    return [torch.randn(size, 64, generator=draw).bfloat16().to(device) for _ in range(RANKS)]
+    random = torch.Generator().manual_seed(number)
+    return [torch.randn(size, 64, generator=random).bfloat16().to(device) for _ in range(RANKS)]
 
 
 def add(rank: int, ranks: int, store: Store) -> str:

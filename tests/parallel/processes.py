@@ -46,7 +46,7 @@ def run(work: Work, ranks: int, *arguments: Any) -> list[Any]:
         while len(results) < ranks:
             waiting = [end for rank, end in enumerate(connections) if rank not in results]
             for end in wait(waiting, 60) or [None]:
-                assert isinstance(end, Connection), "the ranks have not come to an end"
+                assert isinstance(end, Connection), "the ranks have not ended in time"
                 error, results[connections.index(end)] = end.recv()
                 assert error is None, error
     finally:

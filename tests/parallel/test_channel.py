@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from engine.distributed import channel
 from engine.distributed.channel import PlanHub, PlanLink
 from engine.errors import EngineError
 from engine.plan import Sampled, SequenceChunk, StepPlan
@@ -62,6 +64,20 @@ def test_what_is_beside_plans_comes_first_or_a_busy_rank_would_never_see_its_par
         theirs.close()
         assert link.receive(beside=[ours]) is None
         assert link.receive() == PLAN
+
+
+@pytest.mark.timeout(30)
+def test_strangers_do_not_prolong_the_wait_for_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "_ACCEPT_TIMEOUT_S", 0.3)
+    hub = PlanHub("127.0.0.1", 2, 4)
+    host, _, port = hub.address.rpartition(":")
+
+    def knock() -> None:
+        socket.create_connection((host, int(port))).close()
+
+    with contextlib.closing(hub), pytest.raises(EngineError) as caught:
+        hub.gather(check=knock)
+    assert caught.value.reason == "RANK_LOST"
 
 
 def test_strangers_and_ranks_of_another_epoch_are_turned_away() -> None:

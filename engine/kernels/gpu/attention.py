@@ -5,8 +5,8 @@ of a block. A layer's cache is [blocks, K, P, E]: the keys of one head in a bloc
 program reads 4 KB at a time (E = 128, 16-bit numbers).
 
 Both attention kernels use the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): they keep a
-running maximum and sum, and never write scores to memory. `decode` does not need
-lengths on the host, so one captured CUDA graph of a decode step serves sequences of any length.
+running maximum and sum, and never write scores to memory. `decode` does not need lengths on the host, so one
+captured CUDA graph of a decode step serves sequences of any length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_SPLITS = 32
 _LOG2_E = math.log2(math.e)
 # These arguments change with every step: Triton must not compile special kernels for their values.
 _ANY_SIZE = ["T", "B"]
-_ANY_ALIGNMENT = ["positions", "slots", "sequences"]  # slices of one tensor, one behind the other
+_ANY_ALIGNMENT = ["positions", "slots", "sequences"]  # consecutive slices of one tensor
 
 
 def write_cache(
@@ -231,7 +231,7 @@ def prefill(
     """Attention of the sequences with several queries in this step, over all their keys in the cache."""
     K, E = keys_BKPE.shape[1], keys_BKPE.shape[3]
     B, H = inputs.sequences_B4.shape[0], out_TA.shape[1] // E
-    _prefill[(triton.cdiv(inputs.most_queries, _PREFILL_QUERIES), H, B)](
+    _prefill[(triton.cdiv(inputs.max_queries, _PREFILL_QUERIES), H, B)](
         qkv_TA, keys_BKPE, values_BKPE, out_TA, inputs.sequences_B4, inputs.tables, inputs.tables.shape[1],
         _LOG2_E * E**-0.5, H=H, K=K, E=E, E_PAD=max(16, triton.next_power_of_2(E)), WINDOW=window or 0,
         P=BLOCK_SIZE, QUERIES=_PREFILL_QUERIES, TILE=_PREFILL_KEYS,

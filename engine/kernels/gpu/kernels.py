@@ -112,7 +112,7 @@ class GpuKernels:
         if inputs.single_queries:
             splits = attention.splits_for(inputs.single_queries, K, self._processors)
             attention.decode(qkv_TA, keys, values, inputs, out_TA, window=window, splits=splits)
-        if inputs.most_queries > 1:
+        if inputs.max_queries > 1:
             attention.prefill(qkv_TA, keys, values, inputs, out_TA, window=window)
         return out_TA
 

@@ -60,9 +60,8 @@ def _silu_mul(gate_up, out, F, TILE: tl.constexpr):
     gate = tl.load(gate_up + row * 2 * F + columns, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * F + F + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    gated = (wide / (1 + tl.exp(-wide))).to(
-        gate.dtype
-    )  # round here too: the reference computes silu as an operation of its own
+    # Round here too: the reference computes silu as an operation of its own.
+    gated = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
     tl.store(out + row * F + columns, (gated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 

@@ -42,7 +42,7 @@ class Tuner:
     """Owns: the choices, and their cache file. Does not own: the measurement.
 
     Args:
-        device: the GPU and the versions of torch and Triton. A file of other ones is not used.
+        device: the GPU and the versions of torch and Triton. A file of another GPU or version is not used.
         path: the cache file; None for no file.
     """
 

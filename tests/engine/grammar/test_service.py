@@ -119,6 +119,7 @@ def test_stop_ids_end_an_output_only_where_the_grammar_may_end(
         (Grammar("choice", '["a", 3]'), "texts"),
         (Grammar("choice", "[" * 60_000), "texts"),
         (Grammar("choice", '["\\ud800"]'), "surrogates"),
+        (Grammar("regex", "\ud800"), "surrogates"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_the_reason(
@@ -129,6 +130,15 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(
     assert caught.value.reason == "INVALID_GRAMMAR"
     assert why in caught.value.message
     assert "cpp" not in caught.value.message
+
+
+def test_refused_grammars_take_no_memory(grammars: GrammarService) -> None:
+    """A client may send any number of them, and the source of each may have megabytes."""
+    before = len(grammars._verdicts)
+    for number in range(5):
+        with pytest.raises(RequestError, match="bytes"):
+            grammars.follow(asking(Grammar("regex", str(number) * 70_000)))
+    assert len(grammars._verdicts) == before
 
 
 def test_prior_output_that_does_not_follow_is_refused(grammars: GrammarService, tokenizer: Tokenizer) -> None:
@@ -173,7 +183,7 @@ def test_a_grammar_that_ends_its_compiler_is_refused_and_the_next_one_is_not(
 
 
 def test_others_go_on_while_a_grammar_is_compiled(ready: Child) -> None:
-    """Comes first of those that use the engine: no compiler runs yet."""
+    """Must be the first test that uses the engine: no compiler process runs yet."""
     ready.send(
         SubmitRequest(Request("slow", (1,), SamplingParams(grammar=PHONE), max_tokens=4)),
         SubmitRequest(Request("fast", (1,), SamplingParams(0.0), max_tokens=4, ignore_eos=True)),

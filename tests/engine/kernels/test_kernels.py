@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not VARIANTS, reason="no native kernels for this
 
 REFERENCE = ReferenceKernels(CPU, torch.float32)
 EVERY_FORMAT = [(torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "int8"), (torch.float32, "int4")]
-# Of one weight, as a share of the largest beside it: what rounding may cost.
+# The maximum rounding error of a weight, as a share of the largest weight with the same scale.
 TOLERANCE = {"": 2**-8, "int8": 1 / 127, "int4": 1 / 7}
 
 
@@ -53,14 +53,14 @@ def test_linear_is_the_product_with_the_weights_it_holds(
     matrix, weight, bias = kernels.matrix(rows, columns), numbers(rows, columns), numbers(rows, seed=1)
     matrix.write(0, weight[:20])
     matrix.write(min(20, rows), weight[20:])
-    held = kernels.embed(torch.arange(rows), matrix)
-    error = (held - weight).abs().amax() / weight.abs().amax()
+    stored = kernels.embed(torch.arange(rows), matrix)
+    error = (stored - weight).abs().amax() / weight.abs().amax()
     assert error <= (0 if (dtype, quantisation) == (torch.float32, "") else TOLERANCE[quantisation])
     x = numbers(27, columns, seed=2)
     rounds_x = variant == "avx512_bf16" and not quantisation and dtype == torch.bfloat16
     torch.testing.assert_close(
         kernels.linear(x, matrix, bias),
-        (x.bfloat16().float() if rounds_x else x) @ held.T + bias,
+        (x.bfloat16().float() if rounds_x else x) @ stored.T + bias,
         rtol=1e-4,
         atol=1e-5 * columns,
     )
