@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-# What engine processes set before torch first computes.
+# Engine processes set this before torch first computes.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 VOCABULARY = 320
@@ -45,10 +45,10 @@ def save_tokenizer(directory: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Writes a model directory; `family` is transformers' name and arguments are its configuration's.
+    """Writes a model directory; `family` is a name of transformers, other arguments go to its configuration.
 
-    Logits are steep, so that ties are far off. Norms and biases are random too: at their start values
-    they would hide what is left out.
+    Logits are steep, so that ties are unlikely. Norms and biases are random too: with their initial values,
+    the engine could leave them out and no test would fail.
     """
     import torch
     import transformers

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from engine.config import BLOCK_SIZE
-from engine.distributed.rendezvous import Grid, Parallel
+from engine.distributed.parallel import Parallel
 from engine.execution.decoder import Decoder
 from engine.execution.step_input import StepInputBuilder
+from engine.grid import Grid
 from engine.kernels.choose import choose_kernels
 from engine.kernels.interface import Kernels
 from engine.plan import NewSequence, SequenceChunk, StepPlan
@@ -56,4 +57,4 @@ class Harness:
             plan = StepPlan(1, self._steps, (), tuple(new_sequences), tuple(rows))
             tensors = self._inputs.to_tensors(self._inputs.build(plan))
             logits = self._model.logits(tensors.sample_rows_S, self._model.forward(tensors))
-        return dict(zip(chunks, logits, strict=False))
+        return dict(zip(chunks, logits, strict=True))

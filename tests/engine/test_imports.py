@@ -1,4 +1,4 @@
-"""What each of the engine's modules brings along."""
+"""Which packages and modules an import of the engine's modules loads."""
 
 from __future__ import annotations
 

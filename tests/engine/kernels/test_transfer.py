@@ -1,4 +1,4 @@
-"""Values arrive on the host and on the device; tests/gpu/test_transfer.py has what only CUDA does."""
+"""Values arrive on host and device. tests/gpu/test_transfer.py tests the asynchronous copies of CUDA."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_a_copy_to_the_host_has_the_values_of_when_it_began() -> None:
 def test_a_result_is_passed_on() -> None:
     calls: list[int] = []
     wait = after_device(CPU, lambda: calls.append(1) or "result")  # type: ignore[func-returns-value]
-    assert calls == [], "it is computed by whoever waits"
+    assert calls == [], "the wait computes it"
     assert (wait(), calls) == ("result", [1])

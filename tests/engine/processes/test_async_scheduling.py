@@ -27,13 +27,13 @@ LONGEST = 64
 
 
 class Watched(Runner):
-    """Counts the plans with pending tokens, and notes how many chunks each plan has."""
+    """Counts the plans with pending tokens, and the chunks of each plan."""
 
     plans_with_pending_tokens = 0
     sizes: tuple[int, ...] = ()
 
     def run(self, plan: StepPlan) -> PendingSample | None:
-        """As every runner, with a look at the plan."""
+        """Count, then run as every runner."""
         self.plans_with_pending_tokens += any(PENDING_TOKEN in chunk.token_ids for chunk in plan.chunks)
         self.sizes += (len(plan.chunks),)
         return super().run(plan)
@@ -42,7 +42,7 @@ class Watched(Runner):
 def core_of(
     directory: Path, kernels: Kernels, *, async_scheduling: bool, capture: Capture | None = None
 ) -> tuple[EngineCore, Watched]:
-    """An engine of one rank that can hold little."""
+    """An engine of one rank with few KV blocks."""
     config, grid = ModelConfig.load(directory), Grid(1, 1, 0)
     weights = load_weights(str(directory), config, grid, kernels)
     cache = kernels.cache(config.num_layers, config.num_kv_heads, config.head_dim, 12)
@@ -62,7 +62,7 @@ def core_of(
 
 
 def outputs(core: EngineCore, requests: list[Request]) -> dict[tuple[str, int], tuple[list[int], str]]:
-    """What each choice gets, when half of the requests come while the others run."""
+    """The tokens and the finish of each choice. Half of the requests come while the others run."""
     tokens: dict[tuple[str, int], list[int]] = {}
     finishes: dict[tuple[str, int], str] = {}
     waiting = list(requests)
@@ -84,7 +84,7 @@ def outputs(core: EngineCore, requests: list[Request]) -> dict[tuple[str, int], 
 
 
 def some_requests(*, penalties: bool) -> list[Request]:
-    """Prompts shorter and longer than a step; some end by themselves."""
+    """Requests with prompts shorter and longer than a step; some have stop ids."""
     requests = []
     for number in range(6):
         sampling = SamplingParams(temperature=(number % 3) / 2, seed=number)
@@ -100,11 +100,11 @@ def some_requests(*, penalties: bool) -> list[Request]:
 def test_async_scheduling_samples_the_same_tokens(model_dir: Path) -> None:
     kernels = choose_kernels(torch.device("cpu"), torch.float32)
     for penalties in (False, True):
-        (plain, _), (ahead, runner) = (
+        (plain, _), (overlapped, runner) = (
             core_of(model_dir, kernels, async_scheduling=one) for one in (False, True)
         )
         requests = some_requests(penalties=penalties)
-        assert outputs(ahead, requests) == outputs(plain, requests)
+        assert outputs(overlapped, requests) == outputs(plain, requests)
         assert runner.plans_with_pending_tokens > 5
 
 

@@ -67,8 +67,8 @@ def documented(request: Request, output: list[int], logits: torch.Tensor) -> tor
     return out
 
 
-def joined(request: Request, slot: int, output: list[int]) -> NewSequence:
-    """As it reaches the rank that samples."""
+def received(request: Request, slot: int, output: list[int]) -> NewSequence:
+    """The new sequence as the sampling rank receives it."""
     plan = StepPlan(1, 1, new_sequences=(new_sequence(request, 0, output, slot, (EOS,)),))
     return decode_plan(encode_plan(plan)).new_sequences[0]
 
@@ -83,7 +83,7 @@ def applied(
 @settings(max_examples=80, deadline=None)
 def test_every_logits_processor_is_applied_as_documented(request: Request, output: list[int]) -> None:
     processors = LogitsProcessors()
-    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 5, []),)))
+    processors.update_slots(StepPlan(1, 1, new_sequences=(received(request, 5, []),)))
     for token in output:
         processors.append_token(5, token)
     logits = logits_after(output)
@@ -91,7 +91,7 @@ def test_every_logits_processor_is_applied_as_documented(request: Request, outpu
     torch.testing.assert_close(
         applied(processors, request, 5, output, logits), documented(request, output, logits)
     )
-    assert torch.equal(logits, before), "log-probabilities are taken from what came in"
+    assert torch.equal(logits, before), "log-probabilities are computed from the unchanged logits"
 
 
 @given(requests, st.lists(tokens, max_size=40), st.integers(0, 40))
@@ -100,8 +100,8 @@ def test_output_that_a_new_sequence_brings_counts_like_output_sampled_here(
     request: Request, output: list[int], cut: int
 ) -> None:
     whole, rebuilt = LogitsProcessors(), LogitsProcessors()
-    whole.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, []),)))
-    rebuilt.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 9, output[:cut]),)))
+    whole.update_slots(StepPlan(1, 1, new_sequences=(received(request, 0, []),)))
+    rebuilt.update_slots(StepPlan(1, 1, new_sequences=(received(request, 9, output[:cut]),)))
     for position, token in enumerate(output):
         whole.append_token(0, token)
         if position >= cut:
@@ -120,18 +120,18 @@ def test_wherever_outputs_are_cut_their_continuation_is_the_same(
     length = 12
 
     def run(cuts: list[int]) -> list[list[int]]:
-        """All requests side by side; each leaves at its cut, and joins again in another slot."""
+        """Run all requests side by side. Each loses its slot at its cut, and continues in another one."""
         sampler = Sampler(sample_tokens, torch.device("cpu"))
         outputs: list[list[int]] = [[] for _ in asked]
         slots = list(range(len(asked)))
-        new_sequences = [joined(request, slot, []) for request, slot in zip(asked, slots, strict=True)]
+        new_sequences = [received(request, slot, []) for request, slot in zip(asked, slots, strict=True)]
         freed_slots: list[int] = []
         for position in range(length):
             for i, request in enumerate(asked):
                 if cuts[i] == position:
                     freed_slots.append(slots[i])
                     slots[i] += 10
-                    new_sequences.append(joined(request, slots[i], outputs[i]))
+                    new_sequences.append(received(request, slots[i], outputs[i]))
             plan = StepPlan(1, position + 1, tuple(freed_slots), tuple(new_sequences))
             new_sequences, freed_slots = [], []
             specs = [
@@ -154,7 +154,7 @@ def test_the_sampler_suppresses_the_end_of_sequence_before_min_tokens() -> None:
     logits[0, EOS], logits[0, 9] = 5.0, 4.0
     output = []
     for position in range(3):
-        new = (joined(request, 0, []),) if position == 0 else ()
+        new = (received(request, 0, []),) if position == 0 else ()
         specs = [SampleSpec(request.sampling, 0, position, slot=0)]
         (token,) = sampler.sample(StepPlan(1, position + 1, new_sequences=new), logits, specs)().token_ids
         output.append(token)
@@ -165,7 +165,7 @@ def test_the_sampler_suppresses_the_end_of_sequence_before_min_tokens() -> None:
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     request = Request("r", (1, 2, 2), SamplingParams(repetition_penalty=penalty))
     processors, logits = LogitsProcessors(), logits_after([5])
-    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, [9, 1]),)))
+    processors.update_slots(StepPlan(1, 1, new_sequences=(received(request, 0, [9, 1]),)))
     wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[1, 2, 2, 9, 1]]), logits[None].clone())
     assert torch.equal(applied(processors, request, 0, [9, 1], logits), wanted[0])
 
@@ -174,7 +174,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
 def test_minimum_length_is_that_of_transformers(output: list[int]) -> None:
     request = Request("r", (1, 2), SamplingParams(min_tokens=2))
     processors, logits = LogitsProcessors(), logits_after(output)
-    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, output),)))
+    processors.update_slots(StepPlan(1, 1, new_sequences=(received(request, 0, output),)))
     processor = MinNewTokensLengthLogitsProcessor(2, 2, EOS, device="cpu")
     wanted = processor(torch.tensor([[1, 2, *output]]), logits[None].clone())
     assert torch.equal(applied(processors, request, 0, output, logits), wanted[0])
@@ -195,7 +195,7 @@ def test_a_mask_leaves_what_the_grammar_allows_in_its_own_row() -> None:
 def test_only_the_mask_counts_where_the_rest_bans_all_that_the_grammar_allows() -> None:
     request = Request("r", (1,), SamplingParams(bad_words=((8,),), min_tokens=3))
     processors, logits = LogitsProcessors(), logits_after([1])
-    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, []),)))
+    processors.update_slots(StepPlan(1, 1, new_sequences=(received(request, 0, []),)))
     assert processors.apply(logits[None], [(0, 0)], [mask(0, {8, 9})])[0].isfinite().nonzero().tolist() == [
         [9]
     ]
@@ -217,6 +217,6 @@ def test_rows_without_logits_processors_pass_untouched_and_uncopied() -> None:
 def test_a_slot_given_to_another_sequence_keeps_nothing() -> None:
     request = Request("r", (1,), SamplingParams(presence_penalty=2.0))
     processors, logits = LogitsProcessors(), torch.randn(1, V)
-    processors.update_slots(StepPlan(1, 1, new_sequences=(joined(request, 0, [1, 2]),)))
+    processors.update_slots(StepPlan(1, 1, new_sequences=(received(request, 0, [1, 2]),)))
     processors.update_slots(StepPlan(1, 2, (0,), (NewSequence(0, 3, 0, SamplingParams()),)))
     assert processors.apply(logits, [(0, 0)], ()) is logits

@@ -29,7 +29,7 @@ def logits(rows: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def kept(rows: torch.Tensor, params: SamplingParams) -> list[set[int]]:
+def candidates(rows: torch.Tensor, params: SamplingParams) -> list[set[int]]:
     """The tokens of each row that can still be sampled."""
     scores = truncate(rows, [params] * len(rows))
     return [set(row.isfinite().nonzero().flatten().tolist()) for row in scores]
@@ -105,26 +105,26 @@ def test_temperature_0_takes_the_most_likely() -> None:
 def test_top_k_keeps_the_k_most_likely(seed: int, k: int) -> None:
     rows = logits(2, seed)
     best = [set(row.topk(min(k, VOCABULARY)).indices.tolist()) for row in rows]
-    assert kept(rows, SamplingParams(top_k=k)) == best
+    assert candidates(rows, SamplingParams(top_k=k)) == best
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 0.99), st.floats(0.5, 2.0))
 @settings(max_examples=100, deadline=None)
 def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float, temperature: float) -> None:
     rows = logits(1, seed)
-    (tokens,) = kept(rows, SamplingParams(temperature, top_p=p))
+    (tokens,) = candidates(rows, SamplingParams(temperature, top_p=p))
     probabilities = (rows[0].double() / temperature).softmax(-1)
     mass = probabilities[list(tokens)].sum().item()
-    least = probabilities[list(tokens)].min().item()
+    smallest = probabilities[list(tokens)].min().item()
     assert mass >= p - 1e-6
-    assert mass - least < p + 1e-6
-    assert all(probabilities[t] <= least for t in range(VOCABULARY) if t not in tokens)
+    assert mass - smallest < p + 1e-6
+    assert all(probabilities[t] <= smallest for t in range(VOCABULARY) if t not in tokens)
 
 
 def test_top_p_is_taken_of_what_top_k_left() -> None:
     row = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    assert kept(row, SamplingParams(top_k=2, top_p=0.55)) == [{0}]  # 0.4 of 0.7 is 0.57
-    assert kept(row, SamplingParams(top_p=0.55)) == [{0, 1}]
+    assert candidates(row, SamplingParams(top_k=2, top_p=0.55)) == [{0}]  # 0.4 of 0.7 is 0.57
+    assert candidates(row, SamplingParams(top_p=0.55)) == [{0, 1}]
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 1.0))
@@ -132,16 +132,16 @@ def test_top_p_is_taken_of_what_top_k_left() -> None:
 def test_min_p_keeps_what_is_likely_enough_beside_the_most_likely(seed: int, min_p: float) -> None:
     rows = logits(1, seed)
     probabilities = rows[0].double().softmax(-1)
-    (tokens,) = kept(rows, SamplingParams(min_p=min_p))
+    (tokens,) = candidates(rows, SamplingParams(min_p=min_p))
     ratio = probabilities / probabilities.max()
     assert all(ratio[t] >= min_p * (1 - 1e-5) for t in tokens)
     assert all(ratio[t] <= min_p * (1 + 1e-5) for t in range(VOCABULARY) if t not in tokens)
     assert int(rows[0].argmax()) in tokens
 
 
-def test_the_most_likely_token_is_always_kept() -> None:
+def test_the_most_likely_token_is_always_a_candidate() -> None:
     rows = logits(4)
-    assert kept(rows, SamplingParams(top_p=1e-9, min_p=1.0)) == [{int(row.argmax())} for row in rows]
+    assert candidates(rows, SamplingParams(top_p=1e-9, min_p=1.0)) == [{int(row.argmax())} for row in rows]
 
 
 def test_rows_of_one_batch_keep_their_own_parameters() -> None:

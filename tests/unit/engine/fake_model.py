@@ -35,7 +35,7 @@ def kv_of_all(tokens: Sequence[int], window: int | None = None) -> list[int]:
 
 
 def next_token(tokens: Sequence[int], window: int | None = None) -> int:
-    """What follows `tokens`; the end of sequence in about one case of 50."""
+    """The token after `tokens`; the end of sequence in about one case of 50."""
     return kv_of_all(tokens, window)[-1] % VOCABULARY
 
 
@@ -64,7 +64,7 @@ def sample(
 ) -> int:
     """The token after the one with that KV.
 
-    Penalties choose by a hash of the tokens that they depend on. A mask moves on to the next token allowed.
+    Penalties add a hash of the tokens that they depend on. With a mask, it is the next token that is allowed.
     """
     if sampling.has_penalties:
         seen = (*prompt, *output) if sampling.repetition_penalty != 1 else output
@@ -104,7 +104,7 @@ def expected(
 
 @dataclass
 class _Slot:
-    """What a rank keeps of the sequence in a slot."""
+    """A rank's state of the sequence in a slot."""
 
     new: NewSequence
     output: list[int]
@@ -112,7 +112,7 @@ class _Slot:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its next step may be planned before its token is known."""
+        """Whether its next step may be planned before the host knows its token."""
         new = self.new
         asks_logprobs = new.logprobs is not None or new.prompt_logprobs is not None
         return not asks_logprobs and not new.sampling.has_logits_processors
@@ -126,7 +126,7 @@ class FakeRank:
         self._window = window
         self._blocks: dict[int, list[int]] = {}  # KV by block
         self._slots: dict[int, _Slot] = {}
-        self._on_device: dict[int, int] = {}  # by slot, the tokens that the next plan may call pending
+        self._on_device: dict[int, int] = {}  # by slot: what PENDING_TOKEN stands for in the next plan
         self.step = 0
         self.computed_tokens = 0
 
@@ -191,7 +191,7 @@ class FakeRank:
 
 
 def score_prompt(prompt: Sequence[int], kv: Sequence[int], start: int = 0) -> tuple[PositionLogprobs, ...]:
-    """What a rank says of the prompt's tokens after those with that KV, the first of which is at `start`."""
+    """A rank's scores of the prompt tokens after position `start`, from the KV of the tokens before them."""
     following = prompt[start + 1 : start + 1 + len(kv)]
     return tuple(
         PositionLogprobs(TokenLogprob(token, float(before)))

@@ -33,7 +33,7 @@ def request(name: str, prompt: int = 4, max_tokens: int = 4, **fields: object) -
 
 
 def run(scheduler: Scheduler, rank: FakeRank, steps: int = 10_000) -> list[Delta]:
-    """Step until nothing is left or `steps` have run."""
+    """Run up to `steps` steps, or until nothing is left to compute."""
     deltas: list[Delta] = []
     for _ in range(steps):
         plan = scheduler.schedule(1.0)
@@ -205,7 +205,7 @@ def test_low_priority_gets_its_turn_under_a_stream_of_high() -> None:
     assert deltas[-1].id == "patient"
 
 
-def test_a_budget_of_0_is_as_many_tokens_as_fit() -> None:
+def test_max_tokens_of_0_means_as_many_as_fit() -> None:
     scheduler, rank = Scheduler(limits()), FakeRank(4)
     scheduler.submit(request("a", prompt=4, max_tokens=0), 0.0)
     deltas = run(scheduler, rank)
@@ -336,10 +336,10 @@ def test_what_follows_the_end_of_a_sequence_is_dropped() -> None:
     assert busy(scheduler) == (0, 0, 8)
 
 
-@pytest.mark.parametrize("rule", [{"logprobs": 0}, {"sampling": SamplingParams(presence_penalty=1.0)}])
-def test_a_sequence_that_needs_more_than_token_ids_gets_no_async_plan(rule: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", [{"logprobs": 0}, {"sampling": SamplingParams(presence_penalty=1.0)}])
+def test_a_sequence_that_needs_more_than_token_ids_gets_no_async_plan(fields: dict[str, Any]) -> None:
     scheduler = Scheduler(limits(async_scheduling=True))
-    scheduler.submit(Request("a", (1, 2), max_tokens=4, **rule), 0.0)
+    scheduler.submit(Request("a", (1, 2), max_tokens=4, **fields), 0.0)
     assert scheduler.schedule(1.0)
     assert scheduler.schedule(1.0) is None
 

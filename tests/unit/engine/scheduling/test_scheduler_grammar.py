@@ -1,4 +1,4 @@
-"""How the scheduler follows grammars and hands on what ranks say about prompts."""
+"""How the scheduler follows grammars, and passes on the log-probabilities of prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNDER = SamplingParams(grammar=Grammar("regex", "a+"))
 
 
 class Countdown:
-    """Ends the output after `length` tokens; its mask tells how many there are."""
+    """Ends the output after `length` tokens; its mask is the number of tokens so far."""
 
     def __init__(self, length: int, output: Sequence[int], end: FinishReason = "stop") -> None:
         self._length, self._seen, self._end = length, len(output), end
@@ -44,7 +44,7 @@ class Countdown:
 
 
 def step(scheduler: Scheduler, token: int = 7) -> tuple[list[bytes], tuple[Delta, ...]]:
-    """One step that samples `token` everywhere: its masks and deltas."""
+    """Run one step that samples `token` for every sequence; returns its masks and deltas."""
     plan = scheduler.schedule(0.0)
     assert plan is not None
     samples = sum(chunk.sample for chunk in plan.chunks)

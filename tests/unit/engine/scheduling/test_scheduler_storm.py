@@ -1,6 +1,6 @@
-"""Random traffic on schedulers that are too small for it, against a model that notices every mistake.
+"""Random traffic on schedulers that are too small for it. In the fake model every mistake changes tokens.
 
-`PHALANX_STORM_STEPS` sets how many steps are run in all.
+`PHALANX_STORM_STEPS` is the number of steps, over all worlds.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ Key = tuple[str, int]  # request, choice
 class Storm:
     """One scheduler, its rank and all clients.
 
-    Half of the prompts begin like others, and half of the requests want several choices. Some come with prior
-    output, up to the last token. Some are cancelled, in flight or not, or after their end. In most worlds
-    some requests have a grammar, penalties or log-probabilities, for which the host must know each token.
+    Half of the prompts share their beginning, and half of the requests have several choices. Some requests
+    have prior output, even all of it. Some are cancelled, in flight or not, or after their end. In most
+    worlds some requests have a grammar, penalties or log-probabilities, for which the host must know each
+    token.
     """
 
     def __init__(self, seed: int) -> None:
@@ -70,16 +71,16 @@ class Storm:
         self.in_flight: deque[StepPlan] = deque()
         self.letters = draw.choice((2, VOCABULARY - 1))
         self.beginnings = [[draw.randint(1, self.letters) for _ in range(16)] for _ in range(2)]
-        self.requests: dict[str, Request] = {}  # with a choice that lives
+        self.requests: dict[str, Request] = {}  # those with a live choice
         self.streams: dict[Key, list[int]] = {}
         self.kv: dict[Key, list[float]] = {}
-        self.born: dict[Key, tuple[int, int]] = {}  # step of arrival, tokens of all up to it
+        self.born: dict[Key, tuple[int, int]] = {}  # step of arrival, `work` at that time
         self.arrivals = self.steps = 0
         self.has_one_priority = draw.random() < 0.5
-        self.not_plain = draw.choice((0.0, 0.2, 0.6))  # the share of requests that are not
+        self.not_plain = draw.choice((0.0, 0.2, 0.6))  # the share of requests that are not plain
 
     def run(self, steps: int) -> None:
-        """Live through that many steps, then let all requests finish."""
+        """Run that many steps, then let all requests finish."""
         draw = self.draw
         calm, crowd = draw.uniform(0.05, 0.5), draw.randint(1, 12)
         while self.steps < steps:
@@ -88,8 +89,8 @@ class Storm:
             if self.streams and draw.random() < 0.02:
                 self.cancel()
             self.step()
-        # A step computes a token that is needed, or one again whose blocks went to an older sequence. That
-        # at most half of all steps are of the second kind is not a law, but holds.
+        # A step computes a new token, or again a token whose blocks an older sequence has taken. The bound
+        # assumes that at most half of the steps are of the second kind; that is an observation, no proof.
         bound = self.steps + 2 * self.work()
         while self.scheduler.has_work:
             self.step()
@@ -99,7 +100,7 @@ class Storm:
         assert (load.running, load.waiting, load.kv_blocks_free) == (0, 0, self.limits.kv_blocks), "a leak"
 
     def work(self) -> int:
-        """Tokens that living choices may still have, computed or not."""
+        """The most tokens that all live choices can have, prompts included."""
         tokens = sum(
             len(request.prompt_ids) + request.max_tokens
             for request in (self.requests[name] for name, _ in self.streams)
@@ -158,7 +159,7 @@ class Storm:
         )
 
     def cancel(self) -> None:
-        """Cancel a choice, or a request with the choices that have ended; what is gone is ignored."""
+        """Cancel a live choice or its whole request; sometimes again, which must be ignored."""
         name, choice = self.draw.choice(sorted(self.streams))
         whole = self.draw.random() < 0.5
         self.scheduler.cancel(name, None if whole else choice)
@@ -168,7 +169,7 @@ class Storm:
             self.scheduler.cancel(name, choice)
 
     def step(self) -> None:
-        """Launch some of what may be in flight, then take in the oldest of it."""
+        """Launch some of the plans that may be in flight, then apply the results of the oldest."""
         may_launch = not self.in_flight or self.draw.random() < 0.9
         while may_launch and (plan := self.scheduler.schedule(1.0)) is not None:
             assert 0 < plan.tokens <= self.limits.max_batch_tokens
@@ -184,7 +185,7 @@ class Storm:
             self.scheduler.check_integrity()
 
     def take(self, delta: Delta) -> None:
-        """Take in a delta. One of a choice that has ended, or is cancelled, is a KeyError."""
+        """Record a delta. A KeyError means: its choice has ended or was cancelled before."""
         key = (delta.id, delta.choice)
         assert delta.index == len(self.streams[key])
         self.check_prompt_logprobs(delta)
@@ -193,11 +194,11 @@ class Storm:
         if delta.finish:
             arrived, work = self.born[key]
             if self.has_one_priority:
-                assert self.steps - arrived <= 2 * work, "a younger sequence was served before"
+                assert self.steps - arrived <= 2 * work, "a later sequence was served first"
             self.check(key, ended=delta.finish)
 
     def check_prompt_logprobs(self, delta: Delta) -> None:
-        """They come once, with the first token of the first choice, and for every token of the prompt."""
+        """Check that they come once, with the first token of choice 0, and cover the whole prompt."""
         request = self.requests[delta.id]
         if request.prompt_logprobs is None or delta.choice or delta.index:
             assert not delta.prompt_logprobs
@@ -206,7 +207,7 @@ class Storm:
             assert delta.prompt_logprobs == score_prompt(request.prompt_ids, kv)
 
     def check(self, key: Key, ended: str | None) -> None:
-        """See that a choice got what an undisturbed run gives, down to the KV of every token."""
+        """Check that a choice got the output of an undisturbed run, and the right KV for every token."""
         request, stream, kv = self.requests[key[0]], self.streams.pop(key), self.kv.pop(key)
         window = self.limits.window
         output, finish = expected(

@@ -1,4 +1,4 @@
-"""KV that is computed once: prefix cache, choices of one request, windows."""
+"""KV that several sequences share: prefix cache, choices of one request, windows."""
 
 from __future__ import annotations
 
