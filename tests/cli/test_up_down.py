@@ -1,4 +1,4 @@
-"""`phalanx up` and `down` with real processes: what dies comes back, and nothing is left behind."""
+"""`phalanx up` and `down` with real processes: a killed program restarts, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.until import until_sync
 
 @pytest.fixture(scope="module")
 def cluster(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Torn down by its tests: the last one ends it."""
+    """The tests of this module run in order; the last one that uses the cluster ends it."""
     with Cluster.start(demo_model, tmp_path_factory.mktemp("up")) as cluster:
         yield cluster
 
@@ -132,7 +132,7 @@ def test_a_port_in_use_is_told(demo_model: Path, tmp_path: Path) -> None:
 def test_a_cluster_in_the_foreground_ends_with_its_command(
     demo_model: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    """Ctrl-C stops it in order; even a killed command takes its cluster along."""
+    """Ctrl-C stops the cluster in order. Even when the command is killed, its cluster ends."""
     ports = ["--http-port", "0", "--grpc-port", "0"]
     line = [*PHALANX, "up", "--model", str(demo_model), *ports, "--state-dir", str(tmp_path)]
     with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as up:
@@ -148,7 +148,7 @@ def test_a_cluster_in_the_foreground_ends_with_its_command(
 
 @pytest.fixture(scope="module")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of an etcd that is there before and after the clusters."""
+    """The endpoint of an etcd that runs before and after the clusters."""
     client, peer = (f"127.0.0.1:{embedded.free_port()}" for _ in range(2))
     line = embedded.command(tmp_path_factory.mktemp("etcd"), f"http://{client}", f"http://{peer}")
     with subprocess.Popen(line) as process:
@@ -177,7 +177,7 @@ def left_in(etcd: str) -> list[str]:
 
 
 def test_up_and_down_on_an_etcd_that_was_used_before(demo_model: Path, tmp_path: Path, etcd: str) -> None:
-    """`up` names what it finds, and `down` takes its own deployment along and nothing else."""
+    """`up` names the deployments that it finds; `down` deletes its own deployment and no other."""
     left = DeploymentRecord("left-over", 1, "/elsewhere/model", tp=2)
     asyncio.run(write(etcd, Put(Keys().deployment(left.name), encode(left))))
     cluster = Cluster(tmp_path, demo_model)

@@ -18,7 +18,7 @@ _roots = itertools.count()
 
 @pytest.fixture(scope="session")
 def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of one etcd for every test that does not hurt it."""
+    """The endpoint of one etcd that all tests share which do not stop it."""
     client, peer = free_port(), free_port()
     data_dir = tmp_path_factory.mktemp("etcd")
     arguments = command(data_dir, f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}")
@@ -31,13 +31,13 @@ def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     """Both stores, one after the other."""
     if request.param == "memory":
-        held: Store = MemoryStore()
+        opened: Store = MemoryStore()
     else:
         endpoint = request.getfixturevalue("shared_etcd")
         await wait_until_healthy(endpoint, DEADLINE_S)
-        held = EtcdStore([endpoint])
-    yield held
-    await held.close()
+        opened = EtcdStore([endpoint])
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def root() -> str:
 async def until(
     changes: AsyncGenerator[Change, None], holds: Callable[[Change], bool], timeout_s: float = DEADLINE_S
 ) -> list[Change]:
-    """The changes up to and including the first that `holds`."""
+    """The changes up to and including the first one for which `holds` is true."""
     seen: list[Change] = []
 
     async def read() -> None:
@@ -58,7 +58,7 @@ async def until(
             if holds(change):
                 return
 
-    # A task of its own, so that the deadline ends the test and never a read of a stream.
+    # Reads in its own task, so that the deadline ends the test and does not cancel a read of the stream.
     reader = asyncio.ensure_future(read())
     done, _ = await asyncio.wait([reader], timeout=timeout_s)
     if not done:

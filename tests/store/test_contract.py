@@ -1,4 +1,4 @@
-"""What every store promises, for each store."""
+"""The contract of `Store`, for both implementations."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ async def test_an_expired_lease_deletes_its_keys(store: Store, root: str) -> Non
 
 
 async def test_a_refreshed_lease_outlives_its_first_ttl(store: Store, root: str) -> None:
-    """Two leases of one length, one refreshed after the other's grant: it ends second."""
+    """Two leases with the same time to live: the one that is refreshed ends later."""
     long, short = await store.grant(2), await store.grant(2)
     await put(store, root + "long", b"", long)
     await put(store, root + "short", b"", short)
@@ -192,7 +192,7 @@ async def test_a_watch_yields_each_write_as_it_comes(store: Store, root: str) ->
 
 
 async def test_a_slow_reader_misses_no_key_and_sees_none_twice(store: Store, root: str) -> None:
-    """What piled up may come as one change."""
+    """Several writes may come as one change."""
     async with aclosing(store.watch(root)) as changes:
         await anext(changes)
         revisions = [await put(store, f"{root}{number}", b"") for number in range(20)]

@@ -53,13 +53,13 @@ async def etcd(tmp_path: Path) -> AsyncIterator[Etcd]:
 
 @pytest.fixture
 async def store(etcd: Etcd) -> AsyncIterator[EtcdStore]:
-    held = EtcdStore([etcd.endpoint])
-    yield held
-    await held.close()
+    opened = EtcdStore([etcd.endpoint])
+    yield opened
+    await opened.close()
 
 
-async def led_by(store: EtcdStore, name: str) -> ControllerRecord:
-    """Wait until a controller leads."""
+async def active(store: EtcdStore, name: str) -> ControllerRecord:
+    """Wait until the controller of this name is the active one."""
     async with contextlib.aclosing(store.watch(KEYS.controller_lock)) as changes:
         seen = await until(
             changes,
@@ -95,7 +95,7 @@ async def join(store: EtcdStore, worker: str) -> None:
 async def test_a_controller_leads_forms_and_resigns_at_sigterm(etcd: Etcd, store: EtcdStore) -> None:
     await join(store, "w0")
     async with controller(etcd, "c0") as (process, address):
-        assert (await led_by(store, "c0")).address == address
+        assert (await active(store, "c0")).address == address
         await apply(address, "a")
         assert (await formed(store, "a-0")).replicas["a-0"].assignment.members[0].worker == "w0"
         process.send_signal(signal.SIGTERM)
@@ -107,12 +107,12 @@ async def test_a_controller_leads_forms_and_resigns_at_sigterm(etcd: Etcd, store
 async def test_another_controller_takes_over_from_one_that_was_killed(etcd: Etcd, store: EtcdStore) -> None:
     await join(store, "w0")
     async with controller(etcd, "c0") as (first, _):
-        await led_by(store, "c0")
+        await active(store, "c0")
         async with controller(etcd, "c1") as (_, address):
-            await apply(address, "a")  # any controller takes it; the leader forms it
+            await apply(address, "a")  # any controller stores it; the active one forms it
             await formed(store, "a-0")
             first.kill()
-            await led_by(store, "c1")
+            await active(store, "c1")
             await join(store, "w1")
             await apply(address, "b")
             await formed(store, "b-0")
@@ -121,14 +121,14 @@ async def test_another_controller_takes_over_from_one_that_was_killed(etcd: Etcd
 async def test_a_controller_survives_a_restart_of_etcd(etcd: Etcd, store: EtcdStore) -> None:
     await join(store, "w0")
     async with controller(etcd, "c0") as (process, address):
-        await led_by(store, "c0")
+        await active(store, "c0")
         etcd.kill()
         async with rpc.channel(address) as channel:
             stub = control_pb2_grpc.ControlServiceStub(channel)
             shown = await stub.ListWorkers(control_pb2.ListWorkersRequest(), timeout=DEADLINE_S)
         assert [worker.worker for worker in shown.workers] == ["w0"]
         await etcd.restart()
-        await led_by(store, "c0")
+        await active(store, "c0")
         await apply(address, "a")
         await formed(store, "a-0")
         assert process.returncode is None

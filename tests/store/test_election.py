@@ -21,7 +21,7 @@ from tests.store.conftest import DEADLINE_S, until
 
 
 class Candidate:
-    """Competes for the lock in its own task; `elected` and `ended` tell how it goes."""
+    """Competes for the lock in its own task. Sets `elected` when it gets it, `ended` when it loses it."""
 
     def __init__(self, store: Store, key: str, name: bytes, ttl_s: int = 2) -> None:
         self.lock: Lock | None = None
@@ -35,13 +35,13 @@ class Candidate:
             await asyncio.Event().wait()
         self.ended.set()
 
-    async def leads(self) -> Lock:
+    async def holds_lock(self) -> Lock:
         async with asyncio.timeout(DEADLINE_S):
             await self.elected.wait()
         assert self.lock is not None
         return self.lock
 
-    async def resign(self) -> None:
+    async def release(self) -> None:
         self.task.cancel()
         await asyncio.wait([self.task])
 
@@ -56,14 +56,14 @@ async def candidates(store: Store, root: str):  # type: ignore[no-untyped-def]
 
     yield start
     for candidate in started:
-        await candidate.resign()
+        await candidate.release()
 
 
 Start = Callable[[bytes], Candidate]
 
 
 async def test_the_fence_is_the_keys_create_revision(store: Store, root: str, candidates: Start) -> None:
-    lock = await candidates(b"one").leads()
+    lock = await candidates(b"one").holds_lock()
     entry = await store.get(root + "leader")
     assert entry is not None
     assert (entry.value, entry.create_revision) == (b"one", lock.fence)
@@ -73,28 +73,28 @@ async def test_one_leads_and_the_next_follows_when_it_resigns(
     store: Store, root: str, candidates: Start
 ) -> None:
     first = candidates(b"one")
-    old = await first.leads()
+    old = await first.holds_lock()
     second = candidates(b"two")
     async with aclosing(store.watch(root)) as changes:
         await anext(changes)
         assert not second.elected.is_set()
-        await first.resign()
+        await first.release()
         seen = await until(changes, lambda change: bool(change.listing.entries))
-    new = await second.leads()
+    new = await second.holds_lock()
     assert seen[-1].listing.entries[root + "leader"].value == b"two"
     assert new.fence > old.fence
 
 
 async def test_a_former_leader_cannot_write(store: Store, root: str, candidates: Start) -> None:
-    """Not even with a live lease and the lock's newest mod_revision: only the fencing token is old."""
+    """Its lease lives and it knows the lock's newest mod_revision: only its fencing token is old."""
     keys = Keys(root.strip("/"))
-    old = await candidates(b"one").leads()
+    old = await candidates(b"one").holds_lock()
     assignment = keys.assignment("a-0")
     epoch = await store.txn([], [Put(assignment, b"")])
     assert epoch is not None
     mark = MarkReady(ReadyRecord("a-0", epoch, 0.0))
     await store.txn([], [Delete(old.key)])  # as an operator may; the lease of "one" stays
-    new = await candidates(b"two").leads()
+    new = await candidates(b"two").holds_lock()
     assert await store.txn(*fenced([mark], keys, old, new.fence)) is None
     assert await store.get(keys.ready("a-0")) is None
     assert await store.refresh(old.lease) > 0
@@ -102,9 +102,9 @@ async def test_a_former_leader_cannot_write(store: Store, root: str, candidates:
 
 
 async def test_a_leader_that_does_nothing_stays(store: Store, root: str, candidates: Start) -> None:
-    """Its lease is refreshed: another lease of the same length, granted later, ends before."""
+    """Its lease is refreshed: a later lease with the same time to live, not refreshed, ends first."""
     candidate = candidates(b"one")
-    await candidate.leads()
+    await candidate.holds_lock()
     lease = await store.grant(2)
     await store.txn([], [Put(root + "clock", b"", lease)])
     async with aclosing(store.watch(root)) as changes:
@@ -115,7 +115,7 @@ async def test_a_leader_that_does_nothing_stays(store: Store, root: str, candida
 
 async def test_a_leader_whose_lease_ended_stops(store: Store, candidates: Start) -> None:
     candidate = candidates(b"one")
-    await store.revoke((await candidate.leads()).lease)
+    await store.revoke((await candidate.holds_lock()).lease)
     async with asyncio.timeout(DEADLINE_S):
         await candidate.ended.wait()
 
@@ -133,7 +133,7 @@ async def test_a_leader_without_the_store_stops_by_itself(tmp_path: Path) -> Non
     async with running(tmp_path / "etcd") as etcd:
         store = EtcdStore([etcd.endpoint], timeout_s=0.5)
         candidate = Candidate(store, "/leader", b"one", ttl_s)
-        await candidate.leads()
+        await candidate.holds_lock()
         etcd.kill()
         async with asyncio.timeout(DEADLINE_S):
             await candidate.ended.wait()

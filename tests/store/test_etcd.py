@@ -1,4 +1,4 @@
-"""What the etcd store does when etcd goes away, compacts, or has several endpoints."""
+"""The etcd store when etcd dies, compacts its history, or has several endpoints."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ async def etcd(tmp_path: Path) -> AsyncIterator[Etcd]:
 
 @pytest.fixture
 async def store(etcd: Etcd) -> AsyncIterator[EtcdStore]:
-    held = EtcdStore([etcd.endpoint], timeout_s=1.0)
-    yield held
-    await held.close()
+    opened = EtcdStore([etcd.endpoint], timeout_s=1.0)
+    yield opened
+    await opened.close()
 
 
 async def compact(endpoint: str, revision: int) -> None:
@@ -63,7 +63,7 @@ async def test_everything_is_unavailable_while_etcd_is_down(etcd: Etcd, store: E
 async def test_a_watch_resumes_after_etcd_was_killed_and_restarted(
     etcd: Etcd, store: EtcdStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is lost and nothing comes twice, also of what was written while the watch was away."""
+    """Every write is seen once, also a write that was made while the watch was broken."""
     revisions = [await put(store, "/r/a", b"0")]
     async with aclosing(store.watch("/r/")) as changes:
         seen = [await anext(changes)]
@@ -117,7 +117,7 @@ async def test_a_watch_lists_again_when_its_revision_was_compacted(
 async def test_a_watch_lists_again_when_etcd_has_another_history(
     etcd: Etcd, store: EtcdStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As after a restore from a backup: etcd is behind the watch and will never send what it waits for."""
+    """After a restore from a backup, etcd is behind the watch and never sends the next revision."""
     caplog.set_level("INFO")
     await put(store, "/h/old", b"1")
     await put(store, "/h/old", b"2")
@@ -135,7 +135,7 @@ async def test_a_watch_lists_again_when_etcd_has_another_history(
 
 
 async def _restarted_and_compacted(etcd: Etcd) -> EtcdStore:
-    """Rewrite /c/ and compact it away before the watch can be back: on another port, then on its own."""
+    """Rewrite and compact /c/ on another port, where the watch cannot see it; then return to the own port."""
     hidden_port = free_port()
     hidden = [argument.replace(etcd.endpoint, f"127.0.0.1:{hidden_port}") for argument in etcd.arguments]
     behind = Etcd(f"127.0.0.1:{hidden_port}", hidden, etcd.process)
@@ -176,7 +176,7 @@ async def test_a_key_that_is_not_utf8_ends_neither_a_listing_nor_a_watch(
 
 
 async def test_a_txn_is_never_tried_twice(etcd: Etcd) -> None:
-    """It may have happened: the caller looks, and the next call goes to the next endpoint."""
+    """It may have been applied: only the caller can find out. The next call uses the next endpoint."""
     store = EtcdStore([f"127.0.0.1:{free_port()}", etcd.endpoint])
     with pytest.raises(StoreUnavailableError):
         await store.txn([Modified("a", 0)], [Put("a", b"1")])

@@ -1,4 +1,4 @@
-"""The file that tells other commands and scripts what runs."""
+"""cluster.json, which other commands and scripts read."""
 
 from __future__ import annotations
 

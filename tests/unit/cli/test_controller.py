@@ -1,4 +1,4 @@
-"""Commands against a controller that answers from a script."""
+"""Commands against a controller with scripted responses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phalanx.v1 import control_pb2, control_pb2_grpc
 
 
 class Controller(control_pb2_grpc.ControlServiceServicer):
-    """Three workers, one to a page; notes every request."""
+    """Has three workers, one per page; records every request."""
 
     def __init__(self) -> None:
         self.requests: list[Any] = []

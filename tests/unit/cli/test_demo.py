@@ -1,4 +1,4 @@
-"""The demo's verdict: it passes only when every token is the same and the kill was felt."""
+"""The demo's verdict: it passes only if every token is the same and the stream failed over."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def killed(**changes: object) -> demo.Killed:
 
 def test_equal_streams_pass_and_the_gap_is_told(capsys: pytest.CaptureFixture[str]):
     demo._report(WHOLE, killed(), failovers=1)
-    told = capsys.readouterr().out
-    assert "3 of 3" in told
-    assert "200 ms (10.0 ms between events undisturbed)" in told
+    printed = capsys.readouterr().out
+    assert "3 of 3" in printed
+    assert "200 ms (10.0 ms between events undisturbed)" in printed
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,12 @@ def test_nothing_is_left_half_written(directory: Path):
 def test_training_lowers_the_loss_and_uses_its_time():
     shape = Shape(vocab=8, hidden=16, layers=2, heads=4, kv_heads=2, mlp=32, positions=256)
     data = torch.arange(4096) % 7
-    told: list[Progress] = []
+    reports: list[Progress] = []
     began = time.monotonic()
-    _, loss = train(shape, data, began + 2, 0, told.append)
-    assert loss < told[0].loss
+    _, loss = train(shape, data, began + 2, 0, reports.append)
+    assert loss < reports[0].loss
     assert time.monotonic() >= began + 2
-    assert all(a.fraction < b.fraction <= 1 for a, b in itertools.pairwise(told))
+    assert all(a.fraction < b.fraction <= 1 for a, b in itertools.pairwise(reports))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])

@@ -28,7 +28,7 @@ KEYS = Keys()
 
 
 class Fragile(MemoryStore):
-    """A store that can be away, and in which another writer can be faster."""
+    """A store that can be unreachable, and in which another write can come before a transaction."""
 
     away = False
     overtaken_by: Operation | None = None  # written before the next transaction
@@ -46,6 +46,8 @@ class Fragile(MemoryStore):
 
 
 class Controller:
+    """The store, the view and a client of one ControlService."""
+
     def __init__(self) -> None:
         self.store = Fragile()
         self.view = View(self.store, KEYS)
@@ -94,20 +96,22 @@ async def refusal(call: Awaitable[object]) -> PhalanxError:
 
 @pytest.fixture
 async def controller() -> AsyncIterator[Controller]:
-    held = Controller()
+    served = Controller()
     server = rpc.server()
-    control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(held.store, KEYS, held.view), server)
+    control_pb2_grpc.add_ControlServiceServicer_to_server(
+        ControlService(served.store, KEYS, served.view), server
+    )
     rpc.add_health_and_reflection(server, [SERVICE])
     address = rpc.bind(server, "127.0.0.1:0")
     await server.start()
     async with asyncio.TaskGroup() as tasks, rpc.channel(address) as channel:
-        following = tasks.create_task(held.view.follow())
-        await held.view.newer(None)
-        held.channel, held.stub = channel, control_pb2_grpc.ControlServiceStub(channel)
-        yield held
+        following = tasks.create_task(served.view.follow())
+        await served.view.newer(None)
+        served.channel, served.stub = channel, control_pb2_grpc.ControlServiceStub(channel)
+        yield served
         following.cancel()
         await server.stop(None)
-    await held.store.close()
+    await served.store.close()
 
 
 def model_dir(path: Path, *, weights: bool) -> str:

@@ -1,4 +1,4 @@
-"""The active controller's loop, where another controller holds the lock by now."""
+"""The loop of an active controller after another controller has taken the lock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def world() -> World:
 
 
 async def taken_over(store: MemoryStore, former: Lock) -> int:
-    """Another controller gets the lock, while the former one's lease lives; its fencing token."""
+    """Let another controller take the lock while the former one's lease lives; returns its fence."""
     await store.txn([], [Delete(former.key)])
     fence = await store.txn([Created(former.key, 0)], [Put(former.key, b"another")])
     assert fence is not None

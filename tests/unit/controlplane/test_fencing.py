@@ -1,4 +1,4 @@
-"""What the store refuses of a controller."""
+"""The transactions of the active controller: refused on an old view, split when they are large."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def world() -> World:
 
 
 def test_a_decision_on_a_view_that_lags_behind_writes_nothing(world: World) -> None:
-    """Else the second deployment would get the worker that the first was given just before."""
+    """Otherwise the second deployment would get the worker that the first one has just got."""
     world.boot("w0")
     world.apply("b")
     lagging = world.listing

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from controlplane import status
@@ -185,8 +187,15 @@ def test_a_worker_that_booted_again_is_free(world: World) -> None:
 
 
 def test_a_draining_worker_is_draining_whatever_it_runs(world: World) -> None:
-    world.boot("w0", draining=True)
-    assert says(seen(world).workers["w0"]) == "draining"
+    world.boot("w0")
+    world.apply("a")
+    world.settle()
+    world.fail("a-0", reason="killed")
+    for ailment, reason in (("", "killed"), ("ECC errors", "ECC errors")):
+        record = replace(world.snapshot.workers["w0"], draining=True, ailment=ailment)
+        world.put(world.keys.worker("w0"), record)
+        shown = seen(world).workers["w0"]
+        assert (says(shown), shown.replica, shown.reason) == ("draining", "a-0", reason)
 
 
 def test_a_gateway_is_shown_as_registered(world: World) -> None:

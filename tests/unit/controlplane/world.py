@@ -107,7 +107,7 @@ class World:
         reason: str = "",
         permanent: bool = False,
     ) -> None:
-        """The shards (all when no ranks are given) of the current epoch say how they are, if alive."""
+        """Write a state for the shards of the current epoch, all or some; only live workers report."""
         snapshot = self.snapshot
         assigned = snapshot.replicas[replica]
         for rank in ranks or range(len(assigned.assignment.members)):
@@ -134,7 +134,7 @@ class World:
         self.report(replica, ShardState.FAILED, *ranks, reason=reason, permanent=permanent)
 
     def reconcile(self, listing: Listing | None = None) -> tuple[Decision, bool]:
-        """Decide on a listing (now's by default) and write; returns whether all of it was written."""
+        """Decide on a listing (default: the current one) and write; also returns whether all was written."""
         listing = listing or self.listing
         decision = reconcile(Snapshot.of(listing, self.keys), self.now, self.history)
         self.history = decision.history
@@ -146,7 +146,7 @@ class World:
         return decision, modified is not None
 
     def settle(self) -> Decision:
-        """Reconcile and check that nothing is left to do at this time."""
+        """Reconcile, and check that a second decision at the same time has no actions."""
         decision, written = self.reconcile()
         assert written
         again = reconcile(self.snapshot, self.now, self.history)
@@ -176,7 +176,7 @@ class World:
         self.settle()
 
     def degrade(self) -> None:
-        """Let a replica of four workers lose one for good."""
+        """Let a replica of four workers lose one for good, and be degraded."""
         self.boot("w0", "w1", "w2", "w3")
         self.serve("a", 1, tp=2, pp=2, fallbacks=FALLBACKS)
         self.die("w1")

@@ -1,4 +1,4 @@
-"""What a watch does when the member that answers it is behind the listing before."""
+"""A watch at an etcd member that is behind the revision of the last listing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REVISION = 10  # of the cluster; the member that lags is at 7
 
 
 class Member:
-    """An etcd member with one key. Its first watch stream tells that it lags, and is silent then."""
+    """An etcd member with one key. Its first watch stream says that the member lags, then stays silent."""
 
     def __init__(self) -> None:
         self.listings = 0

@@ -25,7 +25,7 @@ WORKER = WorkerRecord("w0", "boot", "host", "127.0.0.1:1", "cpu", 1)
 
 
 class FlakyStore(MemoryStore):
-    """A store that is away while `away` is set."""
+    """A store that is unreachable while `away` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ async def test_the_lease_is_counted_from_when_its_renewal_was_sent(store: FlakyS
     class SlowStore(FlakyStore):
         async def grant(self, ttl_s: int) -> int:
             nonlocal now
-            now += LEASE_TTL_S / 3  # the answer takes as long as the first renewal may wait
+            now += LEASE_TTL_S / 3  # the response takes as long as the first renewal may wait
             return await super().grant(ttl_s)
 
         async def refresh(self, lease: int) -> float:

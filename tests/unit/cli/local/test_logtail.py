@@ -1,4 +1,4 @@
-"""How the end of a program is told."""
+"""The reason that is given for the end of a program."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def sleeper(state_dir: Path, program: str = "import time; time.sleep(600)") -> s
 
 
 def test_a_stranger_is_no_member(tmp_path: Path):
-    """A pid from an old cluster.json may belong to somebody else by now."""
+    """A pid from an old cluster.json may belong to another process now."""
     other = sleeper(tmp_path / "other")
     try:
         with processes.member(tmp_path, other.pid) as found:

@@ -115,7 +115,7 @@ def test_a_program_that_ignores_sigterm_is_killed():
 
 
 class Cluster(RuleBasedStateMachine):
-    """Processes that serve, die and obey as they like, under one supervisor."""
+    """Processes that serve, die and obey in any order, under one supervisor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ def test_a_worker_that_booted_again_is_a_new_member(world: World) -> None:
 
 
 def test_a_replica_that_lost_a_worker_is_left_until_the_worker_is_back(world: World) -> None:
-    """Engines of the others go on if the lease alone was lost: nothing is removed early."""
+    """If only the lease was lost, the engines still run: nothing is removed early."""
     world.boot("w0", "w1")
     world.serve("a", 1, tp=2)
     registration = world.snapshot.workers["w1"]

@@ -1,4 +1,4 @@
-"""When the store is suspected rather than the workers."""
+"""When the store, not the workers, is the suspected cause of lost registrations."""
 
 from __future__ import annotations
 

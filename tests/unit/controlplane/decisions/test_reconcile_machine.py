@@ -1,4 +1,4 @@
-"""`reconcile` under random events: what must hold always, and that it converges when faults stop."""
+"""`reconcile` under random events: its invariants, and its convergence once faults stop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reconciling(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from(WORKERS), draining=st.sampled_from([False, False, False, True]))
     def boots(self, worker: str, draining: bool) -> None:
-        """A new worker, or a new boot of one without a gap that anyone saw."""
+        """A new worker boots, or a worker boots again before its lease has ended."""
         self.world.boot(worker, host=f"host-{int(worker[1:]) // 3}", draining=draining)
 
     @rule(worker=st.sampled_from(WORKERS))
@@ -100,7 +100,7 @@ class Reconciling(RuleBasedStateMachine):
         assert all(count == 1 for count in members.values())
 
     def teardown(self) -> None:
-        """Faults stop: every replica gets ready, or lacks workers that are not there."""
+        """Faults stop: every replica becomes ready, or too few workers are left for it."""
         for _ in range(100):
             decision, _ = self.world.reconcile()
             for replica in self.world.snapshot.replicas:
@@ -128,7 +128,7 @@ class Reconciling(RuleBasedStateMachine):
                 assert (worker.incarnation, worker.draining) == (member.incarnation, False)
 
     def _check_taken_down(self, forms: list[FormReplica], before: Snapshot) -> None:
-        """On purpose: at most one serving replica of a deployment, when the new ones all serve."""
+        """A deployment re-forms at most one serving replica at a time, and only while all new ones serve."""
         serving = [
             form
             for form in forms
