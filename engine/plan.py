@@ -1,8 +1,8 @@
-"""One step: the plan that the leader decides and every rank executes, and what the step sampled.
+"""One step: the plan, which rank 0 decides and every rank executes, and the tokens that the step sampled.
 
-A plan is a difference. Ranks keep, per slot, what earlier plans said about its sequence. They apply a plan in
-this order: freed slots, new sequences, copies, chunks. So a slot or block that a plan frees can be used again
-in the same plan. `engine.plan_codec` encodes plans and samples as bytes.
+A plan contains only changes: ranks keep the state of each slot from earlier plans. They apply a plan in this
+order: freed slots, new sequences, copies, chunks. So a plan can use a slot or a block again that it frees.
+`plan_codec.py` encodes plans and samples as bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class NewSequence:
     `prompt_ids` and `output_ids` are the tokens known so far. They are empty unless sampling depends on them
     (penalties, bad words) or the log-probabilities of the prompt are wanted. The sampling rank adds each
     token that it samples. No token of `ends` may be sampled before the output has `sampling.min_tokens`
-    tokens. The grammar is not sent: the leader keeps it and sends masks.
+    tokens. A grammar is not sent: rank 0 keeps it and sends masks.
     """
 
     slot: int
@@ -65,8 +65,8 @@ class Mask:
 class StepPlan:
     """Everything that one step does. The steps of an epoch are numbered from 1 without gaps.
 
-    With `sample_on_device`, every rank samples and keeps the token ids on its device. Then the next plan may
-    come before the host has read them, with `PENDING_TOKEN` in their place.
+    With `sample_on_device`, every rank samples, and stores the token ids on its device. Then the next plan
+    may come before the host has read them, and has `PENDING_TOKEN` in their place.
     """
 
     epoch: int

@@ -17,8 +17,8 @@ What happens in a step, in this order (files are under `engine/`):
                  sampling/sampler.py, with the arithmetic in kernels/sample.py
  8. collect      The sampling rank, which is the first of the last stage, sends the sampled ids to rank 0
                  (distributed/channel.py). With one stage it is rank 0 itself.
- 9. apply        The scheduler appends the ids, ends sequences, frees their blocks: `Delta`s.
-                 scheduling/scheduler.py
+ 9. apply        The scheduler appends the ids, ends sequences and frees their blocks. The results are
+                 `Delta`s. scheduling/scheduler.py
 10. send         Rank 0 sends the deltas and the load as one `Step` to the text process, over a socket that
                  only these two use (ipc/sender.py). It sends `StepEnded` straight to its worker, for the
                  watchdog. processes/serve.py. An offline engine has neither: api.py reads the deltas.

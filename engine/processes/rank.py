@@ -1,8 +1,8 @@
 """Entry point of one rank: `python -m engine.processes.rank --fd N [--text-fd M]`, N and M inherited sockets.
 
-Rank 0, the leader, serves requests (processes/serve.py); every other rank runs the leader's plans. N carries
-the messages of ipc/wire.py. The process ends as soon as N is closed. M leads to the text process: rank 0
-writes its steps there, or to N without M.
+Rank 0 serves requests (processes/serve.py); every other rank runs rank 0's plans. N carries the messages of
+ipc/wire.py. The process ends as soon as N is closed. M leads to the text process: rank 0 writes its steps
+there, or to N if there is no M.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _messages(link: Link) -> Iterable[Message]:
 
 
 def _run_plans(rank: StartedRank, link: Link) -> None:
-    """Run plans until the leader or the parent has gone. The sampling rank sends the sampled tokens back."""
+    """Run plans until rank 0 or the parent has gone. The sampling rank sends the sampled tokens back."""
     assert rank.plans is not None
     while True:
         plan = rank.plans.receive(beside=[link])

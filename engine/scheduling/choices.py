@@ -1,6 +1,6 @@
 """The live choices of each request, and how they share the KV of their prompt.
 
-Owns: which sequences live, and which of them are held back.
+Owns: the live sequences (from `submit` to their end), and which of them are held back.
 Does not own: the queues of running and waiting sequences (`scheduler`), the blocks (`block_tables`).
 
 The choices of a request have the same prompt. The first one to run computes it, and the others are held back
@@ -47,7 +47,7 @@ class Choices:
         self.held_back.setdefault(sequence.request.id, []).append(sequence)
 
     def release(self, request_id: str) -> list[Sequence]:
-        """End the holding back of a request's choices; returns them."""
+        """Stop holding back the choices of a request; returns them."""
         return self.held_back.pop(request_id, [])
 
     def sibling_with_prompt(self, sequence: Sequence) -> Sequence | None:

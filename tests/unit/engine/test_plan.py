@@ -105,7 +105,7 @@ def test_end_of_sequence_that_is_ignored_may_be_sampled_at_once() -> None:
     assert new_sequence(request, 0, [], slot=3, eos_token_ids=(2,)).ends == (9,)
 
 
-def test_the_grammar_stays_with_the_leader() -> None:
+def test_the_grammar_stays_with_rank_0() -> None:
     request = Request("r", (5,), SamplingParams(top_k=3, grammar=Grammar("regex", "a")))
     assert new_sequence(request, 0, [], slot=3, eos_token_ids=()).sampling == SamplingParams(top_k=3)
 
