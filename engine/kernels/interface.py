@@ -63,7 +63,7 @@ class AttentionInput:
             the position of the first.
         tables: the block table of each slot, [slots, blocks].
         max_queries: maximum number of rows of a sequence.
-        single_queries: how many sequences have one row.
+        num_single_queries: how many sequences have one row.
     """
 
     positions_T: torch.Tensor
@@ -71,7 +71,7 @@ class AttentionInput:
     sequences_B4: torch.Tensor
     tables: torch.Tensor
     max_queries: int
-    single_queries: int
+    num_single_queries: int
 
 
 @dataclass(frozen=True, slots=True)

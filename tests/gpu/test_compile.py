@@ -18,4 +18,4 @@ def test_all_that_steps_launch_compiles_for_a_gpu_and_at_the_start() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert set(said["not_launched"]) == HELPERS
-    assert not said["late"], "a request would wait for a compiler, and look as if it hung"
+    assert not said["late"], "a request would wait for the compiler, and the engine would look hung"

@@ -62,7 +62,8 @@ def test_a_failed_device_is_named_and_the_next_engine_serves(
 
 def test_a_cache_that_does_not_fit_is_named(model_dir: Path) -> None:
     with child("engine.processes.rank") as process:
-        serving(process, model_dir, PETABYTE, 1 << 30)  # the pool holds only what max_running can fill
+        # An engine allocates no more blocks than max_running sequences can fill.
+        serving(process, model_dir, PETABYTE, max_running=1 << 30)
         assert process.expect(EngineFailed).reason == "OUT_OF_MEMORY"
         assert process.process.wait(DEADLINE_S) == 1
     with child("engine.processes.rank") as process:

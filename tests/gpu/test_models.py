@@ -36,7 +36,7 @@ from tests.engine.processes.test_async_scheduling import core_of, outputs
 from tests.gpu.test_kernels import DEVICE
 
 FLOAT = torch.float32
-# What pads a step is arbitrary, and NumPy, which interprets, says so where it overflows.
+# Padding rows compute with arbitrary numbers. In Triton's interpreter, NumPy warns where these overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 TOKENS = 48 if GPU else 8  # on a GPU enough steps for captures, which are real there
 STEPS = (
@@ -84,7 +84,7 @@ class Rank:
         self.steps = 0
 
     def step(self, chunks: dict[int, tuple[int, ...]], options: dict[int, SamplingParams]) -> tuple[int, ...]:
-        """Feed tokens of sequences; the token that each samples."""
+        """Feed tokens to sequences, and return the token that each sequence samples."""
         new_sequences, rows = [], []
         for slot, tokens in chunks.items():
             start = self.lengths.get(slot, 0)

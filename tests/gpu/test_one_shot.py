@@ -1,4 +1,4 @@
-"""Sums over two real GPUs in one kernel; `tests/parallel/test_one_shot.py` has all that needs none."""
+"""One-shot sums over two real GPUs; `tests/parallel/test_one_shot.py` tests the parts that need no GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def add(rank: int, ranks: int, store: Store) -> str:
     return type(parallel._tensor_parallel).__name__
 
 
-def test_sums_are_exact_at_once_and_recorded_as_often_as_they_are_repeated() -> None:
+def test_sums_are_exact_directly_and_in_every_replay_of_a_cuda_graph() -> None:
     reachable = torch.cuda.can_device_access_peer(0, 1)
     used = OneShotTensorParallel if reachable else ProcessGroupTensorParallel
     assert run(add, RANKS) == [used.__name__] * RANKS

@@ -33,6 +33,6 @@ def test_the_tokens_are_those_of_transformers(make_model: MakeModel, name: str, 
         expected = logprobs(model, (*prompt, *completion.token_ids), torch.float64)
         for position, token in enumerate(completion.token_ids):
             row = expected[len(prompt) - 1 + position]
-            assert row[token] >= row.max() - 2e-4, "greedy, up to what rounding decides"
+            assert row[token] >= row.max() - 2e-4, "greedy, up to rounding errors"
             for entry in completion.logprobs[position].top:
                 assert abs(entry.logprob - row[entry.token_id]) < 1e-3

@@ -16,7 +16,7 @@ CYCLES = 2_000_000_000  # of the GPU's clock: about a second of work
 
 @pytest.fixture
 def busy() -> Callable[[], bool]:
-    """Queues a second of work on the GPU; the function says whether the GPU is still at it."""
+    """Queues a second of work on the GPU, and returns a function that tells whether it still runs."""
     # Allocating pinned memory may wait for the device; torch keeps these blocks for the test.
     from_device(to_device([3, 1, 2], torch.device("cuda")).long())()
     torch.cuda.synchronize()

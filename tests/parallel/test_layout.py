@@ -49,8 +49,8 @@ def test_tensor_parallel_ranks_hold_each_weight_once(model_dir: Path, tp: int) -
     ranks_per_kv_head = max(1, tp // config.num_kv_heads)
     assert torch.equal(torch.cat([part[0] for part in parts]), files[f"{layer}self_attn.q_proj.weight"])
     for i, name in ((1, "k_proj"), (2, "v_proj")):
-        held = torch.cat([part[i] for part in parts[::ranks_per_kv_head]])
-        assert torch.equal(held, files[f"{layer}self_attn.{name}.weight"])
+        stored = torch.cat([part[i] for part in parts[::ranks_per_kv_head]])
+        assert torch.equal(stored, files[f"{layer}self_attn.{name}.weight"])
         assert all(torch.equal(part[i], parts[r - r % ranks_per_kv_head][i]) for r, part in enumerate(parts))
     out = torch.cat([values(stage.layers[2].out.weight) for stage in stages], dim=1)
     assert torch.equal(out, files[f"{layer}self_attn.o_proj.weight"])
@@ -63,10 +63,10 @@ def test_tensor_parallel_ranks_hold_each_weight_once(model_dir: Path, tp: int) -
 
 def test_only_the_ends_of_the_pipeline_hold_the_vocabulary(model_dir: Path) -> None:
     stages = [load(model_dir, Grid(1, 3, r)) for r in range(3)]
-    held = [
+    vocabulary = [
         {f.name for f in fields(s) if f.name != "layers" and getattr(s, f.name) is not None} for s in stages
     ]
-    assert held == [{"embedding"}, set(), {"final_norm", "head"}]
+    assert vocabulary == [{"embedding"}, set(), {"final_norm", "head"}]
     assert [len(stage.layers) for stage in stages] == [2, 1, 1]
 
 

@@ -20,7 +20,7 @@ MAX_BYTES = {2: 1 << 20, 4: 512 << 10}
 
 
 class Memory:
-    """Computes through another group what the kernel would. `fault` is the call that fails on this rank."""
+    """Replaces the kernel by a sum over another group. `fault` is the call that fails on this rank."""
 
     def __init__(self, store: Store, rank: int, ranks: int, fault: str) -> None:
         group = open_tensor_parallel(store, "stand-in", rank, ranks, TIMEOUT)
@@ -51,7 +51,7 @@ class Memory:
 def groups(
     store: Store, rank: int, ranks: int, fault: str = ""
 ) -> tuple[TensorParallelGroup, TensorParallelGroup, Memory]:
-    """A group, the same with one-shot sums if all its ranks support them, and the memory behind these."""
+    """A group, the same group with one-shot sums if all its ranks support them, and the shared memory."""
     group = open_tensor_parallel(store, "tp", rank, ranks, TIMEOUT)
     assert group is not None
     memory = Memory(store, rank, ranks, fault)

@@ -11,7 +11,7 @@ import torch
 
 @functools.cache
 def logprobs(model: Path, token_ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Of the next token at every position, [positions, vocabulary], computed at once, without a cache."""
+    """Log-probabilities of the next token at every position, [positions, vocabulary], without a cache."""
     with torch.inference_mode():
         return _load(model, dtype)(torch.tensor([token_ids])).logits[0].log_softmax(dim=-1)
 

@@ -109,8 +109,8 @@ class GpuKernels:
             qkv_TA.shape[0], qkv_TA.shape[1] - 2 * K * E, dtype=qkv_TA.dtype, device=qkv_TA.device
         )
         attention.write_cache(qkv_TA, keys, values, inputs, rope, norms)
-        if inputs.single_queries:
-            splits = attention.splits_for(inputs.single_queries, K, self._processors)
+        if inputs.num_single_queries:
+            splits = attention.splits_for(inputs.num_single_queries, K, self._processors)
             attention.decode(qkv_TA, keys, values, inputs, out_TA, window=window, splits=splits)
         if inputs.max_queries > 1:
             attention.prefill(qkv_TA, keys, values, inputs, out_TA, window=window)

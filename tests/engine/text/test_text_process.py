@@ -181,7 +181,7 @@ def test_deltas_of_requests_that_are_over_pass_unchanged(text: Text) -> None:
 
 
 def test_without_a_tokeniser_only_ids_are_served(tmp_path: Path) -> None:
-    """Where the model may do without: one of random weights."""
+    """A model with random weights needs no tokeniser."""
     tokenizer = tokenizer_of(StartText(str(tmp_path), ids_only=True))
     assert isinstance(tokenizer, IdsOnly)
     assert tokenizer.longest_token_bytes() == 0
@@ -224,7 +224,7 @@ def test_a_chat_template_that_fails_fails_one_request(
 
 
 class Panic(BaseException):
-    """As those of extensions in Rust: no Exception."""
+    """Extensions in Rust raise such errors: they derive from BaseException, not from Exception."""
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_tokeniser_that_fails_fails_one_request(error: BaseException) -> None:
 
 
 class Slow(IdsOnly):
-    """A tokeniser whose prompts take until the test lets them go."""
+    """A tokeniser whose `encode` blocks until the test sets `go`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def test_a_cancelled_prompt_is_neither_tokenised_nor_answered() -> None:
         answered.set()
 
     encoder = Encoder(tokenizer, answer)
-    for name in ("runs", "waits", "kept"):
+    for name in ("runs", "waits", "last"):
         encoder.put(Encode(name, text=name))
     assert tokenizer.entered.wait(10)
     encoder.cancel("waits")
@@ -278,12 +278,12 @@ def test_a_cancelled_prompt_is_neither_tokenised_nor_answered() -> None:
     encoder.cancel("unknown")
     tokenizer.go.set()
     assert answered.wait(10)
-    assert answers == [Encoded("kept", (7,))]
-    assert tokenizer.encoded == ["runs", "kept"]
+    assert answers == [Encoded("last", (7,))]
+    assert tokenizer.encoded == ["runs", "last"]
 
 
 class Worker(Child):
-    """The worker's end of a text process, with what it does for engines."""
+    """The worker's end of a text process; it also connects engines."""
 
     def __init__(self, link: Link, engines: socket.socket, process: object = None) -> None:
         super().__init__(process, link)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ model, grids = sys.argv[1], json.loads(sys.argv[2])
 kernels = choose_kernels(torch.device("cpu"), torch.bfloat16)
 for grid in grids:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that one load has freed must not serve the next one unseen
+    ctypes.CDLL(None).malloc_trim(0)  # else a load reuses freed memory, and no peak shows
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     before = peak_rss_kib()
     stage = load_weights(model, ModelConfig.load(model), Grid(*grid), kernels)

@@ -34,14 +34,16 @@ UP = "model.layers.1.mlp.up_proj.weight"
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1)]
 
 
-def held(stage: StageWeights) -> list[torch.Tensor]:
+def weights_of(stage: StageWeights) -> list[torch.Tensor]:
     matrices = [matrix for matrix in stage.matrices if isinstance(matrix, ReferenceMatrix)]
     assert len(matrices) == len(stage.matrices)
     return [matrix.weight for matrix in matrices]
 
 
 def load(model: Path, grid: Grid, load_format: str = "auto") -> list[torch.Tensor]:
-    return held(load_weights(str(model), ModelConfig.load(model), grid, KERNELS, load_format=load_format))
+    return weights_of(
+        load_weights(str(model), ModelConfig.load(model), grid, KERNELS, load_format=load_format)
+    )
 
 
 @pytest.fixture(scope="module")
