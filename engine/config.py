@@ -13,7 +13,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How one rank runs a model. A zero or an empty string lets the engine choose the value."""
+    """How one rank runs a model. The engine chooses a size that is zero, and a dtype that is empty."""
 
     model: str
     tp: int = 1
@@ -33,7 +33,7 @@ class EngineConfig:
     # memory divided by the number of the replica's ranks on that GPU. Set it where replicas share a GPU: they
     # do not know of each other.
     kv_bytes: int = 0
-    threads: int = 0  # OMP_NUM_THREADS, else cores // ranks
+    threads: int = 0  # 0: OMP_NUM_THREADS, else the cores divided by the number of ranks
     # Of the weights: "int8" or "fp8" with a scale per row, "int4" with a scale per row and 64 columns.
     quantization: str = ""
     load_format: str = "auto"  # or "dummy": random weights from config.json alone
