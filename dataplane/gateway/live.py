@@ -19,7 +19,10 @@ from phalanx.runtime.errors import PhalanxError
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-_DISPLACED = PhalanxError("TAKEN_OVER", "another connection has resumed this stream")
+
+def _displaced() -> PhalanxError:
+    # A new instance each time: a shared one would keep the frames, and so the journals, of every raise.
+    return PhalanxError("TAKEN_OVER", "another connection has resumed this stream")
 
 
 def duplicate_request(request_id: str) -> PhalanxError:
@@ -42,11 +45,11 @@ class LiveRequest:
     started: bool = False  # the first token has come
     target: Target | None = None  # the replica of its last attempt
     reader: int = 0
-    displaced: PhalanxError = _DISPLACED  # the error for the reader that was displaced last
+    displaced: PhalanxError = field(default_factory=_displaced)  # the error for the reader displaced last
 
-    def displace_reader(self, why: PhalanxError = _DISPLACED) -> None:
-        """End the current reader with `why`. The next to call `chunks` is the new one."""
-        self.reader, self.displaced = self.reader + 1, why
+    def displace_reader(self, why: PhalanxError | None = None) -> None:
+        """End the current reader with `why`, else TAKEN_OVER. The next to call `chunks` is the new one."""
+        self.reader, self.displaced = self.reader + 1, why or _displaced()
         self.changed.set()
 
     async def accepted(self) -> None:
