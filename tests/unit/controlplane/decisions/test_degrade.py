@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from controlplane.decisions.degrade import DEGRADE_AFTER_S
+from controlplane.decisions.lost_workers import SUSPECT_S
 from controlplane.decisions.reshape import GROW_AFTER_S
 from phalanx.store.records import LayoutRecord
 from tests.unit.controlplane.world import FALLBACKS, World
@@ -117,3 +118,22 @@ def test_a_degraded_replica_is_formed_again_as_it_was_at_once(world: World) -> N
     world.fail("a-0")
     assert world.formed() == ["a-0"]
     assert world.layout() == (2, 1)
+
+
+def test_a_wait_for_lost_leases_does_not_restart_the_time_without_workers(world: World) -> None:
+    world.boot("w0", "w1", "w2", "w3")
+    world.serve("a", 1, tp=2, fallbacks=(LayoutRecord(1, 1),))
+    world.serve("b", 2)
+    world.die("w1")
+    world.settle()
+    world.now += DEGRADE_AFTER_S - 1
+    known = dict(world.snapshot.workers)
+    for name in known:
+        world.die(name)
+    assert "a-0" in world.settle().retries, "most workers vanished: the store may have lost their leases"
+    for name, record in known.items():
+        world.put(world.keys.worker(name), record)
+    world.settle()
+    world.now += SUSPECT_S
+    assert world.formed() == ["a-0"]
+    assert world.layout() == (1, 1)

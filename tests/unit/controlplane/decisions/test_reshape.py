@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from controlplane.decisions.actions import FormReplica
 from controlplane.decisions.degrade import DEGRADE_AFTER_S
 from controlplane.decisions.reshape import GROW_AFTER_S
@@ -132,3 +134,17 @@ def test_a_replica_does_not_grow_with_the_workers_that_another_could_be_degraded
     world.now += DEGRADE_AFTER_S
     assert world.formed() == ["a-1"]
     assert (world.layout("a-0"), world.layout("a-1")) == ((1, 1), (1, 1))
+
+
+def test_a_replica_of_the_old_shape_that_forms_does_not_hold_up_one_that_can_be_reshaped(world: World) -> None:
+    world.boot("w0", "w1")
+    world.apply("a", 2)
+    world.settle()
+    world.ready("a-0")
+    world.settle()
+    draining = replace(world.snapshot.workers["w1"], draining=True)
+    world.put(world.keys.worker("w1"), draining)
+    world.boot("w2")
+    world.apply("a", 2, tp=2)
+    assert world.formed() == ["a-0"]
+    assert world.members("a-0") == ["w0", "w2"]
