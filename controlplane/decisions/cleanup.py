@@ -54,7 +54,5 @@ def stale_ready_records(cycle: Cycle, removed: list[str]) -> list[ForgetReady]:
     return [
         ForgetReady(replica)
         for replica in sorted(cycle.snapshot.ready)
-        if replica not in cycle.desired
-        and replica not in cycle.frozen
-        and (replica not in cycle.epochs or replica in removed)
+        if replica not in cycle.desired and (replica not in cycle.epochs or replica in removed)
     ]

@@ -136,7 +136,7 @@ def test_a_replica_does_not_grow_with_the_workers_that_another_could_be_degraded
     assert (world.layout("a-0"), world.layout("a-1")) == ((1, 1), (1, 1))
 
 
-def test_a_replica_of_the_old_shape_that_forms_does_not_hold_up_one_that_can_be_reshaped(world: World) -> None:
+def test_an_old_replica_that_forms_does_not_hold_up_one_that_can_be_reshaped(world: World) -> None:
     world.boot("w0", "w1")
     world.apply("a", 2)
     world.settle()
