@@ -1,4 +1,4 @@
-"""The OpenAI-shaped JSON of answers: chunks into completion objects, and errors."""
+"""OpenAI-compatible JSON answers: chunks into completion objects, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the values of `phalanx.v1` and those of the engine."""
+"""Converts between protobuf messages and the engine's values."""
 
 from __future__ import annotations
 

@@ -21,22 +21,22 @@ _MAX_UNANSWERED = 5  # questions in a row
 Pending = Callable[[shard_pb2.PendingRequest], shard_pb2.PendingResponse]
 
 
-async def until_unneeded(supervisor: ShardSupervisor, was: ShardRecord, pending: Pending) -> None:
-    """Return when the replica of the status `was` has ended or has no requests.
+async def until_unneeded(supervisor: ShardSupervisor, record: ShardRecord, pending: Pending) -> None:
+    """Return when the replica of `record` has ended or has no requests.
 
     Args:
         supervisor: knows this worker's rank.
-        was: the status with which draining began.
+        record: this worker's status when draining began.
         pending: answers for a replica that this worker leads. Raises PhalanxError.
     """
     await asyncio.sleep(_UNROUTABLE_S)
-    request, failures = shard_pb2.PendingRequest(replica=was.replica, epoch=was.epoch), 0
+    request, failures = shard_pb2.PendingRequest(replica=record.replica, epoch=record.epoch), 0
     while True:
-        now = supervisor.record
-        if now is None or (now.epoch, now.state) != (was.epoch, ShardState.READY):
+        current = supervisor.record
+        if current is None or (current.epoch, current.state) != (record.epoch, ShardState.READY):
             return
         try:
-            if was.rank == 0:
+            if record.rank == 0:
                 requests = pending(request).requests
             else:
                 requests = await peers.ask_pending(supervisor.leader_address, request)
@@ -44,7 +44,7 @@ async def until_unneeded(supervisor: ShardSupervisor, was: ShardRecord, pending:
                 return
             failures = 0
         except PhalanxError as error:
-            # NOT_LEADER and STALE_EPOCH mean drained. A leader that does not answer may be busy, or gone.
+            # NOT_LEADER and STALE_EPOCH: the replica has ended. A leader without an answer is busy or gone.
             failures += 1
             if error.reason in ("NOT_LEADER", "STALE_EPOCH") or failures == _MAX_UNANSWERED:
                 return

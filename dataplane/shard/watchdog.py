@@ -21,10 +21,10 @@ from dataclasses import dataclass
 CHECK_S = 0.1  # between two checks
 PAUSE_S = 0.5  # no check for so long: this process itself was paused and has not read what has come
 MIN_HANG_S = 1.2  # a shorter silence is never a hang
-PATIENCE = 8  # times the longest of the recent steps of this size
-UNKNOWN_S = 60.0  # for a step when there has been none yet
-PROBE_S = 0.4  # an engine that is idle for so long is asked for a canary, but
-PROBE_SHARE = 20  # canaries take at most one part in so many of the engine's time
+PATIENCE = 8  # a step may take so many times the longest recent step of its size
+UNKNOWN_S = 60.0  # the limit of a step while none has been timed
+PROBE_S = 0.4  # an engine that is idle for so long is asked to run a canary
+PROBE_SHARE = 20  # canaries take at most 1/PROBE_SHARE of an idle engine's time
 NO_HEARTBEAT_S = 5.0  # a ready child that sends nothing for so long is stopped
 LOADING_S = 30.0
 """The same before it is ready: imports and drivers hold the interpreter lock that the heartbeat needs."""
@@ -44,7 +44,7 @@ class Silent:
 
 
 class Pulse:
-    """Watches whether a child runs: one that loads, or waits for others to join, has no steps to watch."""
+    """Watches whether a child runs, also while it loads or waits for other ranks and so has no steps."""
 
     def __init__(self, now: float) -> None:
         self._checked = now
