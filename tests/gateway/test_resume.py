@@ -171,9 +171,9 @@ async def test_a_new_request_waits_for_a_gateway_that_comes_back(
     def to_error(error: grpc.aio.AioRpcError) -> PhalanxError:
         nonlocal refused
         refused += 1
-        return told(error)
+        return original(error)
 
-    told = rpc.to_error
+    original = rpc.to_error
     monkeypatch.setattr(rpc, "to_error", to_error)
     address = f"127.0.0.1:{free_port()}"
     async with Client(address) as client:
@@ -202,8 +202,8 @@ async def test_a_client_may_have_seen_more_than_the_checkpoint(
     await leader.kill()
     await reached(second, await rig.add_leader("demo-0", wait=False))
     async with Client(second.address) as client:
-        ahead = [event.event async for event in resume(client, started.resume_token, format_cursor((9,)))]
-    ids = [id for event in ahead for id in event.chunk.token_ids]
+        rest = [event.event async for event in resume(client, started.resume_token, format_cursor((9,)))]
+    ids = [id for event in rest for id in event.chunk.token_ids]
     assert ids == expected(20)[9:]
 
 

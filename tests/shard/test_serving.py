@@ -205,12 +205,12 @@ async def test_workers_that_are_told_to_leave_wait_for_the_requests_of_their_rep
     answers: list[int] = []
     pending = ShardServer.pending
 
-    def told(server: ShardServer, request: shard_pb2.PendingRequest) -> shard_pb2.PendingResponse:
+    def counted(server: ShardServer, request: shard_pb2.PendingRequest) -> shard_pb2.PendingResponse:
         answer = pending(server, request)
         answers.append(answer.requests)
         return answer
 
-    monkeypatch.setattr(ShardServer, "pending", told)
+    monkeypatch.setattr(ShardServer, "pending", counted)
     async with cluster.worker(names[0], drain_s=60.0), cluster.worker(names[1], drain_s=60.0):
         epoch = await cluster.assign(*names)
         await cluster.until_state(ShardState.READY, rank=1)
@@ -222,7 +222,7 @@ async def test_workers_that_are_told_to_leave_wait_for_the_requests_of_their_rep
             for name in names:
                 cluster.stops[name].set()
             await cluster.until(lambda snapshot: all(one.draining for one in snapshot.workers.values()))
-            await until(lambda: len(answers) >= 6)  # of both, each a tenth of a second
+            await until(lambda: len(answers) >= 6)  # both workers ask, every tenth of a second
             assert set(answers) == {1}
             assert not any(running.done() for running in cluster.running.values())
             await gateway.cancel()

@@ -546,7 +546,7 @@ OTHER = Target("demo-1", 1, "demo", "a:2")
 KEY = "k" * 32
 
 
-def held(tokens: int, attempt: int, *, finished: bool = False) -> shard_pb2.Attached:
+def attached(tokens: int, attempt: int, *, finished: bool = False) -> shard_pb2.Attached:
     """The answer of a leader that holds request "r"."""
     request = shard_pb2.Submit(
         request_id="r", attempt=attempt, resume_key=KEY, n=1, token_ids=types_pb2.TokenIds(ids=[1, 2]),
@@ -569,7 +569,7 @@ def sought() -> tuple[Dispatcher, list[shard_pb2.Attach]]:
 
 def test_what_a_replica_holds_goes_on_here() -> None:
     dispatcher, (first, second) = sought()
-    frame = shard_pb2.StepFrame(replica="demo-1", epoch=1, attached=[held(3, second.attempt)])
+    frame = shard_pb2.StepFrame(replica="demo-1", epoch=1, attached=[attached(3, second.attempt)])
     (found,) = dispatcher.frame(OTHER, frame, 1.0)
     assert isinstance(found, instructions.Found)
     assert (found.target, found.journal.tokens) == (OTHER, 3)
@@ -592,7 +592,9 @@ def test_what_a_replica_holds_goes_on_here() -> None:
 
 def test_what_has_finished_is_found_and_not_live() -> None:
     dispatcher, (first, _) = sought()
-    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(6, first.attempt, finished=True)])
+    frame = shard_pb2.StepFrame(
+        replica="demo-0", epoch=1, attached=[attached(6, first.attempt, finished=True)]
+    )
     (found,) = dispatcher.frame(UP, frame, 1.0)
     assert isinstance(found, instructions.Found)
     assert found.journal.finished
@@ -615,7 +617,7 @@ def test_a_search_does_not_wait_for_a_replica_that_is_silent_or_gone() -> None:
     assert dispatcher.stream_down(OTHER, "killed", 0.1) == []
     assert ticks(dispatcher, 0.0, SEARCH_TIMEOUT_S + 0.1) == [instructions.NotHeld(KEY, certain=False)]
     # A late answer: no client waits for it any more. No cancel: the replica may have the only copy.
-    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(3, first.attempt)])
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[attached(3, first.attempt)])
     assert dispatcher.frame(UP, frame, SEARCH_TIMEOUT_S) == []
     assert dispatcher.seek("nobody", KEY, 2.0) == [instructions.NotHeld(KEY, certain=False)]
 
@@ -624,7 +626,7 @@ def test_a_gateway_that_stood_still_gives_up_no_search() -> None:
     dispatcher, (first, _) = sought()
     ticks(dispatcher, 0.0, 0.2)
     assert dispatcher.tick(30.0) == []
-    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[held(3, first.attempt)])
+    frame = shard_pb2.StepFrame(replica="demo-0", epoch=1, attached=[attached(3, first.attempt)])
     (found,) = dispatcher.frame(UP, frame, 30.0)
     assert isinstance(found, instructions.Found)
 
@@ -632,7 +634,7 @@ def test_a_gateway_that_stood_still_gives_up_no_search() -> None:
 def test_of_two_replicas_that_hold_a_request_one_goes_on() -> None:
     dispatcher, (first, second) = sought()
     for target, asked in ((UP, first), (OTHER, second)):
-        frame = shard_pb2.StepFrame(replica=target.replica, epoch=1, attached=[held(3, asked.attempt)])
+        frame = shard_pb2.StepFrame(replica=target.replica, epoch=1, attached=[attached(3, asked.attempt)])
         (todo,) = dispatcher.frame(target, frame, 0.1)
     assert isinstance(todo, instructions.CancelAttempt)
     assert todo.target == OTHER
