@@ -74,11 +74,11 @@ def record(path: Path) -> None:
 
 
 class RecordingEngine(Engine):
-    """An engine whose other ranks record their steps. For rank 0, the caller calls `record` itself."""
+    """An engine whose child ranks record their steps. For rank 0, the caller calls `record` itself."""
 
     spans: Path
 
-    def _start(self, theirs: socket) -> subprocess.Popen[bytes]:
+    def _start_process(self, theirs: socket) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "bench.pipeline_spans", str(self.spans), "--survive-thread"]
         return subprocess.Popen([*command, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()])
 

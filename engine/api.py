@@ -9,9 +9,11 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from socket import socket
+from subprocess import Popen
 from typing import Any, Self
 
-from engine.child_ranks import ChildRanks
+from engine.child_ranks import ChildRanks, start_process
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.processes.core import EngineCore
@@ -86,7 +88,8 @@ class Engine:
         self._core: EngineCore | None = None
         try:
             for rank in range(1, tp * pp):
-                self._child_ranks.start(replace(config, rank=rank, device=_device(device, rank)))
+                child = replace(config, rank=rank, device=_device(device, rank))
+                self._child_ranks.start(child, self._start_process)
             with loading_bar(progress) as loaded:
                 announce, check = self._child_ranks.announce, self._child_ranks.check
                 rank_0 = start_rank(config, announce, lambda: "", loaded, check)
@@ -206,6 +209,10 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _start_process(self, theirs: socket) -> Popen[bytes]:
+        """Start the process of a child rank. Tests and benchmarks override this."""
+        return start_process(theirs)
 
     def _running(self) -> EngineCore:
         if self._core is None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelError
 from engine.ipc.link import Link, LinkClosedError
 from engine.ipc.wire import EngineFailed, Rendezvous, StartEngine
 
+StartProcess = Callable[[socket.socket], subprocess.Popen[bytes]]
+
 
 class ChildRanks:
-    """Starts the child ranks of one replica, and reports which of them failed to start."""
+    """Starts the child ranks of one replica, and reports the first one that has failed."""
 
     def __init__(self) -> None:
         self._children: list[tuple[subprocess.Popen[bytes], Link]] = []  # of rank 1, 2, and so on
@@ -26,11 +29,16 @@ class ChildRanks:
         """The processes of rank 1, 2, and so on."""
         return [process for process, _ in self._children]
 
-    def start(self, config: EngineConfig) -> None:
-        """Start the rank `config.rank`. The first call is for rank 1, each later one for the next rank."""
+    def start(self, config: EngineConfig, start_process: StartProcess) -> None:
+        """Start the rank `config.rank`. The first call is for rank 1, each later one for the next rank.
+
+        Args:
+            config: of the rank.
+            start_process: starts a process that takes over this end of its socket.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
-            process = _start_process(theirs)
+            process = start_process(theirs)
         link = Link(ours)
         self._children.append((process, link))
         link.send(StartEngine(config))
@@ -72,8 +80,8 @@ class ChildRanks:
         self._children.clear()
 
 
-def _start_process(theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """Start a process for one rank; it inherits `theirs`, its end of the socket."""
+def start_process(theirs: socket.socket) -> subprocess.Popen[bytes]:
+    """Start a process for one rank. It inherits `theirs`, its end of the socket."""
     fd = theirs.fileno()
     # --survive-thread: the thread that creates the engine may end before the engine does.
     command = [sys.executable, "-m", "engine.processes.rank", "--survive-thread", "--fd", str(fd)]

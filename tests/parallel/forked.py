@@ -15,6 +15,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "engine.execution.runner",
+        "engine.kernels.choose",
         "engine.weights.loader",
         "engine.distributed.channel",
         "engine.distributed.rendezvous",
@@ -31,9 +32,9 @@ class _Rank(ForkServerProcess):
 
 
 class ForkedEngine(Engine):
-    """An engine whose other ranks are forked instead of started."""
+    """An engine whose child ranks are forked instead of started."""
 
-    def _start(self, theirs: socket.socket) -> Any:
+    def _start_process(self, theirs: socket.socket) -> Any:
         process = _Rank(target=_serve, args=(theirs,), daemon=True)
         process.start()
         return process
