@@ -1,6 +1,6 @@
 """The loop of the active controller: reconcile whenever the cluster changes, and write the actions.
 
-Owns: when to reconcile, retries. Does not own: the decisions (`controlplane.decisions`), who is active
+Owns: when to reconcile, retries. Does not own: the decisions (`controlplane.decisions`), the lock
 (`controlplane.election`), the conditions of each write (`controlplane.fencing`).
 """
 

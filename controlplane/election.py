@@ -46,7 +46,7 @@ async def hold_lock(store: Store, key: str, value: bytes, ttl_s: int = 3) -> Asy
 
 
 async def _acquire(store: Store, key: str, value: bytes, ttl_s: int) -> tuple[Lock, float]:
-    """Create the lock once nobody holds it; returns it and its first deadline in event loop time."""
+    """Create the lock once it is free; returns it and its first deadline in event loop time."""
     loop, failures = asyncio.get_running_loop(), 0
     while True:
         try:

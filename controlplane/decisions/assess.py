@@ -23,8 +23,8 @@ BACK_OFF_CAP_S = 30.0
 def assess(cycle: Cycle) -> None:
     """Fill `needs`, `retries`, and `free` with the workers that no replica keeps."""
     cycle.needs = {replica: _need(cycle, replica) for replica in cycle.desired}
-    kept = [replica for replica, need in cycle.needs.items() if need is not Need.FORM]
-    reserved = {worker for replica in kept + cycle.frozen for worker in cycle.members(replica)}
+    staying = [replica for replica, need in cycle.needs.items() if need is not Need.FORM]
+    reserved = {worker for replica in staying + cycle.frozen for worker in cycle.members(replica)}
     cycle.free = {
         worker: record for worker, record in cycle.snapshot.workers.items() if worker not in reserved
     }

@@ -54,7 +54,7 @@ def short_replicas(cycle: Cycle) -> dict[str, float]:
 
 
 def short_before_retry(cycle: Cycle) -> dict[str, float]:
-    """Since when each replica was short that now waits for a retry: the wait does not reset that time."""
+    """Since when each replica that now waits for a retry has been short: the wait must not reset it."""
     waiting = [replica for replica, need in cycle.needs.items() if need is Need.WAIT]
     return {
         replica: _short_since(cycle, replica) for replica in waiting if replica in cycle.history.short_since

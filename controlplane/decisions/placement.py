@@ -36,11 +36,11 @@ def place(
             f"needs {needed} worker{'s' * (needed > 1)} (tp={deployment.tp} x pp={deployment.pp}), "
             f"{len(usable)} {'is' if len(usable) == 1 else 'are'} free"
         )
-    kept = {rank: name for rank, name in enumerate(previous[:needed]) if name in usable}
-    candidates = [worker for name, worker in usable.items() if name not in set(kept.values())]
-    hosts = {usable[name].host for name in kept.values()}
-    others = iter(_by_preference(candidates, needed - len(kept), hosts))
-    names = [kept[rank] if rank in kept else next(others).worker for rank in range(needed)]
+    staying = {rank: name for rank, name in enumerate(previous[:needed]) if name in usable}
+    candidates = [worker for name, worker in usable.items() if name not in set(staying.values())]
+    hosts = {usable[name].host for name in staying.values()}
+    others = iter(_by_preference(candidates, needed - len(staying), hosts))
+    names = [staying[rank] if rank in staying else next(others).worker for rank in range(needed)]
     return tuple(MemberRecord(name, usable[name].incarnation, usable[name].address) for name in names)
 
 

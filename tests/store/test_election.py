@@ -21,7 +21,7 @@ from tests.store.conftest import DEADLINE_S, until
 
 
 class Candidate:
-    """Competes for the lock in its own task. Sets `elected` when it gets it, `ended` when it loses it."""
+    """Competes for the lock in its own task. Sets `elected`, then `ended` when it lost the lock."""
 
     def __init__(self, store: Store, key: str, name: bytes, ttl_s: int = 2) -> None:
         self.lock: Lock | None = None
