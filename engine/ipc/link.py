@@ -31,7 +31,7 @@ class Link:
 
     @staticmethod
     def inherited(fd: int) -> Link:
-        """The link over a descriptor that the parent passed on."""
+        """The link over a descriptor that this process has inherited from its parent."""
         return Link(socket.socket(fileno=fd))
 
     def fileno(self) -> int:

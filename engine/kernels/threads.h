@@ -49,7 +49,7 @@ class Team {
   }
 
  private:
-  // Returns false when the system gives no more threads. The pool then goes on with fewer.
+  // Returns false when the system gives no more threads. The pool then uses fewer.
   bool hire() {
     pthread_t thread;
     auto start = [](void* number) -> void* { return team.work(long(number)), nullptr; };

@@ -428,7 +428,10 @@ def test_a_text_process_serves_engines_and_ends_with_its_worker(model_dir: Path,
             engine.send(step_of(Delta("large", 0, 0, (token,))))
             kinds = [type(worker.expect((Step, Encoded))) for _ in range(2)]  # type: ignore[arg-type]
             assert kinds == [Step, Encoded], "the step waited for the prompt"
-        worker.link.close()
+        worker.send(Encode("unfinished", text="the wall stands again " * 200_000))
+        worker.send(Encode("after it"))
+        assert worker.expect(Encoded).id == "after it"
+        worker.link.close()  # while the other thread is still inside the tokeniser
         assert worker.process.wait(20) == 0
 
 
