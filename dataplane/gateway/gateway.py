@@ -139,10 +139,13 @@ class Gateway:
         try:
             yield
         finally:
-            if live.reader == reader and not self._leaving:
+            if live.reader == reader:
                 self._end(live)
 
     def _end(self, live: LiveRequest) -> None:
+        """End a request. Does nothing while this gateway leaves: its replica keeps it for another gateway."""
+        if self._leaving:
+            return
         journal = live.journal
         self.cancel(journal.request_id)
         if journal.finished and journal.resume_key and live.target is not None:

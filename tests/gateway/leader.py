@@ -177,6 +177,12 @@ class TestLeader:
         for outbox in self.outboxes:
             outbox.put(frame)
 
+    def answer_attach(self) -> None:
+        """Answer the last Attach late, on the newest stream."""
+        self.answers_attach = True
+        request = shard_pb2.ServeRequest(attach=self.attaches[-1])
+        self.serving.command(max(self.serving._outboxes), request)
+
     async def kill(self) -> None:
         """Die without closing any stream."""
         self.serving.engine.kill()

@@ -13,7 +13,7 @@ import pytest
 import phalanx.client
 from dataplane.gateway import checkpoint_plan
 from dataplane.gateway.normalize import journal_for
-from dataplane.gateway.resume import format_cursor
+from dataplane.gateway.resume import Ticket, format_cursor
 from dataplane.gateway.server import InferenceService
 from phalanx.cli.local.embedded_etcd import free_port
 from phalanx.client import Client
@@ -297,6 +297,28 @@ async def test_a_gateway_that_leaves_sends_its_clients_to_another(rig: Rig, seco
         # And new requests find the other one by themselves.
         events = [event async for event in client.generate("demo", PROMPT, max_tokens=4, seed=1)]
         assert events[-1].finished.usage.completion_tokens == 4
+
+
+async def test_a_gateway_that_leaves_does_not_cancel_a_request_that_it_still_finds(
+    rig: Rig, second: Running
+) -> None:
+    leader = await rig.add_leader("demo-0", hold_at=5, answers_attach=False)
+    await reached(second, leader)
+    started = (await anext(rig.client.generate("demo", PROMPT, max_tokens=20, seed=1))).started
+    await rig.first.kill()
+
+    async def search() -> None:
+        async with second.gateway.resume(Ticket.parse(started.resume_token)):
+            raise AssertionError("the leader has not answered")
+
+    client = asyncio.create_task(search())
+    await until(lambda: leader.attaches)
+    await second.gateway.drain(0.0)
+    client.cancel()
+    await asyncio.wait([client])
+    leader.answer_attach()
+    await until(lambda: second.gateway.dispatcher.counters.resumed)
+    assert second.gateway.dispatcher.live == 1, "it goes on at the replica, for another gateway"
 
 
 async def test_a_gateway_that_leaves_lets_its_clients_finish(
