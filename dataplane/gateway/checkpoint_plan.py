@@ -69,11 +69,17 @@ class CheckpointPlan:
         """A part is in the store."""
         self._written[part.resume_key] = _Progress(now, part.cursor, part.tokens, part.number + 1)
 
+    def num_parts(self, resume_key: str) -> int:
+        """How many parts of a request are in the store."""
+        progress = self._written.get(resume_key)
+        return 0 if progress is None else progress.parts
+
     def forget(self, resume_key: str) -> int:
         """A request has ended. Returns how many parts of it are in the store."""
         self._too_large.discard(resume_key)
-        progress = self._written.pop(resume_key, None)
-        return 0 if progress is None else progress.parts
+        parts = self.num_parts(resume_key)
+        self._written.pop(resume_key, None)
+        return parts
 
     def too_large(self, part: Part) -> None:
         """A part is larger than the store takes: its request gets no further parts."""

@@ -127,12 +127,12 @@ class Checkpoints:
         return due
 
     def _written(self, parts: Iterable[Part]) -> None:
-        """A transaction has put these parts. A request may have ended while it was in flight."""
+        """A transaction has put these parts. Their requests may have ended meanwhile, or even been resumed."""
         live = {candidate.journal.resume_key for candidate in self._candidates()}
         for part in parts:
-            if part.resume_key in live:
+            if part.resume_key in live and part.number == self._plan.num_parts(part.resume_key):
                 self._plan.written(part, time.monotonic())
-            else:  # `forget` came too early to know of this part
+            else:  # `forget` came before the store had this part: delete it like the parts before it
                 self._to_delete.append(self._key(part.resume_key, part.number))
 
     @staticmethod

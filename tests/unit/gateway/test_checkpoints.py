@@ -252,6 +252,27 @@ async def test_a_request_that_comes_back_at_once_keeps_its_new_checkpoint(
         assert await writer.load(KEY) is not None
 
 
+async def test_a_request_that_comes_back_while_its_part_is_being_written_has_a_whole_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoints, "_TICK_S", 0.001)
+    store, journal = SlowStore(), begun()
+    grow(journal, 3)
+    store.answer.set()
+    writer = Checkpoints(store, Keys("test"), "boot", lambda: [Candidate(journal, -AFTER_S)])
+    async with writing(writer):
+        await until(lambda: plan_has(writer, journal))
+        store.answer.clear()
+        grow(journal, EVERY_TOKENS)
+        await until(lambda: store.in_flight)
+        writer.forget(journal.resume_key)  # it ends here, and is resumed here, with its second part in flight
+        store.answer.set()
+        await until(lambda: plan_has(writer, journal) and not writer._to_delete and not store.in_flight)
+        restored = await writer.load(KEY)
+        assert restored is not None
+        assert restored.journal.choices == journal.choices
+
+
 class RefusingStore(SlowStore):
     """A store that cannot be reached for the first transaction that deletes something."""
 
