@@ -127,7 +127,7 @@ class Checkpoints:
         return due
 
     def _written(self, parts: Iterable[Part]) -> None:
-        """A transaction has put these parts. Their requests may have ended meanwhile, or even been resumed."""
+        """A transaction has put these parts. Meanwhile their requests may have ended, or been resumed."""
         live = {candidate.journal.resume_key for candidate in self._candidates()}
         for part in parts:
             if part.resume_key in live and part.number == self._plan.num_parts(part.resume_key):
