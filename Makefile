@@ -28,7 +28,7 @@ down: setup ## Stop what `make up` or `phalanx up` started
 	$(BIN)/phalanx down
 
 test: lint ## Lint, then run every test, as many at a time as there are cores (PYTEST="-k name" ...)
-	$(BIN)/python -m pytest -n logical --dist loadgroup --no-loadscope-reorder $(PYTEST)
+	$(BIN)/python -m pytest -n logical $(PYTEST)
 
 sim: setup ## Simulate a whole cluster, with faults, for SEEDS= seeds (20000) on all cores; find the planted bugs
 	$(BIN)/python -m tests.sim --bugs --seeds $(or $(SEEDS),20000)

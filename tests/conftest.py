@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import device  # noqa: F401  # before anything imports Triton
 from tests.cluster import PHALANX
@@ -25,22 +27,31 @@ hypothesis.settings.register_profile("phalanx", deadline=None)
 hypothesis.settings.load_profile("phalanx")
 
 
-def runs_real_processes(item: pytest.Item) -> bool:
-    folder, *rest = item.path.relative_to(ROOT / "tests").parts
+def runs_real_processes(nodeid: str) -> bool:
+    folder, *rest = nodeid.removeprefix("tests/").split("/")
     return bool(rest) and folder in REAL_PROCESSES
 
 
+class Scheduler(LoadScopeScheduling):
+    """Gives each process of a parallel run one file at a time, so that a module's fixtures are made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "real processes" if runs_real_processes(nodeid) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    config.option.loadscopereorder = False  # keep the order of `pytest_collection_modifyitems`
+    return Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for `--dist loadgroup`: a group stays in one process, which makes each fixture once."""
-    items.sort(key=runs_real_processes, reverse=True)
-    for item in items:
-        name = "real processes" if runs_real_processes(item) else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: runs_real_processes(item.nodeid), reverse=True)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ and not runs_real_processes(item) and os.nice(0) < NICENESS:
+    if "PYTEST_XDIST_WORKER" in os.environ and not runs_real_processes(item.nodeid) and os.nice(0) < NICENESS:
         os.nice(NICENESS)
 
 
