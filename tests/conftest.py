@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -55,17 +54,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.nice(NICENESS)
 
 
-@pytest.fixture(scope="session")
-def demo_model() -> Path:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    trained_demo_model()  # before others compete for the cores: it is trained for a time, not for some steps
+
+
+def trained_demo_model() -> Path:
     """A briefly trained demo model, kept until its recipe changes."""
     recipe = [ROOT / f"phalanx/cli/{name}.py" for name in ("demo_model", "demo_llama", "demo_training")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in recipe)).hexdigest()[:12]
     cache = ROOT / ".phalanx/test-model"
     model = cache / digest
-    cache.parent.mkdir(exist_ok=True)
-    with (cache.parent / "test-model.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this run may be training it
-        if not model.exists():
-            shutil.rmtree(cache, ignore_errors=True)
-            subprocess.run([*PHALANX, "demo-model", str(model), "--seconds", str(TRAINING_S)], check=True)
+    if not model.exists():
+        shutil.rmtree(cache, ignore_errors=True)
+        subprocess.run([*PHALANX, "demo-model", str(model), "--seconds", str(TRAINING_S)], check=True)
     return model
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    return trained_demo_model()

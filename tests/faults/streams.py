@@ -16,7 +16,7 @@ from phalanx.client import Client
 from tests.cluster import Cluster
 
 STREAMS = 8
-TOKENS = 400  # a quarter of a second of engine time: long enough that no stream ends before the fault
+TOKENS = 900  # half a second of engine time: none has ended when clients see its first tokens late
 HURT_AT = 4  # hurt when the slowest stream has so many tokens; the fastest is then far from its end
 PROMPTS = [
     "def __init__(self",
