@@ -17,10 +17,11 @@ import torch
 
 from engine.grid import Grid
 from engine.kernels.interface import HeadNorms, Kernels, Matrix
+from engine.weights.architectures import MoeConfig
 from engine.weights.dummy_source import DummySource
 from engine.weights.file_source import FileSource
 from engine.weights.locate import find_tensors
-from engine.weights.model_config import ModelConfig, MoeConfig
+from engine.weights.model_config import ModelConfig
 from engine.weights.source import Source, check_finite, chunks
 from engine.weights.stage_weights import LayerWeights, Linear, Mlp, Moe, StageWeights
 from engine.weights.stages import stage_layers

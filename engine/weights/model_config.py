@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
-from engine.weights.architectures import LayerConfig, MoeConfig, architecture
+from engine.weights.architectures import LayerConfig, architecture
 from engine.weights.checkpoint import invalid_model, read_json
 from engine.weights.rope_config import RopeConfig, parse_rope
 
@@ -146,6 +146,3 @@ def _parse(raw: Mapping[str, Any], generation: Mapping[str, Any], max_model_len:
 
 def _invalid_layout(message: str) -> ModelError:
     return ModelError("INVALID_LAYOUT", message)
-
-
-__all__ = ["LayerConfig", "ModelConfig", "MoeConfig", "RopeConfig", "check_layout"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.interface import HeadNorms, Matrix
-from engine.weights.model_config import MoeConfig
+from engine.weights.architectures import MoeConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from functools import cache
 from itertools import accumulate
 
 from engine.grid import Grid
-from engine.weights.model_config import LayerConfig, ModelConfig
+from engine.weights.architectures import LayerConfig
+from engine.weights.model_config import ModelConfig
 
 
 def stage_layers(config: ModelConfig, grid: Grid) -> range:

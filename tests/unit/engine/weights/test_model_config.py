@@ -11,7 +11,8 @@ from engine.errors import ModelError
 from engine.weights.architectures import ARCHITECTURES
 from engine.weights.identity import model_hash
 from engine.weights.locate import check_weights
-from engine.weights.model_config import ModelConfig, RopeConfig, check_layout
+from engine.weights.model_config import ModelConfig, check_layout
+from engine.weights.rope_config import RopeConfig
 from engine.weights.tensors import tensor_shapes
 
 RAW: dict[str, Any] = {

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.grid import Grid
-from engine.weights.model_config import LayerConfig, ModelConfig, MoeConfig, RopeConfig
+from engine.weights.architectures import LayerConfig, MoeConfig
+from engine.weights.model_config import ModelConfig
+from engine.weights.rope_config import RopeConfig
 from engine.weights.stages import split, stage_layers
 
 DENSE = LayerConfig()
